@@ -1,0 +1,150 @@
+"""SOURCE, as the command line takes it, to a network with its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..errors import ResodeError, UsageError, unknown
+from ..parts import Preprocessing, Source, SourceSpec
+from . import cifar, user_file
+from .weights import load_weights, state_sha256
+
+LIBRARIES = ("timm", "torchvision", "cifar", "file")
+CIFAR_PREPROCESSING = Preprocessing(size=32, crop_fraction=1.0)
+
+
+def parse_source(text: str) -> tuple[str, str]:
+    """'timm:resnet50' → ('timm', 'resnet50'); 'net.py:make' → ('file', 'net.py:make')."""
+    library, separator, name = text.partition(":")
+    if separator and name and library in LIBRARIES[:-1]:
+        return library, name
+    file, _, function = text.rpartition(":")
+    if file.endswith(".py") and function:
+        return "file", text
+    if text.endswith(".py"):
+        raise UsageError(f"source {text!r}: name the function that builds the network, {text}:FUNCTION")
+    if not separator or file.endswith(".py"):
+        raise UsageError(f"source {text!r}: write timm:NAME, torchvision:NAME, cifar:NAME or FILE.py:FUNCTION")
+    raise unknown("source library", library, LIBRARIES[:-1])
+
+
+def open_source(
+    text: str,
+    *,
+    pretrained: bool = True,
+    weights: Path | None = None,
+    num_classes: int | None = None,
+    stem: str | None = None,
+    shortcut: str | None = None,
+    preprocessing: dict[str, Any] | None = None,
+) -> Source:
+    """Build the source network and load its weights.
+
+    weights: a file; it takes the place of the library's pretrained weights.
+    stem: 'cifar' for a 3×3 stem of stride 1 without pooling, on timm's and torchvision's networks.
+    shortcut: 'A' or 'B', of the CIFAR networks.
+    preprocessing: fields of Preprocessing that differ from the source's own.
+
+    Raises UsageError for a source that does not exist, ResodeError for weights that cannot be had.
+    """
+    library, name = parse_source(text)
+    if num_classes is not None and num_classes < 1:
+        raise UsageError(f"--num-classes {num_classes}: must be 1 or more")
+    if stem not in (None, "cifar"):
+        raise unknown("stem", str(stem), ["cifar"])
+    arguments = {"num_classes": num_classes, "stem": stem, "shortcut": shortcut}
+    spec = SourceSpec(library, name, arguments={k: v for k, v in arguments.items() if v is not None})
+    from_library = pretrained and weights is None
+    if from_library and library in ("cifar", "file"):
+        raise UsageError(f"{text} has no weights to fetch; pass --weights FILE or --no-pretrained")
+    with _clear_download_errors(spec):
+        net = build(spec, pretrained=from_library)
+    notes: list[str] = []
+    if weights is not None:
+        notes += load_weights(net, weights, num_classes=num_classes)
+        spec = replace(spec, weights=weights.name)
+    elif from_library:
+        spec = replace(spec, tag=_library(library).tag(name))
+        if num_classes is not None:
+            notes.append(f"the head has {num_classes} classes; it starts at random unless the weights have as many")
+    if stem == "cifar":
+        notes.append("the 3×3 stem starts at random")
+    if from_library or weights is not None:
+        spec = replace(spec, weights_sha256=state_sha256(net.state_dict()))
+    else:
+        notes.append("no pretrained weights: the network is random")
+    return Source(spec, net, replace(_preprocessing(spec), **(preprocessing or {})), tuple(notes))
+
+
+def build(spec: SourceSpec, *, pretrained: bool = False) -> nn.Module:
+    """The network of a SourceSpec, with random weights unless `pretrained`."""
+    arguments: dict[str, Any] = dict(spec.arguments)
+    builder = _library(spec.library)
+    if spec.library in ("timm", "torchvision"):
+        arguments["pretrained"] = pretrained
+    allowed = {"cifar": {"num_classes", "shortcut"}, "file": {"num_classes"}}.get(
+        spec.library, {"num_classes", "stem", "pretrained"}
+    )
+    for name in arguments:
+        if name not in allowed:
+            raise UsageError(f"--{name} does not apply to {spec}")
+    return builder.build(spec.name, **arguments)
+
+
+def _library(library: str) -> Any:
+    # Imported here so that a network of one library loads without importing the other.
+    if library == "timm":
+        from . import timm_models
+
+        return timm_models
+    if library == "torchvision":
+        from . import torchvision_models
+
+        return torchvision_models
+    if library == "cifar":
+        return cifar
+    if library == "file":
+        return user_file
+    raise ResodeError(f"the model file names the source library {library!r}, which this version does not know")
+
+
+def _preprocessing(spec: SourceSpec) -> Preprocessing:
+    if spec.library == "cifar":
+        return CIFAR_PREPROCESSING
+    if spec.library == "file":
+        return Preprocessing()
+    own: Preprocessing = _library(spec.library).preprocessing(spec.name)
+    return replace(own, size=32, crop_fraction=1.0) if "stem" in spec.arguments else own
+
+
+@contextmanager
+def _clear_download_errors(spec: SourceSpec) -> Iterator[None]:
+    """Say in one line that pretrained weights cannot be fetched, whichever of the many errors says so."""
+    try:
+        yield
+    except ResodeError:
+        raise
+    except Exception as error:
+        chain: list[BaseException] = [error]
+        while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+            chain.append(cause)
+        modules = {type(e).__module__.partition(".")[0] for e in chain}
+        network = modules & {"urllib", "requests", "httpx", "httpx2", "httpcore", "huggingface_hub", "socket"}
+        if network or any(isinstance(e, OSError) for e in chain):
+            raise ResodeError(
+                f"the pretrained weights of {spec} cannot be fetched ({_first_line(error)});"
+                " connect to the network, pass --weights FILE, or --no-pretrained for a random network"
+            ) from error
+        raise
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    line = text.splitlines()[0]
+    return line if len(line) <= 120 else line[:117] + "…"

@@ -1,0 +1,70 @@
+"""Networks of timm: `timm:NAME` or `timm:NAME.TAG`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+from timm.data import resolve_data_config
+from torch import nn
+
+from ..errors import ResodeError, UsageError, unknown
+from ..parts import Preprocessing
+from .stems import three_by_three
+
+
+def check_name(name: str) -> None:
+    """Raises UsageError, with the nearest matches, for a name that timm does not have."""
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        raise unknown("timm model", name, timm.list_models())
+    tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
+    if tag and tag not in tags:
+        raise unknown(f"pretrained tag of {architecture}", tag, tags)
+
+
+def build(name: str, *, pretrained: bool = False, num_classes: int | None = None, stem: str | None = None) -> nn.Module:
+    """The network, with the tag's weights where `pretrained`."""
+    check_name(name)
+    arguments: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+    try:
+        net = timm.create_model(name, pretrained=pretrained, **arguments)
+    except RuntimeError as error:
+        if pretrained and "No pretrained weights exist" in str(error):
+            raise ResodeError(f"timm:{name} has no pretrained weights; pass --no-pretrained or --weights") from error
+        raise
+    if stem == "cifar":
+        _use_cifar_stem(net)
+    return net
+
+
+def tag(name: str) -> str | None:
+    """The pretrained tag that the name stands for."""
+    config = timm.get_pretrained_cfg(name)
+    return config.tag if config else None
+
+
+def preprocessing(name: str, *, test: bool = False) -> Preprocessing:
+    config = timm.get_pretrained_cfg(name)
+    data = resolve_data_config(pretrained_cfg=config.to_dict() if config else {})
+    return Preprocessing(
+        size=data["input_size"][-1],
+        mean=tuple(data["mean"]),
+        std=tuple(data["std"]),
+        interpolation=data["interpolation"],
+        crop_fraction=data["crop_pct"],
+    )
+
+
+def _use_cifar_stem(net: nn.Module) -> None:
+    """A 3×3 convolution of stride 1 and no pooling, for small images. Its weights start at random."""
+    if isinstance(net, timm.models.resnet.ResNet):
+        net.conv1 = three_by_three(net.conv1)
+        net.maxpool = nn.Identity()
+    elif isinstance(net, timm.models.resnetv2.ResNetV2):
+        first = net.stem[0] if isinstance(net.stem, nn.Sequential) else net.stem
+        kept = [m for m in net.stem.modules() if isinstance(m, nn.Conv2d)]
+        net.stem = nn.Sequential()
+        net.stem.add_module("conv", three_by_three(nn.Sequential(first, *kept[1:])))
+    else:
+        raise UsageError(f"--stem cifar is for timm's ResNet and ResNetV2, not {type(net).__name__}")

@@ -1,0 +1,65 @@
+"""Networks of torchvision: `torchvision:NAME` or `torchvision:NAME.TAG`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torchvision import models
+
+from ..errors import UsageError, unknown
+from ..parts import Preprocessing
+from .stems import three_by_three
+
+
+def check_name(name: str) -> None:
+    """Raises UsageError, with the nearest matches, for a name that torchvision does not have."""
+    architecture, _, tag = name.partition(".")
+    classification = models.list_models(module=models)
+    if architecture not in classification:
+        raise unknown("torchvision model", name, classification)
+    tags = [weights.name for weights in models.get_model_weights(architecture)]
+    if tag and tag not in tags:
+        raise unknown(f"pretrained tag of {architecture}", tag, tags)
+
+
+def _weights(name: str) -> Any:
+    architecture, _, tag = name.partition(".")
+    choices = models.get_model_weights(architecture)
+    return choices[tag] if tag else choices.DEFAULT
+
+
+def build(name: str, *, pretrained: bool = False, num_classes: int | None = None, stem: str | None = None) -> nn.Module:
+    """The network, with the tag's weights where `pretrained`."""
+    check_name(name)
+    architecture = name.partition(".")[0]
+    if pretrained:
+        net = models.get_model(architecture, weights=_weights(name))
+        if num_classes is not None and num_classes != net.fc.out_features:
+            net.fc = nn.Linear(net.fc.in_features, num_classes)
+    else:
+        arguments: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+        net = models.get_model(architecture, weights=None, **arguments)
+    if stem == "cifar":
+        if not isinstance(net, models.ResNet):
+            raise UsageError(f"--stem cifar is for torchvision's ResNet, not {type(net).__name__}")
+        net.conv1 = three_by_three(net.conv1)
+        net.maxpool = nn.Identity()
+    return net
+
+
+def tag(name: str) -> str:
+    """The pretrained tag that the name stands for."""
+    return _weights(name).name
+
+
+def preprocessing(name: str) -> Preprocessing:
+    preset = _weights(name).transforms()
+    size, resize = preset.crop_size[0], preset.resize_size[0]
+    return Preprocessing(
+        size=size,
+        mean=tuple(preset.mean),
+        std=tuple(preset.std),
+        interpolation=preset.interpolation.value,
+        crop_fraction=size / resize,
+    )

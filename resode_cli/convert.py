@@ -1,0 +1,126 @@
+"""Write a source network as stages of 1/N-scaled residual steps, and verify that it is the same function."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor, nn
+
+from .adapters.discover import find_stages
+from .errors import ResodeError
+from .model import ModelInfo, OdeResNet, assemble
+from .parts import Preprocessing, Source, StageParts
+from .residual import GENERIC, LINEAR, Form
+from .stage import BlockSpec, StageSpec
+
+# Largest difference of logits, relative to their largest magnitude, that rounding explains where a
+# step is not computed as the block itself (smooth activations). Random deep networks amplify
+# rounding, so this is far above one unit in the last place and far below any wrong formula.
+ROUNDING = 1e-3
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The converted network against its source on one batch.
+
+    max_difference: largest absolute difference of the logits. top1_agreement: fraction of images.
+    """
+
+    batch: str
+    images: int
+    max_difference: float
+    top1_agreement: float
+    function_kept: bool
+
+    @property
+    def identical(self) -> bool:
+        return self.max_difference == 0.0
+
+
+def convert(source: Source, *, scheme: str = "euler", form: Form = "exact", images: int = 4) -> tuple[OdeResNet, Verification]:
+    """Convert `source`, whose network is used up, and compare logits on a fixed random batch.
+
+    Every step gets h = T/N with T = N, so Euler steps of exact residual functions are the source's
+    blocks. Raises ResodeError if they then do not agree.
+    """
+    net = source.net.eval()
+    batch = random_batch(source.preprocessing, images)
+    before = _logits(net, batch, str(source.spec))
+    specs = stage_specs(find_stages(net, batch), scheme=scheme, form=form)
+    info = ModelInfo(source.spec, source.preprocessing, before.shape[1])
+    model = assemble(net, specs, info).eval()
+    after = _logits(model, batch, "the converted network")
+    changed = any(_changes_function(model, name) for name in model.stages)
+    result = compare_logits(before, after, batch=f"random images, {batch.shape[-1]}×{batch.shape[-2]}", kept=not changed)
+    scale = before.abs().max().item()
+    if not changed and not result.max_difference <= ROUNDING * max(scale, 1.0):
+        raise ResodeError(
+            f"the converted network does not agree with {source.spec}:"
+            f" logits differ by {result.max_difference:.3g} (largest logit {scale:.3g}); nothing was written"
+        )
+    return model, result
+
+
+def _changes_function(model: OdeResNet, name: str) -> bool:
+    stage = model.stages[name]
+    clipped = stage.activation not in (LINEAR, GENERIC)
+    return stage.spec.depth > 0 and (stage.spec.scheme != "euler" or (stage.spec.form == "pre" and clipped))
+
+
+def stage_specs(parts: list[StageParts], *, scheme: str, form: Form) -> list[StageSpec]:
+    """Untied stages with T = N."""
+    seen: Counter[str] = Counter()
+    specs = []
+    for part in parts:
+        seen[part.container] += 1
+        count = seen[part.container]
+        specs.append(
+            StageSpec(
+                name=(part.container or "net") + (f"#{count}" if count > 1 else ""),
+                container=part.container,
+                transition=part.transition,
+                source_blocks=part.blocks,
+                blocks=tuple(BlockSpec(name, name) for name in part.blocks),
+                schedule=tuple(range(len(part.blocks))),
+                horizon=Fraction(len(part.blocks)),
+                scheme=scheme,
+                form=form,
+            )
+        )
+    return specs
+
+
+def random_batch(preprocessing: Preprocessing, images: int) -> Tensor:
+    """A fixed batch of normal noise (B, 3, H, W), for where there is no real data."""
+    size = preprocessing.size
+    return torch.randn(images, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def _logits(net: nn.Module, batch: Tensor, name: str) -> Tensor:
+    with torch.no_grad():
+        try:
+            logits = net(batch)
+        except ResodeError:
+            raise
+        except Exception as error:
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ResodeError(f"{name} fails on a batch of shape {tuple(batch.shape)}: {first}") from error
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ResodeError(f"{name} returns {shape} where logits (images, classes) are needed")
+    return logits
+
+
+def compare_logits(before: Tensor, after: Tensor, *, batch: str, kept: bool) -> Verification:
+    return Verification(
+        batch=batch,
+        images=len(before),
+        max_difference=(before - after).abs().max().item(),
+        top1_agreement=(before.argmax(1) == after.argmax(1)).double().mean().item(),
+        function_kept=kept,
+    )
+
+

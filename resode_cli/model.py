@@ -1,0 +1,213 @@
+"""OdeResNet: a source network whose stages are OdeStages, and what is known about it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+
+from .adapters.block_rules import read_rule
+from .errors import ResodeError, UsageError, first_few, unknown
+from .ode import Adjoint
+from .parts import BlockRule, Preprocessing, SourceSpec
+from .stage import OdeStage, StageSpec
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a model file says besides tensors and stages."""
+
+    source: SourceSpec
+    preprocessing: Preprocessing
+    num_classes: int
+    class_names: tuple[str, ...] | None = None
+    history: tuple[dict[str, object], ...] = field(default_factory=tuple)
+
+    def with_command(self, command: str, **settings: object) -> ModelInfo:
+        """The same, with one more command in the history."""
+        return replace(self, history=(*self.history, {"command": command, **settings}))
+
+
+class OdeResNet(nn.Module):
+    """Logits (B, K) of images (B, 3, H, W).
+
+    The source network stays in charge of everything outside its stages, so its stem, its head and
+    its own methods (`model.net.…`) are what they were.
+    """
+
+    def __init__(self, net: nn.Module, paths: dict[str, str], info: ModelInfo) -> None:
+        super().__init__()
+        self.net = net
+        self.paths = paths  # stage name -> path of its OdeStage in the network
+        self.info = info
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    @property
+    def stages(self) -> dict[str, OdeStage]:
+        """The stages by name, in order."""
+        found = {name: self.net.get_submodule(path) for name, path in self.paths.items()}
+        return {name: stage for name, stage in found.items() if isinstance(stage, OdeStage)}
+
+    def pick(self, names: Iterable[str] | None) -> dict[str, OdeStage]:
+        """The stages called `names`: names ('layer3') or places counted from 1 ('3'). All for None."""
+        stages = self.stages
+        if not names:
+            return stages
+        places = {str(i): name for i, name in enumerate(stages, start=1)}
+        picked = []
+        for name in names:
+            if name not in stages and name not in places:
+                raise unknown("stage", name, [*stages, *places])
+            picked.append(name if name in stages else places[name])
+        return {name: stage for name, stage in stages.items() if name in picked}
+
+    def replace_stage(self, name: str, stage: OdeStage) -> None:
+        path = self.paths[name]
+        self.net = _with_submodule(self.net, path, stage)
+
+    def use_adjoint(self, adjoint: Adjoint) -> None:
+        """Set the backward method of every stage."""
+        for stage in self.stages.values():
+            stage.use_adjoint(adjoint)
+
+    def use_scheme(self, scheme: str) -> None:
+        """Switch the forward rule of every stage. That changes the network's function."""
+        for stage in self.stages.values():
+            stage.use_scheme(scheme)
+
+    def file_name(self, key: str) -> str:
+        """A tensor's name in a model file, from its name in `self.net`.
+
+        They differ only where a container became several stages: each then holds some of the
+        children under their own names, one level further down.
+        """
+        for name, path in self.paths.items():
+            container = self.stages[name].spec.container
+            if path != container and key.startswith(path + "."):
+                return f"{container}.{key[len(path) + 1 :]}".lstrip(".")
+        return key
+
+    def file_state(self) -> dict[str, Tensor]:
+        """Every tensor under its name in a model file."""
+        return {self.file_name(key): value for key, value in self.net.state_dict().items()}
+
+    def load_file_state(self, tensors: dict[str, Tensor]) -> None:
+        """Load tensors under their file names. Raises ResodeError naming what does not fit."""
+        state = self.net.state_dict()
+        names = {self.file_name(key): key for key in state}
+        problems = describe_misfit({name: state[key] for name, key in names.items()}, tensors)
+        if problems:
+            raise ResodeError(problems)
+        self.net.load_state_dict({names[name]: value for name, value in tensors.items()})
+
+    def parameter_group(self, key: str) -> str:
+        """Which part a parameter of `self.net` belongs to: a stage's name, '<stage> transition',
+        'stem' (registered before the first stage) or 'head'."""
+        for name, path in self.paths.items():
+            if key.startswith(path + "."):
+                child = key[len(path) + 1 :].split(".")[0]
+                return f"{name} transition" if child in self.stages[name].spec.transition else name
+        order = [k for k, _ in self.net.named_parameters()]
+        first = next(i for i, k in enumerate(order) if any(k.startswith(p + ".") for p in self.paths.values()))
+        return "stem" if order.index(key) < first else "head"
+
+
+def describe_misfit(expected: dict[str, Tensor], given: dict[str, Tensor]) -> str:
+    """One line on missing, unexpected and wrongly shaped tensors; empty if all fit."""
+    missing = [k for k in expected if k not in given]
+    unexpected = [k for k in given if k not in expected]
+    shapes = [
+        f"{k} {tuple(given[k].shape)} instead of {tuple(expected[k].shape)}"
+        for k in expected
+        if k in given and expected[k].shape != given[k].shape
+    ]
+    kinds = (("missing", missing), ("unexpected", unexpected), ("wrong shape", shapes))
+    return "; ".join(f"{len(names)} {kind}: {first_few(names)}" for kind, names in kinds if names)
+
+
+def assemble(net: nn.Module, specs: Sequence[StageSpec], info: ModelInfo) -> OdeResNet:
+    """Replace the stages of a source network by OdeStages. `net` is used up."""
+    paths: dict[str, str] = {}
+    for container_path, group in groupby(specs, key=lambda spec: spec.container):
+        container = net.get_submodule(container_path)
+        children = dict(container.named_children())
+        stages = [(spec, _build_stage(spec, children)) for spec in group]
+        covered = [name for spec, _ in stages for name in (*spec.transition, *dict.fromkeys(spec.source_blocks))]
+        if len(stages) == 1 and isinstance(container, nn.Sequential) and set(covered) == set(children):
+            spec, stage = stages[0]
+            paths[spec.name] = container_path
+            net = _with_submodule(net, container_path, stage)
+            continue
+        rebuilt: dict[str, nn.Module] = {}
+        starts = {(*spec.transition, *spec.source_blocks)[0]: (spec, stage) for spec, stage in stages}
+        for name, child in children.items():
+            if name in starts:
+                spec, stage = starts[name]
+                paths[spec.name] = f"{container_path}.{name}".lstrip(".")
+                rebuilt[name] = stage
+            elif name not in covered:
+                rebuilt[name] = child
+        # Children keep their names, in a list too: iterating over it does not mind.
+        replacement = nn.Sequential() if isinstance(container, nn.Sequential) else nn.ModuleList()
+        for name, child in rebuilt.items():
+            replacement.add_module(name, child)
+        net = _with_submodule(net, container_path, replacement)
+    return OdeResNet(net, paths, info)
+
+
+def _build_stage(spec: StageSpec, children: dict[str, nn.Module]) -> OdeStage:
+    unused = [name for name in (*spec.transition, *(b.origin for b in spec.blocks)) if name not in children]
+    if unused:
+        raise ResodeError(f"stage {spec.name}: the source network has no block {unused[0]!r}")
+    rules: dict[str, BlockRule] = {}
+    blocks: list[nn.Module] = []
+    for block in spec.blocks:
+        module = children[block.origin]
+        if block.origin in rules:
+            module = copy.deepcopy(module)
+        else:
+            rules[block.origin] = read_rule(module)
+        blocks.append(module)
+    return OdeStage(
+        spec,
+        transition={name: children[name] for name in spec.transition},
+        blocks=blocks,
+        rules=[rules[block.origin] for block in spec.blocks],
+    )
+
+
+def _with_submodule(net: nn.Module, path: str, module: nn.Module) -> nn.Module:
+    """The network with one submodule replaced; the module itself for the empty path."""
+    if not path:
+        return module
+    parent, _, name = path.rpartition(".")
+    net.get_submodule(parent).register_module(name, module)
+    return net
+
+
+def freeze_batch_norm(model: nn.Module) -> None:
+    """Put BatchNorm layers in eval mode: running statistics are used and stay; scale and shift still train.
+
+    Call it after every `model.train()`, which puts them back.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+
+def as_device(name: str) -> torch.device:
+    """The device called `name`; 'auto' is the GPU where there is one. Raises UsageError if it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device {name!r} is not available: {str(error).splitlines()[0]}") from error
+    return device

@@ -1,0 +1,274 @@
+"""The one engine: a stage's forward pass, and its backward sweep by a plan.
+
+    a_n = a_{n+1} + h (∂Φ_n/∂x)ᵀ a_{n+1},      ∂L/∂θ += h (∂Φ_n/∂θ)ᵀ a_{n+1}
+
+with both Jacobians at the state that the plan supplies (equation 7 of the paper for Euler).
+x: state; a: adjoint ∂L/∂x; h: step size; n: step; N: depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ResodeError
+from .field import Evaluator, Field
+from .memory import kept_bytes
+from .plans import Plan, Prediction
+from .schemes import Scheme, reverse_euler
+
+
+@dataclass
+class Monitor:
+    """What the last passes through a stage did. Written by the engine, read by whoever asks.
+
+    drift: ‖x̃ − x‖ / ‖x‖ of the reconstructed against the true states, at the stage's input and at
+        every anchor: the largest. A 0-dim tensor on the state's device, so that writing it does not
+        wait for a GPU. None: nothing was reconstructed.
+    evaluations: branch evaluations of the backward sweep.
+    kept: bytes that the graph holds for the backward pass, parameters aside; counted if `count_kept`.
+    """
+
+    drift: Tensor | None = None
+    evaluations: int = 0
+    kept: int | None = None
+    count_kept: bool = False
+
+
+def solve(field: Field, scheme: Scheme, plan: Plan | None, x: Tensor, *, monitor: Monitor) -> Tensor:
+    """Run a stage from x_0 to x_N.
+
+    With a plan, the result's backward pass follows it; with None, autograd records every step.
+    Raises ResodeError if a block writes to its input.
+    """
+    if field.depth == 0:
+        return x
+    monitor.drift, monitor.evaluations, monitor.kept = None, 0, None
+    parameters = field.parameters()
+    with kept_bytes(parameters, enabled=monitor.count_kept) as count:
+        records = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters))
+        if plan is None or not records:
+            for x in _trajectory(Evaluator(field), scheme, x, 0, field.depth):
+                pass
+        else:
+            assert plan.depth == field.depth
+            x = _PlannedSolve.apply(x, _Call(field, scheme, plan, monitor, parameters), *parameters)
+    monitor.kept = count()
+    return x
+
+
+def _trajectory(r: Evaluator, scheme: Scheme, x: Tensor, start: int, stop: int) -> Iterator[Tensor]:
+    """The states x_{start+1} … x_stop of the forward rule."""
+    for n in range(start, stop):
+        version = _version(x)
+        following = scheme.advance(r, n, x)
+        if _version(x) != version:
+            name = type(r.field.residuals[r.field.schedule[n]].module).__name__
+            raise ResodeError(f"block {name} of step {n} writes to its input; make that operation out of place")
+        x = following
+        yield x
+
+
+def _version(x: Tensor) -> int:
+    """How often x was written to; not tracked in inference mode."""
+    return 0 if x.is_inference() else x._version
+
+
+@dataclass(frozen=True)
+class _Call:
+    field: Field
+    scheme: Scheme
+    plan: Plan
+    monitor: Monitor
+    parameters: tuple[nn.Parameter, ...]
+
+
+class _PlannedSolve(torch.autograd.Function):
+    """One Function per stage: a wrapper per block would cost hundreds of microseconds each.
+
+    Parameters are explicit inputs, so gradients come back once per parameter and DistributedData-
+    Parallel's hooks fire once, however many steps share a block.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, call: _Call, *parameters: Tensor) -> Tensor:
+        r = Evaluator(call.field, recording=True)
+        anchors = set(call.plan.anchors)
+        held = [x] if 0 in anchors else []
+        start = x
+        autocast = _Autocast.now(x.device.type)
+        with autocast.enter():
+            for n, x in enumerate(_trajectory(r, call.scheme, start, 0, call.field.depth), start=1):
+                if n in anchors:
+                    held.append(x)
+        # A reconstruction starts from x_N; x_0 is the monitor's reference. An exact plan needs neither.
+        ends = () if call.plan.exact else (start, x)
+        ctx.call, ctx.autocast, ctx.draws, ctx.n_ends = call, autocast, r.draws, len(ends)
+        # Saving the parameters too makes autograd refuse a backward after they were changed in place.
+        ctx.save_for_backward(*ends, *held, *parameters)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise ResodeError(
+                "double backward (create_graph=True) through a stage needs the adjoint method 'backprop'"
+            )
+        call: _Call = ctx.call
+        current = call.field.parameters()
+        if len(current) != len(call.parameters) or any(
+            a is not b for a, b in zip(current, call.parameters, strict=True)
+        ):
+            raise ResodeError(
+                "the stage's parameters were replaced between forward and backward"
+                " (functional_call needs the adjoint method 'backprop')"
+            )
+        saved: Sequence[Tensor] = ctx.saved_tensors
+        ends, states = saved[: ctx.n_ends], saved[ctx.n_ends : len(saved) - len(current)]
+        sweep = _Sweep(call, ends, dict(zip(call.plan.anchors, states, strict=True)), ctx.draws)
+        wanted = {id(p) for p, needed in zip(current, ctx.needs_input_grad[2:], strict=True) if needed}
+        with ctx.autocast.enter(), fixed_buffers(call.field.modules()):
+            adjoint, gradients = sweep.run(grad_outputs[0], wanted)
+        return (
+            adjoint if ctx.needs_input_grad[0] else None,
+            None,
+            *(gradients.get(id(p)) for p in current),
+        )
+
+
+class _Sweep:
+    """The backward sweep over one stage."""
+
+    def __init__(
+        self, call: _Call, ends: Sequence[Tensor], held: dict[int, Tensor], draws: dict[Any, Any]
+    ) -> None:
+        self.plan, self.scheme, self.monitor = call.plan, call.scheme, call.monitor
+        self.r = Evaluator(call.field, draws=draws)
+        self.h = call.field.step_size
+        self.held = held
+        self.start, self.carried = ends if ends else (None, None)
+
+    def run(self, adjoint: Tensor, wanted: set[int]) -> tuple[Tensor, dict[int, Tensor]]:
+        """From a_N to a_0, and the gradient of each wanted parameter, both by identity."""
+        per_block = [
+            [p for p in residual.module.parameters() if id(p) in wanted] for residual in self.r.field.residuals
+        ]
+        gradients: dict[int, Tensor] = {}
+        drifts: list[Tensor] = []
+        reconstructed = False  # whether the carried state is an estimate
+        for n in reversed(range(self.plan.depth)):
+            step = self.plan.steps[n]
+            state = self._state(n)
+            leaf = state.detach().requires_grad_()
+            self.r.used.clear()
+            with torch.enable_grad():
+                taped = self.scheme.increment(self.r, n, leaf)
+            inputs = {id(p): p for block in self.r.used for p in per_block[block]}
+            grad_state, *grads = torch.autograd.grad(
+                taped, [leaf, *inputs.values()], (adjoint * self.h).to(taped.dtype), allow_unused=True
+            )
+            if grad_state is not None:
+                adjoint = adjoint + grad_state
+            for key, grad in zip(inputs, grads, strict=True):
+                if grad is not None:
+                    gradients[key] = gradients[key] + grad if key in gradients else grad
+
+            increment = taped.detach()
+            if self.carried is not None:
+                if step.exact and reconstructed:
+                    drifts.append(_relative(self.carried, torch.add(state, increment, alpha=self.h)))
+                if step.carry_corrected:
+                    state = torch.sub(self.carried, increment, alpha=self.h)
+                self.carried = state
+            reconstructed = not step.exact
+        if reconstructed and self.carried is not None and self.start is not None:
+            drifts.append(_relative(self.carried, self.start))
+        self.monitor.drift = torch.stack(drifts).max() if drifts else None
+        self.monitor.evaluations = self.r.evaluations
+        return adjoint, gradients
+
+    def _state(self, n: int) -> Tensor:
+        """x̂_n, by the step's plan."""
+        step = self.plan.steps[n]
+        if step.prediction is Prediction.HELD:
+            return self.held.pop(n)
+        with torch.no_grad():
+            if step.prediction is Prediction.REPLAY:
+                return self._replay(n, step.hold)
+            assert self.carried is not None
+            if step.prediction is Prediction.REVERSE_EULER:
+                state = reverse_euler(self.scheme.increment, self.r, n, self.carried)
+            else:
+                state = self.scheme.step_back(self.r, n, self.carried)
+            for _ in range(step.corrections):
+                state = torch.sub(self.carried, self.scheme.increment(self.r, n, state), alpha=self.h)
+        return state
+
+    def _replay(self, n: int, hold: tuple[int, ...]) -> Tensor:
+        below = max(k for k in self.held if k <= n)
+        state = self.held[below]
+        for k, state in enumerate(_trajectory(self.r, self.scheme, state, below, n), start=below + 1):
+            if k in hold:
+                self.held[k] = state
+        return state
+
+
+def _relative(estimate: Tensor, truth: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(estimate - truth) / torch.linalg.vector_norm(truth)
+
+
+@dataclass(frozen=True)
+class _Autocast:
+    """The autocast state of the forward pass, to be entered again in the backward pass.
+
+    Without its weight cache: a weight cast under no_grad and then reused on the tape has lost its
+    gradient, silently.
+    """
+
+    device_type: str
+    enabled: bool
+    dtype: torch.dtype | None
+
+    @classmethod
+    def now(cls, device_type: str) -> _Autocast:
+        if not torch.amp.is_autocast_available(device_type):
+            return cls(device_type, False, None)
+        return cls(
+            device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+        )
+
+    def enter(self) -> AbstractContextManager[Any]:
+        if self.dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled, cache_enabled=False)
+
+
+@contextmanager
+def fixed_buffers(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Let modules in train mode update copies of their buffers, so that re-evaluations leave no trace.
+
+    BatchNorm's running statistics and counters then move once, in the forward pass, whatever the
+    number of evaluations; the same holds for any other module that keeps state in buffers.
+    """
+    originals: list[tuple[nn.Module, str, Tensor]] = []
+    seen: set[int] = set()
+    for module in (m for block in modules for m in block.modules()):
+        if module.training and id(module) not in seen:
+            seen.add(id(module))
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    originals.append((module, name, buffer))
+    try:
+        for module, name, buffer in originals:
+            module._buffers[name] = buffer.clone()
+        yield
+    finally:
+        for module, name, buffer in originals:
+            module._buffers[name] = buffer
+
+

@@ -1,0 +1,96 @@
+"""The residual function of a block: what its step adds to the state.
+
+x: state (B, C, H, W); g: the block's branch; a: the activation after the addition; B: the whole block.
+
+| block                          | r(x)             |
+| B(x) = x + g(x)                | g(x)             |
+| B(x) = relu(x + g(x))          | max(g(x), −x)    |
+| B(x) = a(x + g(x)), a smooth   | g + a(−(x + g)), since a(z) − a(−z) = z for SiLU, GELU, Hardswish |
+| any other shape-preserving B   | B(x) − x         |
+| `pre` form of a(x + g(x))      | g(a(x)): the clip is dropped, which changes the function |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import UsageError
+from .ode import Residual
+
+Form = Literal["exact", "pre"]
+FORMS: tuple[Form, ...] = ("exact", "pre")
+
+# Activations with a(z) − a(−z) = z, for which the residual needs no second evaluation of the branch.
+# The keys name what follows the addition in a block; they are stored in model files.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "hardswish": F.hardswish,
+}
+LINEAR = "linear"
+GENERIC = "generic"  # the branch is not known apart from the block
+
+
+def activation_name(module: nn.Module | None) -> str:
+    """The name of an activation module in ACTIVATIONS, 'linear' for none, else 'generic'."""
+    if module is None or isinstance(module, nn.Identity):
+        return LINEAR
+    if isinstance(module, nn.GELU):
+        return "gelu_tanh" if module.approximate == "tanh" else "gelu"
+    # timm has its own classes of the same names; subclasses with other behaviour have other names.
+    name = type(module).__name__.lower()
+    return {"relu": "relu", "silu": "silu", "swish": "silu", "hardswish": "hardswish"}.get(name, GENERIC)
+
+
+@dataclass(frozen=True, eq=False)
+class BlockResidual(Residual):
+    """r of one block.
+
+    branch: g, as a function of the block's module and the state; for a generic block, B itself.
+    activation: the name of what follows the addition, 'linear' or 'generic'.
+    """
+
+    module: nn.Module
+    branch: Callable[[nn.Module, Tensor], Tensor]
+    activation: str
+    form: Form = "exact"
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.activation == GENERIC:
+            return self.branch(self.module, x) - x
+        if self.activation == LINEAR:
+            return self.branch(self.module, x)
+        if self.form == "pre":
+            return self.branch(self.module, ACTIVATIONS[self.activation](x))
+        g = self.branch(self.module, x)
+        total = x + g
+        if self.activation == "relu":
+            # Not torch.maximum(g, -x): it splits the gradient at ties, and zero-initialised last
+            # norms (g = 0) on post-ReLU states (x = 0) make ties everywhere.
+            return torch.where(total > 0, g, -x)
+        return g + ACTIVATIONS[self.activation](-total)
+
+    def step(self, x: Tensor, h: float) -> Tensor:
+        """x + h r(x). At h = 1 that is the block itself, computed so to the last bit."""
+        if h == 1.0 and self.activation == GENERIC:
+            return self.branch(self.module, x)
+        if h == 1.0 and self.activation != LINEAR and self.form == "exact":
+            return ACTIVATIONS[self.activation](x + self.branch(self.module, x))
+        return torch.add(x, self(x), alpha=h)
+
+
+def check_form(form: Form, activation: str, block: str) -> None:
+    """Refuse the `pre` form for a block whose branch is not known apart from the block."""
+    if form == "pre" and activation == GENERIC:
+        raise UsageError(
+            f"form 'pre' needs the branch of block {block}, but only the block as a whole is known;"
+            " use --form exact"
+        )

@@ -1,0 +1,153 @@
+"""OdeStage: a transition followed by N residual steps, held as distinct blocks and a schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ResodeError
+from .ode import SCHEMES, Adjoint, Field, Monitor, solve
+from .parts import BlockRule
+from .residual import ACTIVATIONS, BlockResidual, Form, check_form
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """One distinct block: its name in the file, and the source block whose structure it has."""
+
+    name: str
+    origin: str
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """Everything about a stage but its tensors; this is what a model file stores.
+
+    name: unique in the model: the container, and '#2' and so on where it holds several stages.
+    container: path in the source network of the sequence of blocks, e.g. 'layer1'.
+    transition: names of the transition blocks.
+    source_blocks: names of the container's children that the source's own steps were.
+    blocks: the distinct blocks.
+    schedule: which distinct block step n uses; its length is the depth N.
+    horizon: T; a fraction, so that T/N is the same number however it was reached.
+    scheme: forward rule. form: of the residual functions.
+    """
+
+    name: str
+    container: str
+    transition: tuple[str, ...]
+    source_blocks: tuple[str, ...]
+    blocks: tuple[BlockSpec, ...]
+    schedule: tuple[int, ...]
+    horizon: Fraction
+    scheme: str = "euler"
+    form: Form = "exact"
+
+    @property
+    def depth(self) -> int:
+        return len(self.schedule)
+
+    @property
+    def step_size(self) -> float:
+        """h = T/N, rounded once."""
+        return float(self.horizon / self.depth) if self.depth else 0.0
+
+    @property
+    def kind(self) -> str:
+        """How the steps share blocks: untied, tied, or runs of equal weights."""
+        if self.schedule == tuple(range(self.depth)):
+            return "untied"
+        return "tied" if len(set(self.schedule)) == 1 else "runs"
+
+
+class OdeStage(nn.Module):
+    """x_0 = transition(x); x_{n+1} = x_n + h Φ_n(x_n), n = 0 … N-1; returns x_N.
+
+    In `pre` form the steps' clip is dropped and the activation is applied once, to x_N.
+    The state (B, C, H, W) is float32 under autocast, whatever dtype the branches compute in.
+    Children keep the names they have in the source network, so parameters do too.
+
+    adjoint: the method of the backward pass; see `resode_cli.ode.METHODS`.
+    monitor: what the last passes did (drift, evaluations).
+    """
+
+    def __init__(
+        self,
+        spec: StageSpec,
+        *,
+        transition: Mapping[str, nn.Module],
+        blocks: Sequence[nn.Module],
+        rules: Sequence[BlockRule],
+    ) -> None:
+        super().__init__()
+        for name, module in transition.items():
+            self._add(name, module)
+        for block, module, rule in zip(spec.blocks, blocks, rules, strict=True):
+            check_form(spec.form, rule.activation, f"{spec.name}.{block.origin}")
+            self._add(block.name, module)
+        self.spec = spec
+        self.rules = tuple(rules)
+        self.adjoint = Adjoint("backprop")
+        self.monitor = Monitor()
+
+    def _add(self, name: str, module: nn.Module) -> None:
+        if hasattr(self, name):
+            raise ResodeError(f"the block name {name!r} clashes with another block or an attribute of a stage")
+        self.add_module(name, module)
+
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """The distinct residual blocks."""
+        return tuple(self.get_submodule(block.name) for block in self.spec.blocks)
+
+    @property
+    def transition(self) -> tuple[nn.Module, ...]:
+        return tuple(self.get_submodule(name) for name in self.spec.transition)
+
+    @property
+    def activation(self) -> str:
+        """What follows the addition in the source's blocks."""
+        return self.rules[0].activation if self.rules else "linear"
+
+    def residuals(self) -> tuple[BlockResidual, ...]:
+        return tuple(
+            BlockResidual(module, rule.branch, rule.activation, self.spec.form)
+            for module, rule in zip(self.blocks, self.rules, strict=True)
+        )
+
+    def field(self) -> Field:
+        return Field(self.residuals(), self.spec.schedule, self.spec.step_size)
+
+    def use_scheme(self, scheme: str) -> None:
+        """Switch the forward rule. That changes the network's function."""
+        self.spec = replace(self.spec, scheme=scheme)
+
+    def use_adjoint(self, adjoint: Adjoint) -> None:
+        """Set the method of the backward pass. Raises UsageError if the forward rule does not suit it."""
+        adjoint.plan(self.spec.depth, self.spec.scheme)
+        self.adjoint = adjoint
+
+    def forward(self, x: Tensor) -> Tensor:
+        if getattr(self, "_is_replica", False):
+            raise ResodeError("nn.DataParallel is not supported; use DistributedDataParallel")
+        for block in self.transition:
+            x = block(x)
+        if self.spec.depth == 0:
+            return x
+        if torch.is_autocast_enabled(x.device.type) and x.dtype in (torch.float16, torch.bfloat16):
+            x = x.float()
+        plan = self.adjoint.plan(self.spec.depth, self.spec.scheme)
+        x = solve(self.field(), SCHEMES[self.spec.scheme], plan, x, monitor=self.monitor)
+        if self.spec.form == "pre" and self.activation in ACTIVATIONS:
+            x = ACTIVATIONS[self.activation](x)
+        return x
+
+    def extra_repr(self) -> str:
+        spec = self.spec
+        return f"steps={spec.depth}, horizon={spec.horizon}, scheme={spec.scheme}, form={spec.form}"
+
+
