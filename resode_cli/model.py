@@ -31,6 +31,10 @@ class ModelInfo:
         """The same, with one more command in the history."""
         return replace(self, history=(*self.history, {"command": command, **settings}))
 
+    def with_classes(self, names: Sequence[str]) -> ModelInfo:
+        """The same, with the names of its classes."""
+        return replace(self, class_names=tuple(names))
+
 
 class OdeResNet(nn.Module):
     """Logits (B, K) of images (B, 3, H, W).

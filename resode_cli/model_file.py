@@ -134,6 +134,15 @@ def load(path: str | Path, *, source: str | None = None) -> OdeResNet:
     """
     path = Path(path)
     tensors, metadata = read_tensors(path)
+    if "run" in metadata:
+        raise ResodeError(f"{path}: the state of a run, not a model; its folder holds best and last models")
+    return from_tensors(path, tensors, metadata, source=source)
+
+
+def from_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any], *, source: str | None = None
+) -> OdeResNet:
+    """The model that a file's metadata describes, with the given tensors."""
     try:
         info, specs = _parse(metadata)
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:

@@ -1,0 +1,453 @@
+"""Train a model on labelled images, with the backward pass of one's choice."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from torch import Tensor
+
+from . import model_file, run_folder
+from .data import Batch, ImageData, batches
+from .errors import ResodeError, UsageError, unknown
+from .evaluate import Evaluation, evaluate
+from .model import OdeResNet, freeze_batch_norm
+from .ode import Adjoint, required_scheme
+
+SCHEDULES = ("cosine", "step", "constant")
+AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+ON_DRIFT = ("warn", "anchors", "stop")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides what a run does, but model, data and device.
+
+    epochs, max_steps: the run ends at whichever comes first; the learning-rate schedule ends there too.
+    lr: of the largest; schedule: cosine to 0, step (a tenth at one half and at three quarters) or constant.
+    warmup: steps of linear increase from 0. clip_grad: largest norm of the gradient; None: no clipping.
+    optimizer: any name that timm knows; 'momentum' is classical SGD with momentum.
+    stages: train only these stages' parameters, transitions included; None: everything.
+    bn: 'frozen' uses the running statistics and keeps them, 'batch' normalises by the batch.
+    drift_tolerance: of ‖x̃ − x‖ / ‖x‖; on_drift: past it warn once per stage, move the stage to
+        anchors (exact gradients, more memory), or stop.
+    log_every, save_every: steps. eval_every: epochs.
+    """
+
+    adjoint: str = "checkpoint"
+    anchors: int | None = None
+    epochs: int = 1
+    max_steps: int | None = None
+    batch_size: int = 128
+    lr: float = 1e-3
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    clip_grad: float | None = None
+    optimizer: str = "momentum"
+    schedule: str = "cosine"
+    warmup: int = 0
+    stages: tuple[str, ...] | None = None
+    bn: str = "frozen"
+    amp: str = "none"
+    seed: int = 0
+    drift_tolerance: float = 0.1
+    on_drift: str = "warn"
+    log_every: int = 20
+    save_every: int = 100
+    eval_every: int = 1
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("schedule", self.schedule, SCHEDULES),
+            ("BatchNorm mode", self.bn, ("frozen", "batch")),
+            ("amp", self.amp, tuple(AMP)),
+            ("on-drift", self.on_drift, ON_DRIFT),
+        ):
+            if value not in allowed:
+                raise unknown(name, value, allowed)
+        for name in ("epochs", "batch_size", "log_every", "save_every", "eval_every"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 1 or more")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise UsageError(f"--max-steps {self.max_steps}: must be 1 or more")
+        if self.lr <= 0:
+            raise UsageError(f"--lr {self.lr}: must be above 0")
+        Adjoint(self.adjoint, self.anchors)
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One training step, for a progress display. Loss and accuracy are of this batch."""
+
+    step: int
+    total: int
+    epoch: int
+    loss: float
+    accuracy: float
+    lr: float
+    images_per_second: float
+    peak_bytes: int
+    drift: dict[str, float]
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """before, after: on the test split; best: the epoch's evaluation with the highest top-1."""
+
+    steps: int
+    total_steps: int
+    before: Evaluation | None
+    after: Evaluation | None
+    best_top1: float
+    seconds: float
+    peak_bytes: int
+    interrupted: bool
+    switched: dict[str, float] | None = None
+    moved_to_anchors: tuple[str, ...] = ()
+
+
+@dataclass
+class Progress:
+    """How far a run is: everything that a resumed run needs besides tensors."""
+
+    step: int = 0
+    best_top1: float = -1.0
+    switched: dict[str, float] | None = None
+    moved_to_anchors: list[str] = field(default_factory=list)
+    warned: list[str] = field(default_factory=list)
+    window: list[list[float]] = field(default_factory=list)  # (loss, accuracy, drift …) since the last log row
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """What a caller wants to hear. `should_stop` is asked after every step."""
+
+    on_step: Callable[[StepRecord], None] = lambda record: None
+    on_message: Callable[[str], None] = lambda message: None
+    should_stop: Callable[[], bool] = lambda: False
+
+
+def finetune(
+    model: OdeResNet,
+    train: ImageData,
+    test: ImageData | None,
+    *,
+    out: Path,
+    settings: Settings,
+    device: torch.device,
+    callbacks: Callbacks | None = None,
+    resume: run_folder.State | None = None,
+) -> FinetuneResult:
+    """Minimise the cross-entropy on `train`; write best, last, log and state files to the folder `out`.
+
+    The order of images and their augmentation follow from the seed, so a resumed run repeats what
+    the uninterrupted one would have done, bit for bit on one device.
+
+    Raises ResodeError if the loss stops being finite, or on drift past the tolerance with 'stop'.
+    """
+    return _Run(model, train, test, out, settings, device, callbacks or Callbacks(), resume).run()
+
+
+class _Run:
+    def __init__(
+        self,
+        model: OdeResNet,
+        train: ImageData,
+        test: ImageData | None,
+        out: Path,
+        settings: Settings,
+        device: torch.device,
+        callbacks: Callbacks,
+        resume: run_folder.State | None,
+    ) -> None:
+        self.model, self.train, self.test, self.out = model.to(device), train, test, out
+        self.settings, self.device, self.callbacks = settings, device, callbacks
+        self.per_epoch = max(len(train) // settings.batch_size, 1)
+        total = self.per_epoch * settings.epochs
+        self.total = min(total, settings.max_steps or total)
+        self.progress = Progress()
+        self.stage_names = [name for name, stage in model.stages.items() if stage.spec.depth]
+        self._choose_parameters()
+        if resume is None:
+            torch.manual_seed(settings.seed)
+            self._set_adjoint()
+        else:
+            self.progress = Progress(**resume.progress)
+            model.use_adjoint(Adjoint(settings.adjoint, settings.anchors))
+            for name in self.progress.moved_to_anchors:
+                model.stages[name].use_adjoint(Adjoint("checkpoint"))
+        self.optimizer = create_optimizer_v2(
+            model,
+            opt=settings.optimizer,
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            momentum=settings.momentum,
+        )
+        self.scheduler = _scheduler(self.optimizer, settings, self.total)
+        amp = settings.amp == "fp16"
+        self.scaler = torch.amp.GradScaler(device.type, enabled=amp)
+        if resume is not None:
+            resume.restore(self.optimizer, self.scaler, device)
+
+    def _choose_parameters(self) -> None:
+        if self.settings.stages is None:
+            return
+        chosen = self.model.pick(self.settings.stages)
+        self.model.requires_grad_(False)
+        for stage in chosen.values():
+            stage.requires_grad_(True)
+
+    def _set_adjoint(self) -> None:
+        """Set the backward method; switch the forward rule where the method is tied to one, saying so."""
+        adjoint = Adjoint(self.settings.adjoint, self.settings.anchors)
+        scheme = required_scheme(adjoint.method)
+        if scheme is not None and any(self.model.stages[n].spec.scheme != scheme for n in self.stage_names):
+            batch = self._some_images()
+            self.model.eval()
+            with torch.no_grad():
+                before = self.model(batch)
+                self.model.use_scheme(scheme)
+                after = self.model(batch)
+            self.progress.switched = {
+                "max_logit_difference": (before - after).abs().max().item(),
+                "top1_agreement": (before.argmax(1) == after.argmax(1)).double().mean().item(),
+            }
+            self.callbacks.on_message(
+                f"adjoint {adjoint.method}: the forward rule is now {scheme}; on {len(batch)} images the logits"
+                f" changed by up to {self.progress.switched['max_logit_difference']:.3g}, and"
+                f" {self.progress.switched['top1_agreement']:.1%} of the predictions stayed"
+            )
+            self.model.info = self.model.info.with_command(
+                "switch-scheme", scheme=scheme, **self.progress.switched
+            )
+        self.model.use_adjoint(adjoint)
+
+    def _some_images(self) -> Tensor:
+        data = self.test if self.test is not None else self.train
+        return next(batches(data, 32)).images.to(self.device)
+
+    def run(self) -> FinetuneResult:
+        settings, progress = self.settings, self.progress
+        self.out.mkdir(parents=True, exist_ok=True)
+        log = run_folder.Log(self.out / "log.csv", self.stage_names, keep_up_to=progress.step)
+        began = time.perf_counter()
+        before = after = None
+        if progress.step == 0 and self.test is not None:
+            before = self._evaluate()
+            log.test(0, 0, before)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        interrupted = False
+        for batch in self._batches():
+            record = self._step(batch)
+            self.callbacks.on_step(record)
+            progress.window.append([record.loss, record.accuracy, *record.drift.values()])
+            if progress.step % settings.log_every == 0 or progress.step == self.total:
+                log.train(record, progress.window)
+                progress.window.clear()
+            end_of_epoch = progress.step % self.per_epoch == 0
+            last = progress.step == self.total
+            interrupted = not last and self.callbacks.should_stop()
+            due = end_of_epoch and (progress.step // self.per_epoch) % settings.eval_every == 0
+            if self.test is not None and (due or last) and not interrupted:
+                after = self._evaluate()
+                log.test(progress.step, record.epoch, after)
+                if after.top1 > progress.best_top1:
+                    progress.best_top1 = after.top1
+                    self._save_model("best")
+            if interrupted or last or progress.step % settings.save_every == 0:
+                self._save_state()
+            if interrupted:
+                break
+        return FinetuneResult(
+            progress.step,
+            self.total,
+            before,
+            after,
+            progress.best_top1,
+            time.perf_counter() - began,
+            peak_bytes(self.device),
+            interrupted,
+            progress.switched,
+            tuple(progress.moved_to_anchors),
+        )
+
+    def _batches(self) -> Iterator[Batch]:
+        """Training batches from where the run stands, epoch after epoch."""
+        while self.progress.step < self.total:
+            epoch, done = divmod(self.progress.step, self.per_epoch)
+            self.train.epoch = epoch
+            generator = torch.Generator().manual_seed(self.settings.seed + 7919 * epoch)
+            order = torch.randperm(len(self.train), generator=generator).tolist()
+            epoch_batches = batches(
+                self.train,
+                self.settings.batch_size,
+                order=order,
+                workers=self.settings.workers,
+                drop_last=True,
+                skip=done,
+            )
+            for batch in epoch_batches:
+                if self.progress.step == self.total:
+                    return
+                if len(batch.labels) == 0:
+                    raise ResodeError(f"a whole batch of corrupt images: {batch.skipped[0]} and others")
+                yield batch
+
+    def _step(self, batch: Batch) -> StepRecord:
+        settings = self.settings
+        began = time.perf_counter()
+        self.scheduler.step_update(self.progress.step)
+        self.model.train()
+        if settings.bn == "frozen":
+            freeze_batch_norm(self.model)
+        images, labels = batch.images.to(self.device), batch.labels.to(self.device)
+        with self._autocast():
+            logits = self.model(images)
+        loss = F.cross_entropy(logits.float(), labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        # One transfer per step: the loss, the accuracy and every stage's drift together.
+        accuracy = (logits.argmax(1) == labels).float().mean()
+        drifts = [self._drift(name) for name in self.stage_names]
+        loss_value, accuracy_value, *drift_values = torch.stack([loss.detach().float(), accuracy, *drifts]).tolist()
+        self._check(loss_value, dict(zip(self.stage_names, drift_values, strict=True)))
+        if settings.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_grad)
+        lr = max(group["lr"] for group in self.optimizer.param_groups)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.progress.step += 1
+        return StepRecord(
+            self.progress.step,
+            self.total,
+            (self.progress.step - 1) // self.per_epoch + 1,
+            loss_value,
+            accuracy_value,
+            lr,
+            len(labels) / (time.perf_counter() - began),
+            peak_bytes(self.device),
+            dict(zip(self.stage_names, drift_values, strict=True)),
+        )
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        dtype = AMP[self.settings.amp]
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
+
+    def _drift(self, name: str) -> Tensor:
+        """The stage's drift, or NaN where nothing was reconstructed."""
+        drift = self.model.stages[name].monitor.drift
+        return torch.tensor(math.nan, device=self.device) if drift is None else drift.float()
+
+    def _check(self, loss: float, drift: dict[str, float]) -> None:
+        """Never go on silently with a wrong gradient."""
+        if not math.isfinite(loss):
+            raise ResodeError(
+                f"the loss is {loss} at step {self.progress.step + 1};"
+                f" {self.out / run_folder.STATE} holds the last saved step. Try a lower --lr, --clip-grad,"
+                " or --adjoint checkpoint"
+            )
+        for name, value in drift.items():
+            reconstructed = self.model.stages[name].monitor.drift is not None
+            if not reconstructed or value <= self.settings.drift_tolerance:
+                continue
+            what = (
+                f"stage {name}: its reconstructed states are off by {value:.2g} of their size"
+                f" (tolerance {self.settings.drift_tolerance:g}), so its gradient is not backprop's"
+            )
+            if self.settings.on_drift == "stop":
+                raise ResodeError(f"{what}; stopped at step {self.progress.step + 1} (--on-drift stop)")
+            if self.settings.on_drift == "anchors":
+                self.callbacks.on_message(f"{what}; it is moved to anchors from the next step on")
+                self.model.stages[name].use_adjoint(Adjoint("checkpoint"))
+                self.progress.moved_to_anchors.append(name)
+            elif name not in self.progress.warned:
+                self.callbacks.on_message(f"{what}; --on-drift anchors would make it exact")
+                self.progress.warned.append(name)
+
+    def _evaluate(self) -> Evaluation:
+        assert self.test is not None
+        data = batches(self.test, max(self.settings.batch_size, 100), workers=self.settings.workers)
+        return evaluate(self.model, data, device=self.device)
+
+    def _described(self) -> OdeResNet:
+        """The model with this run in its history."""
+        info = self.model.info.with_command(
+            "finetune",
+            data=self.train.name,
+            steps=self.progress.step,
+            **{k: v for k, v in asdict(self.settings).items() if v is not None},
+        )
+        names = self.train.class_names
+        described = OdeResNet(self.model.net, self.model.paths, info.with_classes(names))
+        return described
+
+    def _save_model(self, name: str) -> None:
+        model_file.save(self._described(), self.out / f"{name}.safetensors")
+
+    def _save_state(self) -> None:
+        """The state first: it alone is enough to go on; the last model is there for the other commands."""
+        run_folder.save_state(
+            self.out / run_folder.STATE,
+            self.model,
+            optimizer=self.optimizer,
+            scaler=self.scaler,
+            progress=asdict(self.progress),
+            settings=asdict(self.settings),
+            fingerprint=self.fingerprint(self.train, self.settings),
+        )
+        self._save_model("last")
+
+    @staticmethod
+    def fingerprint(train: ImageData, settings: Settings) -> dict[str, Any]:
+        """What must not change under a resumed run: its position in the data would mean something else."""
+        return {"images": len(train), "batch_size": settings.batch_size, "seed": settings.seed}
+
+
+def check_resumable(state: run_folder.State, train: ImageData, settings: Settings) -> None:
+    """Raises UsageError for a run whose data, batch size or seed are not the ones it began with."""
+    now = _Run.fingerprint(train, settings)
+    changed = [f"{k} was {state.fingerprint[k]}, is {v}" for k, v in now.items() if state.fingerprint.get(k) != v]
+    if changed:
+        raise UsageError(f"--resume cannot change the order of images: {'; '.join(changed)}")
+
+
+def _scheduler(optimizer: torch.optim.Optimizer, settings: Settings, total: int) -> Any:
+    """timm's scheduler, in steps. It is a function of the step alone, so it has no state to save."""
+    kind: dict[str, Any] = {
+        "cosine": {"sched": "cosine"},
+        "step": {"sched": "multistep", "decay_milestones": [total // 2, total * 3 // 4], "decay_rate": 0.1},
+        "constant": {"sched": "step", "decay_epochs": 1, "decay_rate": 1.0},
+    }[settings.schedule]
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        num_epochs=total,
+        warmup_epochs=settings.warmup,
+        warmup_lr=0.0,
+        step_on_epochs=False,
+        updates_per_epoch=1,
+        **kind,
+    )
+    return scheduler
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Largest memory so far: allocated on a GPU, resident size of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,179 @@
+"""The folder of a training run: log.csv, best and last model, and the state that a resumed run needs.
+
+The state is one safetensors file, written atomically: tensors of the model, the optimizer and the
+generators, and everything else as JSON. No pickle.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import model_file
+from .errors import ResodeError, UsageError
+from .model import OdeResNet
+
+if TYPE_CHECKING:
+    from .evaluate import Evaluation
+    from .finetune import StepRecord
+
+STATE = "state.safetensors"
+
+
+@dataclass(frozen=True)
+class State:
+    """A saved run. `restore` puts the optimizer, the scaler and the generators back."""
+
+    model: OdeResNet
+    progress: dict[str, Any]
+    settings: dict[str, Any]
+    fingerprint: dict[str, Any]
+    optimizer_tensors: dict[str, Tensor]
+    optimizer_values: dict[str, Any]
+    scaler: dict[str, Any]
+    generators: dict[str, Tensor]
+
+    def restore(
+        self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, device: torch.device
+    ) -> None:
+        state: dict[int, dict[str, Any]] = {}
+        for place, values in self.optimizer_values.items():
+            state.setdefault(int(place), {}).update(values)
+        for name, tensor in self.optimizer_tensors.items():
+            place, _, key = name.partition("/")
+            state.setdefault(int(place), {})[key] = tensor
+        current = optimizer.state_dict()
+        if len(state) > sum(len(group["params"]) for group in current["param_groups"]):
+            raise UsageError("--resume: the saved run trained other parameters; give it the same --stage")
+        optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})
+        if self.scaler and scaler.is_enabled():
+            scaler.load_state_dict(self.scaler)
+        torch.set_rng_state(self.generators["cpu"])
+        if "cuda" in self.generators and device.type == "cuda":
+            torch.cuda.set_rng_state(self.generators["cuda"], device)
+
+
+def save_state(
+    path: Path,
+    model: OdeResNet,
+    *,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    progress: dict[str, Any],
+    settings: dict[str, Any],
+    fingerprint: dict[str, Any],
+) -> None:
+    """Write everything a resumed run needs, atomically."""
+    tensors = {f"model/{name}": value for name, value in model.file_state().items()}
+    values: dict[str, dict[str, Any]] = {}
+    for place, entries in optimizer.state_dict()["state"].items():
+        for key, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer/{place}/{key}"] = value
+            else:
+                values.setdefault(str(place), {})[key] = value
+    tensors["generator/cpu"] = torch.get_rng_state()
+    if next(model.parameters()).is_cuda:
+        tensors["generator/cuda"] = torch.cuda.get_rng_state(next(model.parameters()).device)
+    metadata = {
+        **model_file.model_metadata(model),
+        "run": {
+            "progress": progress,
+            "settings": settings,
+            "fingerprint": fingerprint,
+            "optimizer": values,
+            "scaler": scaler.state_dict(),
+        },
+    }
+    model_file.write_tensors(path, tensors, metadata)
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The settings of the run in `folder`."""
+    return _run_metadata(folder)["settings"]
+
+
+def _run_metadata(folder: Path) -> dict[str, Any]:
+    if not (folder / STATE).is_file():
+        raise UsageError(f"nothing to resume: {str(folder / STATE)!r} does not exist")
+    metadata = model_file.read_metadata(folder / STATE)
+    if "run" not in metadata:
+        raise ResodeError(f"{folder / STATE}: not the state of a run")
+    return metadata["run"]
+
+
+def load_state(folder: Path) -> State:
+    """The run saved in `folder`. Raises UsageError if there is none."""
+    run = _run_metadata(folder)
+    tensors, metadata = model_file.read_tensors(folder / STATE)
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "generator": {}}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition("/")
+        parts[part][rest] = tensor
+    model = model_file.from_tensors(folder / STATE, parts["model"], metadata)
+    return State(
+        model,
+        run["progress"],
+        run["settings"],
+        run["fingerprint"],
+        parts["optimizer"],
+        run["optimizer"],
+        run["scaler"],
+        parts["generator"],
+    )
+
+
+class Log:
+    """log.csv: a row of means over the last steps, and a row per evaluation.
+
+    Columns: split, step, epoch, loss, top1, lr, images_per_second, peak_bytes and the largest drift
+    of each stage since the last row. Fractions, bytes, seconds; empty where there is nothing to say.
+    """
+
+    def __init__(self, path: Path, stages: Sequence[str], *, keep_up_to: int) -> None:
+        """keep_up_to: of an existing log, keep the rows up to this step; 0 starts a new one."""
+        self.path = path
+        self.fields = ["split", "step", "epoch", "loss", "top1", "lr", "images_per_second", "peak_bytes"]
+        self.fields += [f"drift_{name}" for name in stages]
+        self.stages = stages
+        rows: list[dict[str, Any]] = []
+        if keep_up_to and path.is_file():
+            with path.open(newline="") as file:
+                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= keep_up_to]
+        with model_file.atomic_path(path) as temporary, temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.fields, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def _write(self, row: dict[str, Any]) -> None:
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, self.fields).writerow(row)
+
+    def train(self, record: StepRecord, window: Sequence[Sequence[float]]) -> None:
+        losses, accuracies, *drifts = zip(*window, strict=True)
+        row: dict[str, Any] = {
+            "split": "train",
+            "step": record.step,
+            "epoch": record.epoch,
+            "loss": sum(losses) / len(losses),
+            "top1": sum(accuracies) / len(accuracies),
+            "lr": record.lr,
+            "images_per_second": round(record.images_per_second, 1),
+            "peak_bytes": record.peak_bytes,
+        }
+        for name, values in zip(self.stages, drifts, strict=True):
+            known = [v for v in values if not math.isnan(v)]
+            row[f"drift_{name}"] = max(known) if known else ""
+        self._write(row)
+
+    def test(self, step: int, epoch: int, evaluation: Evaluation) -> None:
+        self._write(
+            {"split": "test", "step": step, "epoch": epoch, "loss": evaluation.loss, "top1": evaluation.top1}
+        )
