@@ -138,9 +138,7 @@ def check_gradients(
 
 
 @contextmanager
-def _measuring(
-    model: OdeResNet, schemes: dict[str, str], scheme: str | None, batch_norm: str
-) -> Iterator[None]:
+def _measuring(model: OdeResNet, schemes: dict[str, str], scheme: str | None, batch_norm: str) -> Iterator[None]:
     """Train mode with the chosen BatchNorm policy and forward rule; everything is put back afterwards."""
     training = {module: module.training for module in model.modules()}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -271,6 +269,4 @@ def sweep_depths(
             for stage_gradient in method.stages:
                 key = (method.name, stage_gradient.stage)
                 errors.setdefault(key, []).append(stage_gradient.relative_error)
-    return tuple(
-        SweepRow(method, stage, tuple(depths), tuple(values)) for (method, stage), values in errors.items()
-    )
+    return tuple(SweepRow(method, stage, tuple(depths), tuple(values)) for (method, stage), values in errors.items())

@@ -92,7 +92,9 @@ class ImageData(Dataset[tuple[Tensor, int] | str]):
             where = self.samples.samples[index][0] if hasattr(self.samples, "samples") else f"image {index}"
             if self.skip_corrupt:
                 return str(where)
-            raise ResodeError(f"{where}: not a readable image ({error}); --skip-corrupt leaves such files out") from error
+            raise ResodeError(
+                f"{where}: not a readable image ({error}); --skip-corrupt leaves such files out"
+            ) from error
         if self.seed is None:
             return self.transform(image), int(label)
         with torch.random.fork_rng(devices=[]):
@@ -196,11 +198,8 @@ def batches(
     chunks = [list(order[i : i + batch_size]) for i in range(0, len(order), batch_size)]
     if drop_last and len(chunks) > 1 and len(chunks[-1]) < batch_size:
         chunks.pop()
-    loader: DataLoader[Any] = DataLoader(
-        data, batch_sampler=chunks[skip:], num_workers=workers, collate_fn=_collate
-    )
-    for batch in loader:
-        yield batch
+    loader: DataLoader[Any] = DataLoader(data, batch_sampler=chunks[skip:], num_workers=workers, collate_fn=_collate)
+    yield from loader
 
 
 def _collate(items: Sequence[tuple[Tensor, int] | str]) -> Batch:

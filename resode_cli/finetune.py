@@ -59,6 +59,7 @@ class Settings:
     stages: tuple[str, ...] | None = None
     bn: str = "frozen"
     amp: str = "none"
+    augment: bool = True
     seed: int = 0
     drift_tolerance: float = 0.1
     on_drift: str = "warn"
@@ -84,6 +85,15 @@ class Settings:
         if self.lr <= 0:
             raise UsageError(f"--lr {self.lr}: must be above 0")
         Adjoint(self.adjoint, self.anchors)
+
+    def per_epoch(self, images: int) -> int:
+        """Steps per epoch: full batches only, but one at least."""
+        return max(images // self.batch_size, 1)
+
+    def steps(self, images: int) -> int:
+        """Steps of the whole run on a training split of so many images."""
+        total = self.per_epoch(images) * self.epochs
+        return min(total, self.max_steps or total)
 
 
 @dataclass(frozen=True)
@@ -173,9 +183,7 @@ class _Run:
     ) -> None:
         self.model, self.train, self.test, self.out = model.to(device), train, test, out
         self.settings, self.device, self.callbacks = settings, device, callbacks
-        self.per_epoch = max(len(train) // settings.batch_size, 1)
-        total = self.per_epoch * settings.epochs
-        self.total = min(total, settings.max_steps or total)
+        self.per_epoch, self.total = settings.per_epoch(len(train)), settings.steps(len(train))
         self.progress = Progress()
         self.stage_names = [name for name, stage in model.stages.items() if stage.spec.depth]
         self._choose_parameters()
@@ -228,9 +236,7 @@ class _Run:
                 f" changed by up to {self.progress.switched['max_logit_difference']:.3g}, and"
                 f" {self.progress.switched['top1_agreement']:.1%} of the predictions stayed"
             )
-            self.model.info = self.model.info.with_command(
-                "switch-scheme", scheme=scheme, **self.progress.switched
-            )
+            self.model.info = self.model.info.with_command("switch-scheme", scheme=scheme, **self.progress.switched)
         self.model.use_adjoint(adjoint)
 
     def _some_images(self) -> Tensor:

@@ -110,9 +110,7 @@ def model_metadata(model: OdeResNet) -> dict[str, Any]:
         "preprocessing": asdict(info.preprocessing),
         "num_classes": info.num_classes,
         "class_names": info.class_names,
-        "stages": [
-            {**asdict(stage.spec), "horizon": str(stage.spec.horizon)} for stage in model.stages.values()
-        ],
+        "stages": [{**asdict(stage.spec), "horizon": str(stage.spec.horizon)} for stage in model.stages.values()],
         "history": info.history,
     }
 
@@ -154,9 +152,7 @@ def from_tensors(
         library, name = sources.parse_source(source)
         spec = SourceSpec(library, name, arguments=spec.arguments)
     elif spec.library == "file" and not Path(spec.name.rpartition(":")[0]).is_file():
-        raise ResodeError(
-            f"{path}: made from {spec.name}, which is not there any more; pass --source FILE.py:FUNCTION"
-        )
+        raise ResodeError(f"{path}: made from {spec.name}, which is not there any more; pass --source FILE.py:FUNCTION")
     try:
         model = assemble(sources.build(spec), specs, info)
         model.load_file_state(tensors)

@@ -91,6 +91,5 @@ def check_form(form: Form, activation: str, block: str) -> None:
     """Refuse the `pre` form for a block whose branch is not known apart from the block."""
     if form == "pre" and activation == GENERIC:
         raise UsageError(
-            f"form 'pre' needs the branch of block {block}, but only the block as a whole is known;"
-            " use --form exact"
+            f"form 'pre' needs the branch of block {block}, but only the block as a whole is known; use --form exact"
         )

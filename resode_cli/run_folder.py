@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .finetune import StepRecord
 
 STATE = "state.safetensors"
+FILES = (STATE, "best.safetensors", "last.safetensors", "log.csv")
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,7 @@ class State:
     scaler: dict[str, Any]
     generators: dict[str, Tensor]
 
-    def restore(
-        self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, device: torch.device
-    ) -> None:
+    def restore(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, device: torch.device) -> None:
         state: dict[int, dict[str, Any]] = {}
         for place, values in self.optimizer_values.items():
             state.setdefault(int(place), {}).update(values)
@@ -174,6 +173,4 @@ class Log:
         self._write(row)
 
     def test(self, step: int, epoch: int, evaluation: Evaluation) -> None:
-        self._write(
-            {"split": "test", "step": step, "epoch": epoch, "loss": evaluation.loss, "top1": evaluation.top1}
-        )
+        self._write({"split": "test", "step": step, "epoch": epoch, "loss": evaluation.loss, "top1": evaluation.top1})

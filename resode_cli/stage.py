@@ -149,5 +149,3 @@ class OdeStage(nn.Module):
     def extra_repr(self) -> str:
         spec = self.spec
         return f"steps={spec.depth}, horizon={spec.horizon}, scheme={spec.scheme}, form={spec.form}"
-
-

@@ -91,9 +91,7 @@ class _StepTest:
 
     def __init__(self, net: nn.Module, example: Tensor) -> None:
         self.seen: dict[nn.Module, _Seen] = {}
-        blocks = [
-            child for m in net.modules() if is_container(m) for child in m.children() if not is_container(child)
-        ]
+        blocks = [child for m in net.modules() if is_container(m) for child in m.children() if not is_container(child)]
         hooks = [block.register_forward_hook(self._record, with_kwargs=True) for block in blocks]
         training = net.training
         net.eval()

@@ -2,7 +2,7 @@
 
 from .adjoint import Monitor, solve
 from .field import Field, Residual
-from .plans import METHODS, Adjoint, Plan, Prediction, StepPlan, required_scheme
+from .plans import METHODS, Adjoint, Carry, Plan, Prediction, StepPlan, required_scheme
 from .schemes import EULER, HEUN, SCHEMES, Scheme
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "METHODS",
     "SCHEMES",
     "Adjoint",
+    "Carry",
     "Field",
     "Monitor",
     "Plan",

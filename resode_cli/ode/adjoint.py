@@ -8,6 +8,7 @@ x: state; a: adjoint ∂L/∂x; h: step size; n: step; N: depth.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from ..errors import ResodeError
 from .field import Evaluator, Field
 from .memory import kept_bytes
-from .plans import Plan, Prediction
+from .plans import Carry, Plan, Prediction
 from .schemes import Scheme, reverse_euler
 
 
@@ -53,8 +54,8 @@ def solve(field: Field, scheme: Scheme, plan: Plan | None, x: Tensor, *, monitor
     with kept_bytes(parameters, enabled=monitor.count_kept) as count:
         records = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters))
         if plan is None or not records:
-            for x in _trajectory(Evaluator(field), scheme, x, 0, field.depth):
-                pass
+            states = _trajectory(Evaluator(field), scheme, x, 0, field.depth)
+            x = deque(states, maxlen=1).pop()
         else:
             assert plan.depth == field.depth
             x = _PlannedSolve.apply(x, _Call(field, scheme, plan, monitor, parameters), *parameters)
@@ -116,9 +117,7 @@ class _PlannedSolve(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            raise ResodeError(
-                "double backward (create_graph=True) through a stage needs the adjoint method 'backprop'"
-            )
+            raise ResodeError("double backward (create_graph=True) through a stage needs the adjoint method 'backprop'")
         call: _Call = ctx.call
         current = call.field.parameters()
         if len(current) != len(call.parameters) or any(
@@ -144,9 +143,7 @@ class _PlannedSolve(torch.autograd.Function):
 class _Sweep:
     """The backward sweep over one stage."""
 
-    def __init__(
-        self, call: _Call, ends: Sequence[Tensor], held: dict[int, Tensor], draws: dict[Any, Any]
-    ) -> None:
+    def __init__(self, call: _Call, ends: Sequence[Tensor], held: dict[int, Tensor], draws: dict[Any, Any]) -> None:
         self.plan, self.scheme, self.monitor = call.plan, call.scheme, call.monitor
         self.r = Evaluator(call.field, draws=draws)
         self.h = call.field.step_size
@@ -163,7 +160,7 @@ class _Sweep:
         reconstructed = False  # whether the carried state is an estimate
         for n in reversed(range(self.plan.depth)):
             step = self.plan.steps[n]
-            state = self._state(n)
+            previous, state = self._state(n)
             leaf = state.detach().requires_grad_()
             self.r.used.clear()
             with torch.enable_grad():
@@ -182,8 +179,10 @@ class _Sweep:
             if self.carried is not None:
                 if step.exact and reconstructed:
                     drifts.append(_relative(self.carried, torch.add(state, increment, alpha=self.h)))
-                if step.carry_corrected:
-                    state = torch.sub(self.carried, increment, alpha=self.h)
+                if step.carry is not Carry.PREDICTED:
+                    corrected = torch.sub(self.carried, increment, alpha=self.h)
+                    mixes = step.carry is Carry.MIXED
+                    state = anderson(previous, state, corrected) if mixes else corrected
                 self.carried = state
             reconstructed = not step.exact
         if reconstructed and self.carried is not None and self.start is not None:
@@ -192,30 +191,52 @@ class _Sweep:
         self.monitor.evaluations = self.r.evaluations
         return adjoint, gradients
 
-    def _state(self, n: int) -> Tensor:
-        """x̂_n, by the step's plan."""
+    def _state(self, n: int) -> tuple[Tensor, Tensor]:
+        """x̂_n, by the step's plan, and the iterate before it (itself, where there is none)."""
         step = self.plan.steps[n]
         if step.prediction is Prediction.HELD:
-            return self.held.pop(n)
+            state = self.held.pop(n)
+            return state, state
         with torch.no_grad():
             if step.prediction is Prediction.REPLAY:
-                return self._replay(n, step.hold)
+                state = self._replay(n, step.hold)
+                return state, state
             assert self.carried is not None
+            previous = self.carried
             if step.prediction is Prediction.REVERSE_EULER:
                 state = reverse_euler(self.scheme.increment, self.r, n, self.carried)
             else:
                 state = self.scheme.step_back(self.r, n, self.carried)
             for _ in range(step.corrections):
-                state = torch.sub(self.carried, self.scheme.increment(self.r, n, state), alpha=self.h)
-        return state
+                previous = state
+                state = torch.sub(self.carried, self.scheme.increment(self.r, n, previous), alpha=self.h)
+        return previous, state
 
     def _replay(self, n: int, hold: tuple[int, ...]) -> Tensor:
         below = max(k for k in self.held if k <= n)
-        state = self.held[below]
-        for k, state in enumerate(_trajectory(self.r, self.scheme, state, below, n), start=below + 1):
+        state = start = self.held[below]
+        states = _trajectory(self.r, self.scheme, start, below, n)
+        for k, state in enumerate(states, start=below + 1):
             if k in hold:
                 self.held[k] = state
         return state
+
+
+def anderson(z: Tensor, g_z: Tensor, g_g_z: Tensor) -> Tensor:
+    """Anderson's mixing of depth 1 of two iterates of x ← G(x): z, G(z), G(G(z)), per image.
+
+        (1 − β) G(G(z)) + β G(z),   β minimises ‖(1 − β) f₁ + β f₀‖,   f₀ = G(z) − z,   f₁ = G(G(z)) − G(z)
+
+    (Walker and Ni 2011, SIAM J. Numer. Anal. 49, equation 2.1 with m = 1). With h → 0, β = O(h), so the
+    order of the iteration stays; where the field is stiff, it damps the direction that diverges.
+    """
+    per_image = tuple(range(1, z.ndim)) if z.ndim > 1 else (0,)
+    f_0, f_1 = g_z - z, g_g_z - g_z
+    change = f_0 - f_1
+    norm = change.square().sum(per_image, keepdim=True)
+    # An image whose residual did not change at all is at its fixed point: no mixing.
+    beta = -(f_1 * change).sum(per_image, keepdim=True) / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+    return torch.lerp(g_g_z, g_z, beta)
 
 
 def _relative(estimate: Tensor, truth: Tensor) -> Tensor:
@@ -238,9 +259,7 @@ class _Autocast:
     def now(cls, device_type: str) -> _Autocast:
         if not torch.amp.is_autocast_available(device_type):
             return cls(device_type, False, None)
-        return cls(
-            device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
-        )
+        return cls(device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
 
     def enter(self) -> AbstractContextManager[Any]:
         if self.dtype is None:
@@ -270,5 +289,3 @@ def fixed_buffers(modules: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for module, name, buffer in originals:
             module._buffers[name] = buffer
-
-

@@ -98,9 +98,7 @@ class Evaluator:
         h = self.field.step_size
         return self._evaluate(n, x, key, lambda residual: residual.step(x, h))
 
-    def _evaluate(
-        self, n: int, x: Tensor, key: EvaluationKey, run: Callable[[Residual], Tensor]
-    ) -> Tensor:
+    def _evaluate(self, n: int, x: Tensor, key: EvaluationKey, run: Callable[[Residual], Tensor]) -> Tensor:
         block = self.field.schedule[n]
         residual = self.field.residuals[block]
         self.evaluations += 1

@@ -9,6 +9,11 @@ method is a function from a depth to a plan, one value per step. A new method is
 | euler        | reverse Euler, carry the prediction (eq. 6–7)        | 2                         |
 | heun         | reverse Heun, carry the prediction (eq. 8–9)         | 2                         |
 | pc           | reverse Euler, carry the corrected state             | 2                         |
+
+Reversing a step is a fixed-point iteration x ← G(x) = x_{n+1} − h Φ_n(x): reverse Euler is its first
+iterate from x_{n+1}, and the taped evaluation of Φ_n, which the gradient needs anyway, gives one more.
+`pc` (predictor, corrector) carries that one instead of the prediction, after one Anderson mixing of
+the two, which costs inner products only.
 """
 
 from __future__ import annotations
@@ -30,6 +35,14 @@ class Prediction(Enum):
     REVERSE_SCHEME = "reverse scheme"  # the forward rule's own step back
 
 
+class Carry(Enum):
+    """What goes on to step n-1 as the estimate of x_n. With z the iterate that x̂_n = G(z) came from."""
+
+    PREDICTED = "predicted"  # x̂_n as it is: the paper
+    CORRECTED = "corrected"  # G(x̂_n) = x_{n+1} − h Φ_n(x̂_n), with Φ_n(x̂_n) the taped value: free
+    MIXED = "mixed"  # (1 − β) G(x̂_n) + β x̂_n: Anderson's mixing of depth 1, β per image
+
+
 @dataclass(frozen=True)
 class StepPlan:
     """How the sweep gets the state of one step.
@@ -37,14 +50,14 @@ class StepPlan:
     prediction: the first estimate x̂_n.
     hold: with REPLAY, the earlier states to hold on the way (they are HELD for later steps).
     corrections: extra fixed-point evaluations x̂ ← x_{n+1} − h Φ_n(x̂).
-    carry_corrected: carry x_{n+1} − h Φ_n(x̂_n) to step n-1, with Φ_n(x̂_n) the taped value, which
-        costs nothing; otherwise x̂_n is carried as it is.
+    carry: the estimate that goes on to step n-1. MIXED needs x̂_n to be an iterate of G, as reverse
+        Euler and every correction make it, and the scheme's own step back does not.
     """
 
     prediction: Prediction
     hold: tuple[int, ...] = ()
     corrections: int = 0
-    carry_corrected: bool = False
+    carry: Carry = Carry.PREDICTED
 
     @property
     def exact(self) -> bool:
@@ -99,7 +112,7 @@ _BUILDERS: dict[str, Callable[[int, int | None], Plan]] = {
     "checkpoint": _checkpoint,
     "euler": _reversal("euler", StepPlan(Prediction.REVERSE_EULER)),
     "heun": _reversal("heun", StepPlan(Prediction.REVERSE_SCHEME)),
-    "pc": _reversal("pc", StepPlan(Prediction.REVERSE_EULER, carry_corrected=True)),
+    "pc": _reversal("pc", StepPlan(Prediction.REVERSE_EULER, carry=Carry.MIXED)),
 }
 
 METHODS = ("backprop", *_BUILDERS)

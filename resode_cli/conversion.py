@@ -40,7 +40,9 @@ class Verification:
         return self.max_difference == 0.0
 
 
-def convert(source: Source, *, scheme: str = "euler", form: Form = "exact", images: int = 4) -> tuple[OdeResNet, Verification]:
+def convert(
+    source: Source, *, scheme: str = "euler", form: Form = "exact", images: int = 4
+) -> tuple[OdeResNet, Verification]:
     """Convert `source`, whose network is used up, and compare logits on a fixed random batch.
 
     Every step gets h = T/N with T = N, so Euler steps of exact residual functions are the source's
@@ -54,7 +56,9 @@ def convert(source: Source, *, scheme: str = "euler", form: Form = "exact", imag
     model = assemble(net, specs, info).eval()
     after = _logits(model, batch, "the converted network")
     changed = any(_changes_function(model, name) for name in model.stages)
-    result = compare_logits(before, after, batch=f"random images, {batch.shape[-1]}×{batch.shape[-2]}", kept=not changed)
+    result = compare_logits(
+        before, after, batch=f"random images, {batch.shape[-1]}×{batch.shape[-2]}", kept=not changed
+    )
     scale = before.abs().max().item()
     if not changed and not result.max_difference <= ROUNDING * max(scale, 1.0):
         raise ResodeError(
@@ -122,5 +126,3 @@ def compare_logits(before: Tensor, after: Tensor, *, batch: str, kept: bool) -> 
         top1_agreement=(before.argmax(1) == after.argmax(1)).double().mean().item(),
         function_kept=kept,
     )
-
-

@@ -1,0 +1,5 @@
+"""`python -m resode_cli`."""
+
+from .app import run
+
+run()

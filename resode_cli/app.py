@@ -1,0 +1,97 @@
+"""The `resode` command. A user's mistake becomes one readable line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+
+from . import __version__
+from .commands import check_grad, convert, demo, evaluate, finetune, info, transfer
+from .errors import ResodeError
+
+app = typer.Typer(
+    name="resode",
+    help="Pretrained ResNets as ODEs: convert, deepen, fine-tune without storing activations, check the gradients.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Add --debug to any command to see the traceback of an error.",
+)
+
+app.command("convert")(convert.convert_command)
+app.command("info")(info.info_command)
+app.command("tie")(transfer.tie_command)
+app.command("untie")(transfer.untie_command)
+app.command("deepen")(transfer.deepen_command)
+app.command("recalibrate")(transfer.recalibrate_command)
+app.command("check-grad")(check_grad.check_grad_command)
+app.command("finetune")(finetune.finetune_command)
+app.command("eval")(evaluate.eval_command)
+app.command("demo")(demo.demo_command)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        print(f"resode {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    pass
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 1, 2 for usage, 130 for Ctrl-C."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    try:
+        result = app(arguments, prog_name="resode", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except ResodeError as error:
+        failure, code = error, error.exit_code
+        message = str(error)
+    except KeyboardInterrupt as error:
+        failure, code = error, 130
+        message = "interrupted"
+    except BrokenPipeError:
+        # Whoever read our output has gone: nothing to say, and nobody to say it to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        failure = error
+        code, message = _explain(error)
+    if debug:
+        traceback.print_exception(failure)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _explain(error: Exception) -> tuple[int, str]:
+    """Exit code and line for an error that is not ours."""
+    # Click's errors, by what they offer: typer brings its own copy of Click from some version on.
+    if hasattr(error, "format_message") and hasattr(error, "exit_code"):
+        context = getattr(error, "ctx", None)
+        where = f"; see `{context.command_path} --help`" if context is not None else ""
+        return error.exit_code, f"{error.format_message().rstrip('.')}{where}"
+    if type(error).__name__ == "Abort":
+        return 130, "interrupted"
+    if type(error).__name__ == "OutOfMemoryError" or "out of memory" in str(error).lower():
+        return 1, "out of memory; try a smaller --batch-size, or --adjoint pc, which holds no activations of a stage"
+    if isinstance(error, OSError):
+        return 1, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+    return 1, f"unexpected {type(error).__name__}: {error} (--debug shows where; please report it)"
+
+
+def run() -> None:
+    sys.exit(main())

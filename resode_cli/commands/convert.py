@@ -1,0 +1,116 @@
+"""`resode convert SOURCE`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import UsageError
+from .options import ForceOption, JsonOption, OutputOption, RecipeOption, check_safetensors
+from .output import Output, start
+
+
+def convert_command(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="timm:NAME, torchvision:NAME, cifar:resnet20|32|44|56|110|1202 or FILE.py:FUNCTION.",
+        ),
+    ],
+    out: OutputOption,
+    weights: Annotated[
+        Path | None, typer.Option("--weights", help="Weights to load: .safetensors, .pth, .pt, .th or .tar.")
+    ] = None,
+    pretrained: Annotated[
+        bool, typer.Option("--pretrained/--no-pretrained", help="Fetch the library's pretrained weights.")
+    ] = True,
+    num_classes: Annotated[
+        int | None, typer.Option("--num-classes", help="Classes of the head; another number starts it at random.")
+    ] = None,
+    stem: Annotated[
+        str | None, typer.Option("--stem", help="'cifar': a 3×3 stem of stride 1, no pooling, for small images.")
+    ] = None,
+    shortcut: Annotated[
+        str | None, typer.Option("--shortcut", help="Of cifar: networks: A (parameter-free) or B (projection).")
+    ] = None,
+    scheme: Annotated[
+        str, typer.Option("--scheme", help="Forward rule: 'euler' (the source's own) or 'heun'.")
+    ] = "euler",
+    form: Annotated[
+        str, typer.Option("--form", help="'exact', or 'pre': drop the activation after each addition.")
+    ] = "exact",
+    input_size: Annotated[int | None, typer.Option("--input-size", help="Image size in pixels.")] = None,
+    mean: Annotated[str | None, typer.Option("--mean", help="Of RGB in [0, 1], e.g. 0.485,0.456,0.406.")] = None,
+    std: Annotated[str | None, typer.Option("--std", help="Of RGB in [0, 1], e.g. 0.229,0.224,0.225.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of weights that start at random.")] = 0,
+    recipe: RecipeOption = None,
+    force: ForceOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Write a ResNet as stages of 1/N-scaled residual steps, and verify that it is the same function."""
+    start()
+    import torch
+
+    from .. import model_file
+    from ..adapters.sources import open_source
+    from ..conversion import convert
+    from ..errors import unknown
+    from ..ode import SCHEMES
+    from ..report import finite, stage_rows, stage_table, verification_line
+    from ..residual import FORMS
+
+    output = Output(json_mode=json)
+    model_file.check_output(check_safetensors(out), force=force)
+    if scheme not in SCHEMES:
+        raise unknown("scheme", scheme, SCHEMES)
+    if form not in FORMS:
+        raise unknown("form", form, FORMS)
+    preprocessing: dict[str, object] = {}
+    if input_size is not None:
+        if input_size < 1:
+            raise UsageError(f"--input-size {input_size}: must be 1 or more")
+        preprocessing |= {"size": input_size}
+    preprocessing |= {name: _triple(name, text) for name, text in (("mean", mean), ("std", std)) if text is not None}
+    torch.manual_seed(seed)
+    opened = open_source(
+        source,
+        pretrained=pretrained,
+        weights=weights,
+        num_classes=num_classes,
+        stem=stem,
+        shortcut=shortcut,
+        preprocessing=preprocessing,
+    )
+    for note in opened.notes:
+        output.note(f"note: {note}")
+    model, verification = convert(opened, scheme=scheme, form="pre" if form == "pre" else "exact")
+    model.info = model.info.with_command("convert", source=str(opened.spec), scheme=scheme, form=form, seed=seed)
+    model_file.save(model, out)
+    rows = stage_rows(model)
+    output.show(stage_table(rows, title=str(opened.spec)))
+    output.show(verification_line(verification))
+    output.note(f"wrote {out}")
+    output.json(
+        finite(
+            {
+                "source": str(opened.spec),
+                "out": str(out),
+                "stages": [vars(row) for row in rows],
+                "verified": {**vars(verification), "identical": verification.identical},
+                "notes": list(opened.notes),
+            }
+        )
+    )
+
+
+def _triple(name: str, text: str) -> tuple[float, ...]:
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) != 3 or (name == "std" and min(values) <= 0):
+        raise UsageError(f"--{name} {text!r}: write three numbers, as in 0.5,0.5,0.5")
+    return values

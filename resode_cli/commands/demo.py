@@ -1,0 +1,5 @@
+"""`resode demo`."""
+
+
+def demo_command() -> None:
+    """x"""

@@ -1,0 +1,186 @@
+"""`resode finetune MODEL --data D`."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import ResodeError, UsageError
+from .options import (
+    DATA_ROOT,
+    BatchNormOption,
+    DataOption,
+    DataRootOption,
+    DeviceOption,
+    ForceOption,
+    ImagesOption,
+    JsonOption,
+    ModelArgument,
+    RecipeOption,
+    SkipCorruptOption,
+    SourceOption,
+    StageOption,
+    WorkersOption,
+)
+from .output import Output, start
+
+
+def finetune_command(
+    model: ModelArgument,
+    data: DataOption,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for best and last model, log.csv and state.")],
+    adjoint: Annotated[
+        str, typer.Option("--adjoint", help="Backward method: backprop, checkpoint (exact), euler, heun or pc.")
+    ] = "checkpoint",
+    anchors: Annotated[
+        int | None, typer.Option("--anchors", help="Hold every K-th state (checkpoint alone holds each by default).")
+    ] = None,
+    epochs: Annotated[int, typer.Option("--epochs")] = 1,
+    max_steps: Annotated[int | None, typer.Option("--max-steps", help="End after this many steps.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", help="Images per step.")] = 128,
+    lr: Annotated[float, typer.Option("--lr", help="Largest learning rate.")] = 1e-3,
+    momentum: Annotated[float, typer.Option("--momentum")] = 0.9,
+    weight_decay: Annotated[float, typer.Option("--weight-decay", help="Not applied to norms and biases.")] = 5e-4,
+    clip_grad: Annotated[float | None, typer.Option("--clip-grad", help="Largest norm of the gradient.")] = None,
+    optimizer: Annotated[
+        str, typer.Option("--optimizer", help="Any optimizer of timm; 'momentum' is SGD.")
+    ] = "momentum",
+    schedule: Annotated[
+        str, typer.Option("--schedule", help="Learning rate: 'cosine', 'step' (a tenth at 1/2 and 3/4) or 'constant'.")
+    ] = "cosine",
+    warmup: Annotated[int, typer.Option("--warmup", help="Steps of linear increase of the learning rate.")] = 0,
+    stage: StageOption = None,
+    bn: BatchNormOption = "frozen",
+    amp: Annotated[str, typer.Option("--amp", help="Autocast: 'bf16', 'fp16' or 'none'.")] = "none",
+    augment: Annotated[
+        bool, typer.Option("--augment/--no-augment", help="Random crops, and mirror images where fit.")
+    ] = True,
+    images: ImagesOption = None,
+    test_images: Annotated[
+        int | None, typer.Option("--test-images", help="Evaluate on this many; all by default.")
+    ] = None,
+    drift_tol: Annotated[
+        float, typer.Option("--drift-tol", help="Largest relative error of reconstructed states.")
+    ] = 0.1,
+    on_drift: Annotated[
+        str, typer.Option("--on-drift", help="Past it: 'warn', 'anchors' (make the stage exact) or 'stop'.")
+    ] = "warn",
+    log_every: Annotated[int, typer.Option("--log-every", help="Steps per row of log.csv.")] = 20,
+    save_every: Annotated[int, typer.Option("--save-every", help="Steps between saves of the state.")] = 100,
+    eval_every: Annotated[int, typer.Option("--eval-every", help="Epochs between evaluations.")] = 1,
+    device: DeviceOption = "auto",
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+    workers: WorkersOption = 0,
+    skip_corrupt: SkipCorruptOption = False,
+    data_root: DataRootOption = DATA_ROOT,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, as if never stopped.")] = False,
+    source: SourceOption = None,
+    recipe: RecipeOption = None,
+    force: ForceOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Train a model with a backward pass that need not store activations."""
+    start()
+    from .. import model_file, run_folder
+    from ..data import check_classes, open_data
+    from ..finetune import Callbacks, Settings, check_resumable, finetune
+    from ..model import as_device
+    from ..report import evaluation_line, finetune_json, size
+    from .progress import training
+
+    output = Output(json_mode=json)
+    settings = Settings(
+        adjoint=adjoint,
+        anchors=anchors,
+        epochs=epochs,
+        max_steps=max_steps,
+        batch_size=batch_size,
+        lr=lr,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        clip_grad=clip_grad,
+        optimizer=optimizer,
+        schedule=schedule,
+        warmup=warmup,
+        stages=tuple(stage) if stage else None,
+        bn=bn,
+        amp=amp,
+        augment=augment,
+        seed=seed,
+        drift_tolerance=drift_tol,
+        on_drift=on_drift,
+        log_every=log_every,
+        save_every=save_every,
+        eval_every=eval_every,
+        workers=workers,
+    )
+    _check_folder(out, resume=resume, force=force)
+    where = as_device(device)
+    state = run_folder.load_state(out) if resume else None
+    loaded = state.model if state is not None else model_file.load(model, source=source)
+    pre = loaded.info.preprocessing
+    train = open_data(
+        data, pre, "train", augment=augment, seed=seed, images=images, skip_corrupt=skip_corrupt, root=data_root
+    )
+    test = open_data(data, pre, "test", images=test_images, skip_corrupt=skip_corrupt, root=data_root)
+    for split in (train, test):
+        check_classes(split, loaded.info.num_classes, loaded.info.class_names)
+    if state is not None:
+        check_resumable(state, train, settings)
+        output.note(f"resuming at step {state.progress['step']}")
+    done = state.progress["step"] if state is not None else 0
+    total = settings.steps(len(train))
+    with _stop_on_interrupt(output) as should_stop, training(output, total, done) as on_step:
+        callbacks = Callbacks(on_step=on_step, on_message=output.note, should_stop=should_stop)
+        result = finetune(
+            loaded, train, test, out=out, settings=settings, device=where, callbacks=callbacks, resume=state
+        )
+    if result.before is not None:
+        output.show(f"before: {evaluation_line(result.before)}")
+    if result.after is not None:
+        output.show(f"after:  {evaluation_line(result.after)}")
+    output.show(
+        f"{result.steps} steps in {result.seconds:.0f} s with adjoint {adjoint}, peak memory {size(result.peak_bytes)};"
+        f" best and last model, log.csv in {out}"
+    )
+    output.json(finetune_json(result))
+    if result.interrupted:
+        output.note(f"interrupted at step {result.steps} of {result.total_steps}; --resume goes on from there")
+        raise typer.Exit(130)
+
+
+def _check_folder(out: Path, *, resume: bool, force: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {str(out)!r} is not a folder")
+    from ..run_folder import FILES
+
+    existing = [name for name in FILES if (out / name).exists()]
+    if existing and not resume and not force:
+        raise ResodeError(f"{out} holds a run ({', '.join(existing)}); pass --resume to go on with it or --force")
+    if existing and force and not resume:
+        for name in existing:
+            (out / name).unlink()
+
+
+@contextmanager
+def _stop_on_interrupt(output: Output) -> Iterator[Callable[[], bool]]:
+    """Ctrl-C, or a polite kill, ends the run after the step in progress and saves it; a second one ends it at once."""
+    stopping: list[int] = []
+
+    def ask(number: int, frame: object) -> None:
+        if stopping:
+            raise KeyboardInterrupt
+        stopping.append(number)
+        output.note("stopping after this step; press Ctrl-C again to stop without saving")
+
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(stopping)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,51 @@
+"""`resode info FILE`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .options import JsonOption, ModelArgument, SourceOption
+from .output import Output, start
+
+
+def info_command(
+    model: ModelArgument,
+    history: Annotated[
+        bool, typer.Option("--history", help="Show every setting of the commands that made it.")
+    ] = False,
+    source: SourceOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Show what a model file holds: source, stages, preprocessing, and the commands that made it."""
+    start()
+    from .. import model_file
+    from ..report import finite, size, stage_rows, stage_table
+
+    output = Output(json_mode=json)
+    loaded = model_file.load(model, source=source)
+    metadata = model_file.model_metadata(loaded)
+    rows = stage_rows(loaded)
+    parameters = sum(p.numel() for p in loaded.parameters())
+    origin, pre = loaded.info.source, loaded.info.preprocessing
+    output.show(stage_table(rows, title=f"{model} ({size(model.stat().st_size)})"))
+    tag = f", tag {origin.tag}" if origin.tag else ""
+    weights = f", weights {origin.weights}" if origin.weights else ""
+    digest = f", sha256 {origin.weights_sha256[:12]}…" if origin.weights_sha256 else ", random weights"
+    output.show(f"source         {origin}{tag}{weights}{digest}")
+    output.show(f"parameters     {parameters:,}")
+    names = loaded.info.class_names
+    output.show(
+        f"classes        {loaded.info.num_classes}"
+        + (f" ({', '.join(names[:10])}{'…' if len(names) > 10 else ''})" if names else "")
+    )
+    output.show(
+        f"preprocessing  {pre.size}×{pre.size} {pre.interpolation}, crop {pre.crop_fraction:g},"
+        f" mean {pre.mean}, std {pre.std}"
+    )
+    for entry in loaded.info.history:
+        settings = {k: v for k, v in entry.items() if k != "command"}
+        shown = ", ".join(f"{k}={v}" for k, v in settings.items()) if history or len(settings) <= 6 else "… (--history)"
+        output.show(f"made by        {entry['command']} {shown}")
+    output.json(finite({**metadata, "stages": [vars(row) for row in rows], "parameters": parameters, "verified": None}))

@@ -1,0 +1,40 @@
+"""Where a command's words go: results to standard output, everything else to standard error.
+
+With --json, standard output carries one JSON document and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rich.console import Console, RenderableType
+
+
+class Output:
+    def __init__(self, *, json_mode: bool) -> None:
+        self.json_mode = json_mode
+        self.aside = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.main = self.aside if json_mode else Console(highlight=False, soft_wrap=True)
+
+    def show(self, what: RenderableType) -> None:
+        """A result, for people."""
+        self.main.print(what)
+
+    def note(self, text: str) -> None:
+        """A remark: standard error always."""
+        self.aside.print(text, markup=False)
+
+    def json(self, document: dict[str, Any]) -> None:
+        """The result, for programs, where --json asks for it."""
+        if self.json_mode:
+            print(json.dumps(document, indent=2, allow_nan=False))
+
+
+def start() -> None:
+    """What every command that computes does first."""
+    import torch
+
+    # Reconstructed states of dead channels decay into denormal numbers, which a CPU computes a
+    # hundred times more slowly. Threads started from here on inherit the setting.
+    torch.set_flush_denormal(True)

@@ -1,0 +1,199 @@
+"""Results for people (rich tables) and for programs (JSON-ready dictionaries).
+
+JSON holds fractions, bytes and seconds; a figure that is not finite is null.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from .check_grad import GradientReport, SweepRow
+    from .conversion import Verification
+    from .evaluate import Evaluation
+    from .finetune import FinetuneResult
+    from .model import OdeResNet
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """One line of the stage table. parameters: of the distinct residual blocks."""
+
+    stage: str
+    transition: tuple[str, ...]
+    blocks: int
+    steps: int
+    weights: str
+    horizon: float
+    step_size: float
+    parameters: int
+    transition_parameters: int
+    scheme: str
+    form: str
+    activation: str
+
+
+def stage_rows(model: OdeResNet) -> list[StageRow]:
+    rows = []
+    for name, stage in model.stages.items():
+        spec = stage.spec
+        transition = sum(p.numel() for block in stage.transition for p in block.parameters())
+        rows.append(
+            StageRow(
+                stage=name,
+                transition=spec.transition,
+                blocks=len(spec.blocks),
+                steps=spec.depth,
+                weights=spec.kind if spec.depth else "none",
+                horizon=float(spec.horizon),
+                step_size=spec.step_size,
+                parameters=sum(p.numel() for p in stage.parameters()) - transition,
+                transition_parameters=transition,
+                scheme=spec.scheme,
+                form=spec.form,
+                activation=stage.activation,
+            )
+        )
+    return rows
+
+
+def stage_table(rows: Sequence[StageRow], *, title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("stage")
+    table.add_column("transition")
+    for column in ("blocks", "steps", "horizon T", "step h", "parameters"):
+        table.add_column(column, justify="right")
+    for column in ("weights", "rule", "form", "after addition"):
+        table.add_column(column)
+    for row in rows:
+        transition = ", ".join(row.transition)
+        table.add_row(
+            row.stage,
+            f"{transition} ({row.transition_parameters:,})" if transition else "–",
+            str(row.blocks),
+            str(row.steps),
+            f"{row.horizon:g}",
+            f"{row.step_size:.4g}",
+            f"{row.parameters:,}",
+            row.weights,
+            row.scheme,
+            row.form,
+            row.activation,
+        )
+    return table
+
+
+def verification_line(check: Verification) -> str:
+    if check.identical:
+        return f"verified on {check.images} {check.batch}: logits identical"
+    kept = "rounding" if check.function_kept else "the function has changed"
+    return (
+        f"compared on {check.images} {check.batch}: logits differ by up to {check.max_difference:.3g} ({kept}),"
+        f" top-1 agreement {check.top1_agreement:.1%}"
+    )
+
+
+def evaluation_line(evaluation: Evaluation) -> str:
+    line = (
+        f"top-1 {evaluation.top1:.2%}, top-5 {evaluation.top5:.2%}, loss {evaluation.loss:.4f}"
+        f" on {evaluation.images:,} images"
+    )
+    return line + (f" ({len(evaluation.skipped)} corrupt files skipped)" if evaluation.skipped else "")
+
+
+def evaluation_json(evaluation: Evaluation) -> dict[str, Any]:
+    result = {name: getattr(evaluation, name) for name in ("top1", "top5", "loss", "images")}
+    return {**result, "skipped": list(evaluation.skipped)}
+
+
+def gradient_table(report: GradientReport) -> Table:
+    table = Table(
+        title=f"gradients against backprop: {report.images} images ({report.data}), BatchNorm {report.batch_norm}",
+        title_justify="left",
+    )
+    table.add_column("method")
+    table.add_column("stage")
+    for column in ("steps", "relative error", "cosine", "transition error", "drift", "evaluations/step", "kept"):
+        table.add_column(column, justify="right")
+    for method in report.methods:
+        name = f"{method.name} (rule switched to {method.scheme})" if method.scheme_switched else method.name
+        for row in method.stages:
+            table.add_row(
+                name,
+                row.stage,
+                str(row.steps) if row.steps else "–",
+                number(row.relative_error),
+                f"{row.cosine:.5f}" if math.isfinite(row.cosine) else "not finite",
+                number(row.transition_error),
+                number(row.drift),
+                "–" if row.evaluations_per_step is None else f"{row.evaluations_per_step:.2f}",
+                "–" if row.bytes_kept is None else size(row.bytes_kept),
+            )
+            name = ""
+        table.add_section()
+    return table
+
+
+def gradient_json(report: GradientReport) -> dict[str, Any]:
+    methods = []
+    for method in report.methods:
+        worst = [{"parameter": name, "relative_error": error} for name, error in method.worst]
+        methods.append({**asdict(method), "worst": worst, "largest_error": method.largest_error})
+    return finite({**asdict(report), "methods": methods})
+
+
+def sweep_table(rows: Sequence[SweepRow]) -> Table:
+    table = Table(title="relative gradient error against depth", title_justify="left")
+    table.add_column("method")
+    table.add_column("stage")
+    for depth in rows[0].depths:
+        table.add_column(f"N={depth}", justify="right")
+    table.add_column("slope", justify="right")
+    for row in rows:
+        slope = f"{row.slope:.2f}" if math.isfinite(row.slope) else "–"
+        table.add_row(row.method, row.stage, *(number(e) for e in row.errors), slope)
+    return table
+
+
+def sweep_json(rows: Iterable[SweepRow]) -> list[dict[str, Any]]:
+    return finite([{**asdict(row), "slope": row.slope} for row in rows])
+
+
+def finetune_json(result: FinetuneResult) -> dict[str, Any]:
+    record = {k: v for k, v in vars(result).items() if k not in ("before", "after")}
+    for name in ("before", "after"):
+        evaluation = getattr(result, name)
+        record[name] = None if evaluation is None else evaluation_json(evaluation)
+    return finite(record)
+
+
+def number(value: float | None) -> str:
+    """A figure to two significant digits; '–' where there is none."""
+    if value is None:
+        return "–"
+    return "not finite" if not math.isfinite(value) else "0" if value == 0 else f"{value:.2g}"
+
+
+def size(count: float) -> str:
+    """Bytes in binary units."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}" if count < 999.5 else f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.3g} GiB"
+
+
+def finite(value: Any) -> Any:
+    """The same with every figure that is not finite replaced by None, which JSON can say."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return value
