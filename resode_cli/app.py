@@ -55,6 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
+    failure: BaseException
     try:
         result = app(arguments, prog_name="resode", standalone_mode=False)
         return result if isinstance(result, int) else 0

@@ -7,7 +7,9 @@ wherever it was resumed.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -246,7 +248,8 @@ def _torchvision(name: str, split: Split, root: Path) -> tuple[Any, list[str]]:
     class_name, arguments = _TORCHVISION[name]
     dataset = getattr(datasets, class_name)
     try:
-        samples = dataset(str(root), download=True, **arguments(split))
+        with redirect_stdout(sys.stderr):
+            samples = dataset(str(root), download=True, **arguments(split))
     except (RuntimeError, OSError) as error:
         raise ResodeError(
             f"{name} is not in {root} and cannot be downloaded ({str(error).splitlines()[0]});"

@@ -19,81 +19,11 @@ from torch import Tensor
 
 from . import model_file, run_folder
 from .data import Batch, ImageData, batches
-from .errors import ResodeError, UsageError, unknown
+from .errors import ResodeError, UsageError
 from .evaluate import Evaluation, evaluate
 from .model import OdeResNet, freeze_batch_norm
 from .ode import Adjoint, required_scheme
-
-SCHEDULES = ("cosine", "step", "constant")
-AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-ON_DRIFT = ("warn", "anchors", "stop")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that decides what a run does, but model, data and device.
-
-    epochs, max_steps: the run ends at whichever comes first; the learning-rate schedule ends there too.
-    lr: of the largest; schedule: cosine to 0, step (a tenth at one half and at three quarters) or constant.
-    warmup: steps of linear increase from 0. clip_grad: largest norm of the gradient; None: no clipping.
-    optimizer: any name that timm knows; 'momentum' is classical SGD with momentum.
-    stages: train only these stages' parameters, transitions included; None: everything.
-    bn: 'frozen' uses the running statistics and keeps them, 'batch' normalises by the batch.
-    drift_tolerance: of ‖x̃ − x‖ / ‖x‖; on_drift: past it warn once per stage, move the stage to
-        anchors (exact gradients, more memory), or stop.
-    log_every, save_every: steps. eval_every: epochs.
-    """
-
-    adjoint: str = "checkpoint"
-    anchors: int | None = None
-    epochs: int = 1
-    max_steps: int | None = None
-    batch_size: int = 128
-    lr: float = 1e-3
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    clip_grad: float | None = None
-    optimizer: str = "momentum"
-    schedule: str = "cosine"
-    warmup: int = 0
-    stages: tuple[str, ...] | None = None
-    bn: str = "frozen"
-    amp: str = "none"
-    augment: bool = True
-    seed: int = 0
-    drift_tolerance: float = 0.1
-    on_drift: str = "warn"
-    log_every: int = 20
-    save_every: int = 100
-    eval_every: int = 1
-    workers: int = 0
-
-    def __post_init__(self) -> None:
-        for name, value, allowed in (
-            ("schedule", self.schedule, SCHEDULES),
-            ("BatchNorm mode", self.bn, ("frozen", "batch")),
-            ("amp", self.amp, tuple(AMP)),
-            ("on-drift", self.on_drift, ON_DRIFT),
-        ):
-            if value not in allowed:
-                raise unknown(name, value, allowed)
-        for name in ("epochs", "batch_size", "log_every", "save_every", "eval_every"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 1 or more")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise UsageError(f"--max-steps {self.max_steps}: must be 1 or more")
-        if self.lr <= 0:
-            raise UsageError(f"--lr {self.lr}: must be above 0")
-        Adjoint(self.adjoint, self.anchors)
-
-    def per_epoch(self, images: int) -> int:
-        """Steps per epoch: full batches only, but one at least."""
-        return max(images // self.batch_size, 1)
-
-    def steps(self, images: int) -> int:
-        """Steps of the whole run on a training split of so many images."""
-        total = self.per_epoch(images) * self.epochs
-        return min(total, self.max_steps or total)
+from .settings import AMP, Settings
 
 
 @dataclass(frozen=True)
@@ -390,12 +320,8 @@ class _Run:
 
     def _described(self) -> OdeResNet:
         """The model with this run in its history."""
-        info = self.model.info.with_command(
-            "finetune",
-            data=self.train.name,
-            steps=self.progress.step,
-            **{k: v for k, v in asdict(self.settings).items() if v is not None},
-        )
+        settings = {k: v for k, v in asdict(self.settings).items() if v is not None}
+        info = self.model.info.with_command("finetune", data=self.train.name, steps=self.progress.step, **settings)
         names = self.train.class_names
         described = OdeResNet(self.model.net, self.model.paths, info.with_classes(names))
         return described
@@ -432,11 +358,11 @@ def check_resumable(state: run_folder.State, train: ImageData, settings: Setting
 
 def _scheduler(optimizer: torch.optim.Optimizer, settings: Settings, total: int) -> Any:
     """timm's scheduler, in steps. It is a function of the step alone, so it has no state to save."""
-    kind: dict[str, Any] = {
+    kinds: dict[str, dict[str, Any]] = {
         "cosine": {"sched": "cosine"},
         "step": {"sched": "multistep", "decay_milestones": [total // 2, total * 3 // 4], "decay_rate": 0.1},
         "constant": {"sched": "step", "decay_epochs": 1, "decay_rate": 1.0},
-    }[settings.schedule]
+    }
     scheduler, _ = create_scheduler_v2(
         optimizer,
         num_epochs=total,
@@ -444,7 +370,7 @@ def _scheduler(optimizer: torch.optim.Optimizer, settings: Settings, total: int)
         warmup_lr=0.0,
         step_on_epochs=False,
         updates_per_epoch=1,
-        **kind,
+        **kinds[settings.schedule],
     )
     return scheduler
 

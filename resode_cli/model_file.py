@@ -147,14 +147,16 @@ def from_tensors(
         raise ResodeError(f"{path}: its metadata is inconsistent ({type(error).__name__}: {error})") from error
     for spec in specs:
         _check(spec, path)
-    spec = info.source
+    origin = info.source
     if source is not None:
         library, name = sources.parse_source(source)
-        spec = SourceSpec(library, name, arguments=spec.arguments)
-    elif spec.library == "file" and not Path(spec.name.rpartition(":")[0]).is_file():
-        raise ResodeError(f"{path}: made from {spec.name}, which is not there any more; pass --source FILE.py:FUNCTION")
+        origin = SourceSpec(library, name, arguments=origin.arguments)
+    elif origin.library == "file" and not Path(origin.name.rpartition(":")[0]).is_file():
+        raise ResodeError(
+            f"{path}: made from {origin.name}, which is not there any more; pass --source FILE.py:FUNCTION"
+        )
     try:
-        model = assemble(sources.build(spec), specs, info)
+        model = assemble(sources.build(origin), specs, info)
         model.load_file_state(tensors)
     except ResodeError as error:
         raise ResodeError(f"{path}: {error}") from error

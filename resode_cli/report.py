@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -63,13 +64,13 @@ def stage_rows(model: OdeResNet) -> list[StageRow]:
 
 
 def stage_table(rows: Sequence[StageRow], *, title: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column("stage")
+    table = _table(title)
+    table.add_column("stage", no_wrap=True)
     table.add_column("transition")
-    for column in ("blocks", "steps", "horizon T", "step h", "parameters"):
-        table.add_column(column, justify="right")
-    for column in ("weights", "rule", "form", "after addition"):
-        table.add_column(column)
+    for column in ("blocks", "steps", "T", "h", "parameters"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("rule")
+    table.add_column("form")
     for row in rows:
         transition = ", ".join(row.transition)
         table.add_row(
@@ -80,12 +81,14 @@ def stage_table(rows: Sequence[StageRow], *, title: str) -> Table:
             f"{row.horizon:g}",
             f"{row.step_size:.4g}",
             f"{row.parameters:,}",
-            row.weights,
             row.scheme,
             row.form,
-            row.activation,
         )
     return table
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
 
 
 def verification_line(check: Verification) -> str:
@@ -112,16 +115,21 @@ def evaluation_json(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def gradient_table(report: GradientReport) -> Table:
-    table = Table(
-        title=f"gradients against backprop: {report.images} images ({report.data}), BatchNorm {report.batch_norm}",
-        title_justify="left",
-    )
+    table = _table(f"gradients against backprop: {report.images} images ({report.data}), BatchNorm {report.batch_norm}")
     table.add_column("method")
     table.add_column("stage")
-    for column in ("steps", "relative error", "cosine", "transition error", "drift", "evaluations/step", "kept"):
+    for column in (
+        "steps",
+        "relative\nerror",
+        "cosine",
+        "transition\nerror",
+        "drift",
+        "evaluations\nper step",
+        "kept",
+    ):
         table.add_column(column, justify="right")
     for method in report.methods:
-        name = f"{method.name} (rule switched to {method.scheme})" if method.scheme_switched else method.name
+        name = f"{method.name} ({method.scheme} rule)" if method.scheme_switched else method.name
         for row in method.stages:
             table.add_row(
                 name,
@@ -148,7 +156,7 @@ def gradient_json(report: GradientReport) -> dict[str, Any]:
 
 
 def sweep_table(rows: Sequence[SweepRow]) -> Table:
-    table = Table(title="relative gradient error against depth", title_justify="left")
+    table = _table("relative gradient error against depth")
     table.add_column("method")
     table.add_column("stage")
     for depth in rows[0].depths:

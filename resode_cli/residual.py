@@ -43,11 +43,12 @@ def activation_name(module: nn.Module | None) -> str:
     """The name of an activation module in ACTIVATIONS, 'linear' for none, else 'generic'."""
     if module is None or isinstance(module, nn.Identity):
         return LINEAR
-    if isinstance(module, nn.GELU):
-        return "gelu_tanh" if module.approximate == "tanh" else "gelu"
     # timm has its own classes of the same names; subclasses with other behaviour have other names.
     name = type(module).__name__.lower()
-    return {"relu": "relu", "silu": "silu", "swish": "silu", "hardswish": "hardswish"}.get(name, GENERIC)
+    if name == "gelu":
+        return "gelu_tanh" if getattr(module, "approximate", "none") == "tanh" else "gelu"
+    known = {"relu": "relu", "silu": "silu", "swish": "silu", "gelutanh": "gelu_tanh", "hardswish": "hardswish"}
+    return known.get(name, GENERIC)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +82,7 @@ class BlockResidual(Residual):
     def step(self, x: Tensor, h: float) -> Tensor:
         """x + h r(x). At h = 1 that is the block itself, computed so to the last bit."""
         if h == 1.0 and self.activation == GENERIC:
-            return self.branch(self.module, x)
+            return self.branch(self.module, x).to(x.dtype)  # autocast may have lowered it
         if h == 1.0 and self.activation != LINEAR and self.form == "exact":
             return ACTIVATIONS[self.activation](x + self.branch(self.module, x))
         return torch.add(x, self(x), alpha=h)

@@ -143,7 +143,8 @@ def _zeroed(stage: OdeStage, b: int) -> nn.Module:
 
     Which module is last cannot be read off a block of any class, so it is tried out.
     """
-    norms, layers = [], []
+    norms: list[str] = []
+    layers: list[str] = []
     for name, module in stage.blocks[b].named_modules():
         weight = getattr(module, "weight", None)
         if isinstance(weight, nn.Parameter):
@@ -185,12 +186,12 @@ def _mean(states: Sequence[dict[str, Tensor]], weights: Sequence[float], stage: 
     """Weighted mean of state dicts; integer entries (counters) are the first one's."""
     result = {}
     for name, value in states[0].items():
-        values = [state.get(name) for state in states]
-        if any(v is None or v.shape != value.shape for v in values):
+        present = [state[name] for state in states if name in state and state[name].shape == value.shape]
+        if len(present) < len(states):
             raise ResodeError(f"stage {stage}: blocks differ in {name!r}, so their weights cannot be averaged")
         if value.is_floating_point():
-            pairs = zip(values, weights, strict=True)
-            result[name] = sum(v.double() * w for v, w in pairs).to(value.dtype)  # type: ignore[union-attr]
+            terms = torch.stack([v.double() * w for v, w in zip(present, weights, strict=True)])
+            result[name] = terms.sum(0).to(value.dtype)
         else:
             result[name] = value
     return result

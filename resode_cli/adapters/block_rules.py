@@ -12,6 +12,7 @@ Classes are named by strings, so that neither timm nor torchvision is imported t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -33,18 +34,19 @@ class Formula:
     branch: Branch
 
 
-def _torchvision_basic(block: nn.Module, x: Tensor) -> Tensor:
+# `block: Any`: nn.Module types its attributes as Tensor | Module.
+def _torchvision_basic(block: Any, x: Tensor) -> Tensor:
     x = block.relu(block.bn1(block.conv1(x)))
     return block.bn2(block.conv2(x))
 
 
-def _torchvision_bottleneck(block: nn.Module, x: Tensor) -> Tensor:
+def _torchvision_bottleneck(block: Any, x: Tensor) -> Tensor:
     x = block.relu(block.bn1(block.conv1(x)))
     x = block.relu(block.bn2(block.conv2(x)))
     return block.bn3(block.conv3(x))
 
 
-def _cifar(block: nn.Module, x: Tensor) -> Tensor:
+def _cifar(block: Any, x: Tensor) -> Tensor:
     return block.branch(x)
 
 

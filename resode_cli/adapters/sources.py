@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,8 @@ def _preprocessing(spec: SourceSpec) -> Preprocessing:
 def _clear_download_errors(spec: SourceSpec) -> Iterator[None]:
     """Say in one line that pretrained weights cannot be fetched, whichever of the many errors says so."""
     try:
-        yield
+        with redirect_stdout(sys.stderr):  # libraries announce downloads there
+            yield
     except ResodeError:
         raise
     except Exception as error:

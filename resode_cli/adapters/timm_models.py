@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import timm
 from timm.data import resolve_data_config
@@ -28,7 +33,8 @@ def build(name: str, *, pretrained: bool = False, num_classes: int | None = None
     check_name(name)
     arguments: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     try:
-        net = timm.create_model(name, pretrained=pretrained, **arguments)
+        with _offline_if_unreachable():
+            net = timm.create_model(name, pretrained=pretrained, **arguments)
     except RuntimeError as error:
         if pretrained and "No pretrained weights exist" in str(error):
             raise ResodeError(f"timm:{name} has no pretrained weights; pass --no-pretrained or --weights") from error
@@ -38,13 +44,31 @@ def build(name: str, *, pretrained: bool = False, num_classes: int | None = None
     return net
 
 
+@contextmanager
+def _offline_if_unreachable() -> Iterator[None]:
+    """Where the hub's name does not resolve, look in its cache alone: the hub itself retries for a minute."""
+    from huggingface_hub import constants
+
+    host = urlsplit(constants.ENDPOINT).hostname
+    offline = constants.HF_HUB_OFFLINE
+    if host is not None and not getproxies():
+        try:
+            socket.getaddrinfo(host, 443)
+        except OSError:
+            constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+
+
 def tag(name: str) -> str | None:
     """The pretrained tag that the name stands for."""
     config = timm.get_pretrained_cfg(name)
     return config.tag if config else None
 
 
-def preprocessing(name: str, *, test: bool = False) -> Preprocessing:
+def preprocessing(name: str) -> Preprocessing:
     config = timm.get_pretrained_cfg(name)
     data = resolve_data_config(pretrained_cfg=config.to_dict() if config else {})
     return Preprocessing(

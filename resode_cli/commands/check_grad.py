@@ -52,7 +52,7 @@ def check_grad_command(
     import torch
 
     from .. import model_file
-    from ..check_grad import check_gradients, sweep_depths
+    from ..check_grad import SweepRow, check_gradients, sweep_depths
     from ..conversion import random_batch
     from ..data import batches, check_classes, open_data
     from ..model import as_device
@@ -81,7 +81,7 @@ def check_grad_command(
         labels = torch.randint(loaded.info.num_classes, (images,), generator=torch.Generator().manual_seed(0))
         output.note("no --data: measured on a fixed batch of random noise with random labels")
     inputs, labels = inputs.to(where), labels.to(where)
-    with output.aside.status("") as status:
+    with output.aside.status("measuring") as status:
         report = check_gradients(
             loaded,
             inputs,
@@ -91,7 +91,7 @@ def check_grad_command(
             data=what,
             on_method=lambda method: status.update(f"measuring {method}"),
         )
-        rows = ()
+        rows: tuple[SweepRow, ...] = ()
         if depths is not None:
             rows = sweep_depths(
                 loaded,

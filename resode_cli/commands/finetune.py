@@ -88,9 +88,10 @@ def finetune_command(
     start()
     from .. import model_file, run_folder
     from ..data import check_classes, open_data
-    from ..finetune import Callbacks, Settings, check_resumable, finetune
+    from ..finetune import Callbacks, check_resumable, finetune
     from ..model import as_device
     from ..report import evaluation_line, finetune_json, size
+    from ..settings import Settings
     from .progress import training
 
     output = Output(json_mode=json)

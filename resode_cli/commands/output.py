@@ -11,11 +11,18 @@ from typing import Any
 from rich.console import Console, RenderableType
 
 
+def _console(*, stderr: bool) -> Console:
+    console = Console(stderr=stderr, highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = 120  # a file or a pipe has no width of its own
+    return console
+
+
 class Output:
     def __init__(self, *, json_mode: bool) -> None:
         self.json_mode = json_mode
-        self.aside = Console(stderr=True, highlight=False, soft_wrap=True)
-        self.main = self.aside if json_mode else Console(highlight=False, soft_wrap=True)
+        self.aside = _console(stderr=True)
+        self.main = self.aside if json_mode else _console(stderr=False)
 
     def show(self, what: RenderableType) -> None:
         """A result, for people."""

@@ -1,4 +1,4 @@
-"""Progress bars, on standard error; silent where that is not a terminal."""
+"""Progress on standard error: a bar on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -14,19 +14,23 @@ if TYPE_CHECKING:
     from ..finetune import StepRecord
     from .output import Output
 
+LINE_EVERY = 20  # steps, where there is no terminal to draw a bar on
+
 
 @contextmanager
 def counting(output: Output, what: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar over `total` things; yields the function that says how many are done."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=output.aside, transient=True) as progress:
+    quiet = not output.aside.is_terminal
+    with Progress(*columns, console=output.aside, transient=True, disable=quiet) as progress:
         task = progress.add_task(what, total=total)
         yield lambda done: progress.update(task, completed=done)
 
 
 @contextmanager
 def training(output: Output, total: int, done: int) -> Iterator[Callable[[StepRecord], None]]:
-    """A bar over training steps with loss, accuracy, speed, peak memory and drift."""
+    """A bar over training steps with loss, accuracy, speed, peak memory and the drift of each stage."""
+    quiet = not output.aside.is_terminal
     progress = Progress(
         TextColumn("epoch {task.fields[epoch]}"),
         BarColumn(bar_width=20),
@@ -35,6 +39,7 @@ def training(output: Output, total: int, done: int) -> Iterator[Callable[[StepRe
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=output.aside,
+        disable=quiet,
     )
     smooth: dict[str, float] = {}
 
@@ -47,6 +52,8 @@ def training(output: Output, total: int, done: int) -> Iterator[Callable[[StepRe
             f" peak {size(record.peak_bytes)} drift {drift}"
         )
         progress.update(task, completed=record.step, epoch=record.epoch, figures=figures)
+        if quiet and (record.step % LINE_EVERY == 0 or record.step == total):
+            output.note(f"step {record.step}/{total} epoch {record.epoch} {figures}")
 
     with progress:
         task = progress.add_task("", total=total, completed=done, epoch="–", figures="")

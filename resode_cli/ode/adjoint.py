@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..errors import ResodeError
 from .field import Evaluator, Field
 from .memory import kept_bytes
-from .plans import Carry, Plan, Prediction
+from .plans import Carry, Plan, Prediction, StepPlan
 from .schemes import Scheme, reverse_euler
 
 
@@ -110,6 +110,7 @@ class _PlannedSolve(torch.autograd.Function):
         # A reconstruction starts from x_N; x_0 is the monitor's reference. An exact plan needs neither.
         ends = () if call.plan.exact else (start, x)
         ctx.call, ctx.autocast, ctx.draws, ctx.n_ends = call, autocast, r.draws, len(ends)
+        ctx.modes = _Modes.now(call.field.modules())
         # Saving the parameters too makes autograd refuse a backward after they were changed in place.
         ctx.save_for_backward(*ends, *held, *parameters)
         return x
@@ -131,7 +132,7 @@ class _PlannedSolve(torch.autograd.Function):
         ends, states = saved[: ctx.n_ends], saved[ctx.n_ends : len(saved) - len(current)]
         sweep = _Sweep(call, ends, dict(zip(call.plan.anchors, states, strict=True)), ctx.draws)
         wanted = {id(p) for p, needed in zip(current, ctx.needs_input_grad[2:], strict=True) if needed}
-        with ctx.autocast.enter(), fixed_buffers(call.field.modules()):
+        with ctx.autocast.enter(), ctx.modes.enter(), fixed_buffers(call.field.modules()):
             adjoint, gradients = sweep.run(grad_outputs[0], wanted)
         return (
             adjoint if ctx.needs_input_grad[0] else None,
@@ -148,7 +149,11 @@ class _Sweep:
         self.r = Evaluator(call.field, draws=draws)
         self.h = call.field.step_size
         self.held = held
-        self.start, self.carried = ends if ends else (None, None)
+        self.start: Tensor | None = ends[0] if ends else None
+        self.carried: Tensor | None = ends[1] if ends else None  # the estimate of x_{n+1} at step n
+        self.iterates: tuple[Tensor, Tensor]  # z and G(z) before x̂_n
+        self.predicted: Tensor  # reverse Euler's x̂_n, unmodified
+        self.defect: Tensor | None = None  # of the last modified prediction
 
     def run(self, adjoint: Tensor, wanted: set[int]) -> tuple[Tensor, dict[int, Tensor]]:
         """From a_N to a_0, and the gradient of each wanted parameter, both by identity."""
@@ -160,7 +165,7 @@ class _Sweep:
         reconstructed = False  # whether the carried state is an estimate
         for n in reversed(range(self.plan.depth)):
             step = self.plan.steps[n]
-            previous, state = self._state(n)
+            state = self._state(n)
             leaf = state.detach().requires_grad_()
             self.r.used.clear()
             with torch.enable_grad():
@@ -179,11 +184,7 @@ class _Sweep:
             if self.carried is not None:
                 if step.exact and reconstructed:
                     drifts.append(_relative(self.carried, torch.add(state, increment, alpha=self.h)))
-                if step.carry is not Carry.PREDICTED:
-                    corrected = torch.sub(self.carried, increment, alpha=self.h)
-                    mixes = step.carry is Carry.MIXED
-                    state = anderson(previous, state, corrected) if mixes else corrected
-                self.carried = state
+                self.carried = self._carry(step, state, increment)
             reconstructed = not step.exact
         if reconstructed and self.carried is not None and self.start is not None:
             drifts.append(_relative(self.carried, self.start))
@@ -191,26 +192,38 @@ class _Sweep:
         self.monitor.evaluations = self.r.evaluations
         return adjoint, gradients
 
-    def _state(self, n: int) -> tuple[Tensor, Tensor]:
-        """x̂_n, by the step's plan, and the iterate before it (itself, where there is none)."""
+    def _state(self, n: int) -> Tensor:
+        """x̂_n, by the step's plan."""
         step = self.plan.steps[n]
         if step.prediction is Prediction.HELD:
-            state = self.held.pop(n)
-            return state, state
+            return self.held.pop(n)
         with torch.no_grad():
             if step.prediction is Prediction.REPLAY:
-                state = self._replay(n, step.hold)
-                return state, state
+                return self._replay(n, step.hold)
             assert self.carried is not None
-            previous = self.carried
-            if step.prediction is Prediction.REVERSE_EULER:
-                state = reverse_euler(self.scheme.increment, self.r, n, self.carried)
-            else:
+            if step.prediction is Prediction.REVERSE_SCHEME:
                 state = self.scheme.step_back(self.r, n, self.carried)
+            else:
+                state = self.predicted = reverse_euler(self.scheme.increment, self.r, n, self.carried)
+                self.iterates = self.carried, state
+                if step.modified and self.defect is not None:
+                    state = state + self.defect
             for _ in range(step.corrections):
-                previous = state
-                state = torch.sub(self.carried, self.scheme.increment(self.r, n, previous), alpha=self.h)
-        return previous, state
+                z, state = state, torch.sub(self.carried, self.scheme.increment(self.r, n, state), alpha=self.h)
+                self.iterates = z, state
+        return state
+
+    def _carry(self, step: StepPlan, state: Tensor, increment: Tensor) -> Tensor:
+        """The estimate of x_n that goes on to step n-1."""
+        assert self.carried is not None
+        if step.exact or step.carry is Carry.PREDICTED:
+            return state
+        carried = torch.sub(self.carried, increment, alpha=self.h)
+        if step.carry is Carry.MIXED:
+            carried = anderson(*self.iterates, state, carried)
+        if step.modified:
+            self.defect = carried - self.predicted
+        return carried
 
     def _replay(self, n: int, hold: tuple[int, ...]) -> Tensor:
         below = max(k for k in self.held if k <= n)
@@ -222,25 +235,26 @@ class _Sweep:
         return state
 
 
-def anderson(z: Tensor, g_z: Tensor, g_g_z: Tensor) -> Tensor:
-    """Anderson's mixing of depth 1 of two iterates of x ← G(x): z, G(z), G(G(z)), per image.
+def anderson(z: Tensor, g_z: Tensor, y: Tensor, g_y: Tensor) -> Tensor:
+    """Anderson's mixing of depth 1 for x ← G(x), from two points z, y and their images, per image of the batch.
 
-        (1 − β) G(G(z)) + β G(z),   β minimises ‖(1 − β) f₁ + β f₀‖,   f₀ = G(z) − z,   f₁ = G(G(z)) − G(z)
+        (1 − β) G(y) + β G(z),   β minimises ‖(1 − β) (G(y) − y) + β (G(z) − z)‖
 
-    (Walker and Ni 2011, SIAM J. Numer. Anal. 49, equation 2.1 with m = 1). With h → 0, β = O(h), so the
+    (Walker and Ni 2011, SIAM J. Numer. Anal. 49, algorithm AA with m = 1). With h → 0, β = O(h), so the
     order of the iteration stays; where the field is stiff, it damps the direction that diverges.
     """
     per_image = tuple(range(1, z.ndim)) if z.ndim > 1 else (0,)
-    f_0, f_1 = g_z - z, g_g_z - g_z
-    change = f_0 - f_1
+    f_y = g_y - y
+    change = (g_z - z) - f_y
     norm = change.square().sum(per_image, keepdim=True)
-    # An image whose residual did not change at all is at its fixed point: no mixing.
-    beta = -(f_1 * change).sum(per_image, keepdim=True) / norm.clamp_min(torch.finfo(norm.dtype).tiny)
-    return torch.lerp(g_g_z, g_z, beta)
+    # Where the residual did not change at all there is nothing to learn from: β = 0.
+    beta = -(f_y * change).sum(per_image, keepdim=True) / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+    return torch.lerp(g_y, g_z, beta)
 
 
 def _relative(estimate: Tensor, truth: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(estimate - truth) / torch.linalg.vector_norm(truth)
+    norm = torch.linalg.vector_norm(truth).clamp_min(torch.finfo(truth.dtype).tiny)
+    return torch.linalg.vector_norm(estimate - truth) / norm
 
 
 @dataclass(frozen=True)
@@ -265,6 +279,37 @@ class _Autocast:
         if self.dtype is None:
             return nullcontext()
         return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled, cache_enabled=False)
+
+
+@dataclass(frozen=True)
+class _Modes:
+    """Train or eval mode of every module in the forward pass, and the versions of the buffers read in eval mode."""
+
+    training: tuple[tuple[nn.Module, bool], ...]
+    versions: tuple[tuple[Tensor, int], ...]
+
+    @classmethod
+    def now(cls, blocks: Sequence[nn.Module]) -> _Modes:
+        modules = [m for block in blocks for m in block.modules()]
+        read = [b for m in modules if not m.training for b in m._buffers.values() if b is not None]
+        return cls(tuple((m, m.training) for m in modules), tuple((b, _version(b)) for b in read))
+
+    @contextmanager
+    def enter(self) -> Iterator[None]:
+        """The modes of the forward pass. Raises ResodeError if a buffer that it read was written to since."""
+        if any(_version(buffer) != version for buffer, version in self.versions):
+            raise ResodeError(
+                "statistics that the forward pass normalised by were changed before the backward pass;"
+                " run backward first"
+            )
+        changed = [(m, m.training) for m, training in self.training if m.training != training]
+        try:
+            for module, training in self.training:
+                module.training = training
+            yield
+        finally:
+            for module, training in changed:
+                module.training = training
 
 
 @contextmanager

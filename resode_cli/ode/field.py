@@ -7,8 +7,9 @@ x: state (B, C, H, W) or any other shape; h: step size; n: step; N: depth.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -85,9 +86,9 @@ class Evaluator:
 
     field: Field
     recording: bool = False
-    draws: dict[EvaluationKey, RandomState] = field(default_factory=dict)
+    draws: dict[EvaluationKey, RandomState] = dataclasses.field(default_factory=dict)
     evaluations: int = 0
-    used: dict[int, None] = field(default_factory=dict)  # distinct blocks evaluated since last cleared
+    used: dict[int, None] = dataclasses.field(default_factory=dict)  # distinct blocks evaluated since last cleared
 
     def value(self, n: int, x: Tensor, key: EvaluationKey) -> Tensor:
         """r_n(x)."""

@@ -8,12 +8,13 @@ method is a function from a depth to a plan, one value per step. A new method is
 | checkpoint   | held, or run forward again from a held one: exact    | 1 … 2                     |
 | euler        | reverse Euler, carry the prediction (eq. 6–7)        | 2                         |
 | heun         | reverse Heun, carry the prediction (eq. 8–9)         | 2                         |
-| pc           | reverse Euler, carry the corrected state             | 2                         |
+| pc           | modified reverse Euler, carry the corrected state    | 2                         |
 
 Reversing a step is a fixed-point iteration x ← G(x) = x_{n+1} − h Φ_n(x): reverse Euler is its first
 iterate from x_{n+1}, and the taped evaluation of Φ_n, which the gradient needs anyway, gives one more.
-`pc` (predictor, corrector) carries that one instead of the prediction, after one Anderson mixing of
-the two, which costs inner products only.
+`pc` (predictor, corrector) carries that one instead of the prediction. Two classical refinements cost
+no evaluation: Anderson's mixing of the two iterates, and Milne's modifier, which adds to a prediction
+the error that the prediction of the step before turned out to have.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ class Prediction(Enum):
 
 
 class Carry(Enum):
-    """What goes on to step n-1 as the estimate of x_n. With z the iterate that x̂_n = G(z) came from."""
+    """What goes on to step n-1 as the estimate of x_n. z: the iterate before x̂_n, and G its next."""
 
     PREDICTED = "predicted"  # x̂_n as it is: the paper
     CORRECTED = "corrected"  # G(x̂_n) = x_{n+1} − h Φ_n(x̂_n), with Φ_n(x̂_n) the taped value: free
-    MIXED = "mixed"  # (1 − β) G(x̂_n) + β x̂_n: Anderson's mixing of depth 1, β per image
+    MIXED = "mixed"  # (1 − β) G(x̂_n) + β G(z): Anderson's mixing of depth 1, β per image
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,18 @@ class StepPlan:
 
     prediction: the first estimate x̂_n.
     hold: with REPLAY, the earlier states to hold on the way (they are HELD for later steps).
+    modified: add the defect of step n+1's reverse Euler prediction (what was carried minus it) to this
+        step's. Both are −h² Φ' Φ to leading order, so the sum is better by one order where the field is
+        smooth in depth, and of the same order where it is not.
     corrections: extra fixed-point evaluations x̂ ← x_{n+1} − h Φ_n(x̂).
-    carry: the estimate that goes on to step n-1. MIXED needs x̂_n to be an iterate of G, as reverse
-        Euler and every correction make it, and the scheme's own step back does not.
+    carry: the estimate that goes on to step n-1.
+
+    `modified` and MIXED go with reverse Euler: the scheme's own step back is no iterate of G.
     """
 
     prediction: Prediction
     hold: tuple[int, ...] = ()
+    modified: bool = False
     corrections: int = 0
     carry: Carry = Carry.PREDICTED
 
@@ -112,7 +118,7 @@ _BUILDERS: dict[str, Callable[[int, int | None], Plan]] = {
     "checkpoint": _checkpoint,
     "euler": _reversal("euler", StepPlan(Prediction.REVERSE_EULER)),
     "heun": _reversal("heun", StepPlan(Prediction.REVERSE_SCHEME)),
-    "pc": _reversal("pc", StepPlan(Prediction.REVERSE_EULER, carry=Carry.MIXED)),
+    "pc": _reversal("pc", StepPlan(Prediction.REVERSE_EULER, modified=True, carry=Carry.MIXED)),
 }
 
 METHODS = ("backprop", *_BUILDERS)

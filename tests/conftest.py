@@ -1,0 +1,155 @@
+"""Fixtures shared by the tests: tiny networks with random statistics, image folders, the real data if there is any."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from resode_cli.adapters.sources import open_source
+from resode_cli.conversion import convert
+from resode_cli.model import ModelInfo, OdeResNet
+from resode_cli.parts import Preprocessing, SourceSpec
+
+TINY_SIZE = 16
+TINY_NET = """
+from resode_cli.adapters.cifar import CifarResNet
+
+
+def make(num_classes=5):
+    return CifarResNet(3, num_classes=num_classes, widths=(4, 8, 8))
+
+
+def make_long(num_classes=5):
+    return CifarResNet(9, num_classes=num_classes, widths=(2, 4, 4))
+"""
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """Every test draws the same random numbers, whichever tests ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def randomise() -> Callable[[nn.Module], nn.Module]:
+    """Give every norm random weights and statistics.
+
+    timm's last norms start at zero, and with them every branch: any two formulas would agree.
+    """
+
+    def apply(net: nn.Module) -> nn.Module:
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for module in net.modules():
+                if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)):
+                    module.weight.uniform_(0.3, 1.0, generator=generator)
+                    module.bias.normal_(0.0, 0.2, generator=generator)
+                if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+                    module.running_mean.normal_(0.0, 0.2, generator=generator)
+                    module.running_var.uniform_(0.5, 1.5, generator=generator)
+                    module.num_batches_tracked.fill_(7)
+        return net
+
+    return apply
+
+
+@pytest.fixture
+def info() -> ModelInfo:
+    """What `assemble` wants to know of a network that comes from no library."""
+    return ModelInfo(SourceSpec("file", "net.py:make"), Preprocessing(size=TINY_SIZE), 5)
+
+
+@pytest.fixture
+def tiny_file(tmp_path: Path) -> Path:
+    """A user's own source file; its `make` has stages of 3, 2 and 2 steps, its `make_long` of 9, 8 and 8."""
+    path = tmp_path / "net.py"
+    path.write_text(TINY_NET)
+    return path
+
+
+@pytest.fixture
+def build_tiny(tiny_file: Path, randomise) -> Callable[..., OdeResNet]:
+    """Convert a tiny network from the user's file; arguments are those of `convert`."""
+
+    def build(function: str = "make", **arguments) -> OdeResNet:
+        preprocessing = {"size": TINY_SIZE, "crop_fraction": 1.0}
+        source = open_source(f"{tiny_file}:{function}", pretrained=False, preprocessing=preprocessing)
+        randomise(source.net)
+        return convert(source, **arguments)[0]
+
+    return build
+
+
+@pytest.fixture
+def tiny(build_tiny) -> OdeResNet:
+    return build_tiny()
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    """A batch for the tiny network."""
+    return torch.randn(4, 3, TINY_SIZE, TINY_SIZE, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture
+def make_folder(tmp_path: Path) -> Callable[..., Path]:
+    """Write an image folder: NAME/SPLIT/CLASS/0.png …, noise of the given size."""
+
+    def make(
+        name: str = "pictures",
+        *,
+        classes=("cat", "dog", "owl"),
+        splits=("train", "test"),
+        each: int = 3,
+        size: int = 16,
+    ) -> Path:
+        generator = torch.Generator().manual_seed(3)
+        for split in splits:
+            for label in classes:
+                folder = tmp_path / name / split / label
+                folder.mkdir(parents=True)
+                for i in range(each):
+                    pixels = torch.randint(0, 256, (size, size, 3), generator=generator, dtype=torch.uint8)
+                    Image.fromarray(pixels.numpy()).save(folder / f"{i}.png")
+        return tmp_path / name
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real weights and images: beside the repository, or where RESODE_TEST_DATA says."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("RESODE_TEST_DATA", beside))
+    if not folder.is_dir():
+        pytest.skip(f"no pretrained networks and images in {folder}; RESODE_TEST_DATA says where they are")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cifar10(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CIFAR-10 as an image folder: the test images, and the first 200 training images of each class.
+
+    All 50,000 would cost more time to unpack than most tests take, and pytest keeps the folder.
+    """
+    archive = shared_data / "cifar10_jpeg.tar.gz"
+    if not archive.is_file():
+        pytest.skip(f"no {archive.name} in {shared_data}")
+    target = tmp_path_factory.mktemp("images")
+    with tarfile.open(archive) as file:
+        file.extractall(target, members=_wanted(file), filter="data")
+    return target / "cifar10"
+
+
+def _wanted(file: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    for member in file:
+        path = PurePosixPath(member.name)
+        if member.isfile() and ("test" in path.parts or int(path.stem) < 200):
+            yield member

@@ -1,0 +1,307 @@
+"""Images reach the network as its preprocessing says, in splits, the same on every run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from resode_cli import data as data_module
+from resode_cli.data import ImageData, batches, check_classes, open_data, transform
+from resode_cli.errors import ResodeError, UsageError
+from resode_cli.evaluate import evaluate
+from resode_cli.parts import Preprocessing
+
+PLAIN = Preprocessing(size=16, crop_fraction=1.0)
+
+
+def labels(data: ImageData) -> list[int]:
+    return [int(label) for batch in batches(data, 64) for label in batch.labels]
+
+
+# splits
+
+
+@pytest.mark.parametrize("split, size", [("train", 1437), ("test", 360)])
+def test_the_embedded_digits_have_their_sizes(split: str, size: int):
+    data = open_data("digits", PLAIN, split)
+    assert len(data) == size and data.class_names == tuple("0123456789")
+    assert set(labels(data)) == set(range(10))
+    image, _ = data[0]
+    assert image.shape == (3, 16, 16) and image.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["test", "val", "validation"])
+def test_a_folder_has_a_train_split_and_a_held_out_one(name: str, make_folder):
+    folder = make_folder(splits=("train", name), each=2)
+    train, test = (open_data(str(folder), PLAIN, split) for split in ("train", "test"))
+    assert (len(train), len(test)) == (6, 6)
+    assert train.class_names == test.class_names == ("cat", "dog", "owl")
+    assert labels(test) == [0, 0, 1, 1, 2, 2]
+    assert not torch.equal(train[0][0], test[0][0])
+
+
+@pytest.mark.parametrize(
+    "there, asked, message", [("train", "test", "test or val or validation"), ("test", "train", "train")]
+)
+def test_a_missing_split_is_named(there: str, asked: str, message: str, make_folder):
+    folder = make_folder(splits=(there,))
+    with pytest.raises(ResodeError, match=f"pictures has no folder {message}; an image folder is pictures/train/CLASS"):
+        open_data(str(folder), PLAIN, asked)
+
+
+def test_an_empty_class_folder_is_named(make_folder):
+    folder = make_folder()
+    (folder / "train" / "yak").mkdir()
+    with pytest.raises(ResodeError, match="train: .*yak"):
+        open_data(str(folder), PLAIN, "train")
+
+
+def test_a_split_without_classes_is_refused(make_folder, tmp_path):
+    (tmp_path / "bare" / "train").mkdir(parents=True)
+    with pytest.raises(ResodeError, match="bare/train: "):
+        open_data(str(tmp_path / "bare"), PLAIN, "train")
+
+
+@pytest.mark.parametrize("name, nearest", [("digit", "digits"), ("cifar-10", "cifar10"), ("flower102", "flowers102")])
+def test_an_unknown_name_is_answered_with_the_nearest(name: str, nearest: str):
+    with pytest.raises(UsageError, match=f"unknown data set .*'{name}'; did you mean .*{nearest}"):
+        open_data(name, PLAIN, "train")
+
+
+def test_a_folder_that_is_not_there_is_a_usage_error(tmp_path):
+    with pytest.raises(UsageError, match="data folder '.*nowhere' does not exist"):
+        open_data(str(tmp_path / "nowhere"), PLAIN, "train")
+
+
+def test_a_file_is_not_a_folder(tmp_path):
+    (tmp_path / "images.zip").write_bytes(b"")
+    with pytest.raises(UsageError, match="does not exist, or is not a folder"):
+        open_data(str(tmp_path / "images.zip"), PLAIN, "train")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Dataset not found"), OSError("Network is unreachable")])
+def test_a_download_that_fails_is_one_line(error: Exception, monkeypatch, tmp_path):
+    def fail(root, download, train):
+        raise error
+
+    monkeypatch.setattr(data_module.datasets, "CIFAR10", fail)
+    with pytest.raises(ResodeError, match=f"cifar10 is not in .* cannot be downloaded .{error}.; connect"):
+        open_data("cifar10", PLAIN, "train", root=tmp_path)
+
+
+# classes
+
+
+def test_classes_that_fit_are_accepted(make_folder):
+    data = open_data(str(make_folder()), PLAIN, "train")
+    check_classes(data, 3, None)
+    check_classes(data, 3, ("cat", "dog", "owl"))
+
+
+@pytest.mark.parametrize("head", [2, 10])
+def test_another_number_of_classes_than_the_head_is_refused(head: int, make_folder):
+    data = open_data(str(make_folder()), PLAIN, "train")
+    with pytest.raises(ResodeError, match=f"has 3 classes and the model's head {head}; .*--num-classes 3"):
+        check_classes(data, head, None)
+
+
+@pytest.mark.parametrize("names", [("cat", "dog", "yak"), ("dog", "cat", "owl")])
+def test_other_class_names_are_refused(names: tuple[str, ...], make_folder):
+    data = open_data(str(make_folder()), PLAIN, "train")
+    with pytest.raises(ResodeError, match=rf"other classes apart \({', '.join(names)}\) than .*\(cat, dog, owl\)"):
+        check_classes(data, 3, names)
+
+
+# corrupt images
+
+
+def corrupt(folder: Path, kind: str) -> Path:
+    path = folder / "test" / "dog" / "1.png"
+    content = path.read_bytes()
+    path.write_bytes({"empty": b"", "text": b"not an image", "cut short": content[: len(content) // 2]}[kind])
+    return path
+
+
+@pytest.mark.parametrize("kind", ["empty", "text", "cut short"])
+def test_a_corrupt_image_is_named(kind: str, make_folder):
+    folder = make_folder()
+    path = corrupt(folder, kind)
+    data = open_data(str(folder), PLAIN, "test")
+    with pytest.raises(ResodeError, match=f"{path}: not a readable image .*--skip-corrupt"):
+        list(batches(data, 4))
+
+
+@pytest.mark.parametrize("kind", ["empty", "text", "cut short"])
+def test_corrupt_images_are_skipped_and_counted_on_request(kind: str, make_folder):
+    folder = make_folder()
+    path = corrupt(folder, kind)
+    found = list(batches(open_data(str(folder), PLAIN, "test", skip_corrupt=True), 4))
+    assert [name for batch in found for name in batch.skipped] == [str(path)]
+    assert [int(label) for batch in found for label in batch.labels] == [0, 0, 0, 1, 1, 2, 2, 2]
+    assert [len(batch.images) for batch in found] == [4, 3, 1]
+
+
+def test_a_batch_of_corrupt_images_alone_is_empty_and_evaluation_counts_it(make_folder, tiny):
+    folder = make_folder()
+    corrupt(folder, "text")
+    found = list(batches(open_data(str(folder), PLAIN, "test", skip_corrupt=True), 1))
+    assert [len(batch.labels) for batch in found] == [1, 1, 1, 1, 0, 1, 1, 1, 1]
+    result = evaluate(tiny, found)
+    assert result.images == 8 and len(result.skipped) == 1
+
+
+# which images
+
+
+@pytest.mark.parametrize("n", [3, 4, 7, 9, 100])
+def test_a_part_of_the_images_covers_every_class(n: int, make_folder):
+    data = open_data(str(make_folder()), PLAIN, "train", images=n)
+    assert len(data) == min(n, 9)
+    counts = np.bincount(labels(data), minlength=3)
+    assert counts.min() >= 1 and counts.max() - counts.min() <= 1
+
+
+def test_images_are_evenly_spaced():
+    data = open_data("digits", PLAIN, "test", images=100)
+    steps = np.diff(list(data.indices))
+    assert data.indices[0] == 0 and set(steps) == {3, 4} and len(data) == 100
+
+
+@pytest.mark.parametrize("n", [0, -1])
+def test_no_images_are_a_usage_error(n: int):
+    with pytest.raises(UsageError, match=f"--images {n}: must be 1 or more"):
+        open_data("digits", PLAIN, "test", images=n)
+
+
+# preprocessing
+
+
+def noise(size: int) -> Image.Image:
+    generator = torch.Generator().manual_seed(0)
+    return Image.fromarray(torch.randint(0, 256, (size, size, 3), generator=generator, dtype=torch.uint8).numpy())
+
+
+def by_hand(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
+    pixels = np.asarray(image).astype(np.float64) / 255
+    return torch.tensor((pixels - preprocessing.mean) / preprocessing.std).permute(2, 0, 1).float()
+
+
+def test_images_are_normalised_per_channel():
+    preprocessing = Preprocessing(size=16, crop_fraction=1.0, mean=(0.1, 0.5, 0.9), std=(0.2, 0.3, 0.4))
+    image = noise(16)
+    result = transform(preprocessing, augment=False)(image)
+    torch.testing.assert_close(result, by_hand(image, preprocessing), rtol=1e-5, atol=1e-5)
+
+
+def test_the_crop_is_the_middle_of_the_resized_image():
+    # Size over fraction is 16, so that nothing is resampled.
+    preprocessing = Preprocessing(size=8, crop_fraction=0.5)
+    image = noise(16)
+    result = transform(preprocessing, augment=False)(image)
+    torch.testing.assert_close(result, by_hand(image.crop((4, 4, 12, 12)), preprocessing), rtol=1e-5, atol=1e-5)
+
+
+def test_the_interpolation_is_the_preprocessings():
+    bilinear, nearest = (
+        transform(Preprocessing(size=8, crop_fraction=1.0, interpolation=name), augment=False)(noise(16))
+        for name in ("bilinear", "nearest")
+    )
+    assert not torch.equal(bilinear, nearest)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1"])
+def test_images_of_every_mode_become_three_channels(mode: str, tmp_path):
+    folder = tmp_path / "modes" / "test" / "a"
+    folder.mkdir(parents=True)
+    noise(16).convert(mode).save(folder / "0.png")
+    image, _ = open_data(str(tmp_path / "modes"), PLAIN, "test")[0]
+    assert image.shape == (3, 16, 16)
+
+
+# augmentation
+
+
+def augmented(seed: int = 5, **arguments) -> ImageData:
+    return open_data("digits", PLAIN, "train", augment=True, seed=seed, images=12, **arguments)
+
+
+def all_images(data: ImageData, **arguments) -> Tensor:
+    return torch.cat([batch.images for batch in batches(data, 4, **arguments)])
+
+
+def test_augmentation_depends_on_seed_epoch_and_image_alone():
+    expected = all_images(augmented())
+    torch.manual_seed(123)  # the caller's own random numbers do not matter
+    assert torch.equal(all_images(augmented()), expected)
+    order = [7, 3, 11, 0, 1, 2, 4, 5, 6, 8, 9, 10]
+    assert torch.equal(all_images(augmented(), order=order), expected[order])
+    assert torch.equal(all_images(augmented(), skip=2), expected[8:])
+
+
+def test_augmentation_is_the_same_with_workers():
+    data = augmented()
+    data.epoch = 3
+    assert torch.equal(all_images(data, workers=1), all_images(data))
+
+
+def test_epochs_seeds_and_images_are_augmented_differently():
+    data = augmented()
+    first = all_images(data)
+    data.epoch = 1
+    second = all_images(data)
+    other = all_images(augmented(seed=6))
+    plain = all_images(open_data("digits", PLAIN, "train", images=12))
+    for a, b in ((first, second), (first, other), (second, other), (first, plain)):
+        assert sum(not torch.equal(x, y) for x, y in zip(a, b, strict=True)) >= 9
+    data.epoch = 0
+    assert torch.equal(all_images(data), first)
+
+
+def test_augmentation_leaves_the_callers_generator_alone():
+    data = augmented()
+    before = torch.get_rng_state()
+    for i in range(len(data)):
+        data[i]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def flipped(flip: bool) -> int:
+    """How often a gradient from dark to light comes out reversed."""
+    ramp = Image.fromarray(np.tile(np.linspace(0, 255, 16).astype(np.uint8), (16, 1))).convert("RGB")
+    augment = transform(PLAIN, augment=True, flip=flip)
+    return sum(bool(image[0, 8, 5] > image[0, 8, 10]) for image in (augment(ramp) for _ in range(40)))
+
+
+def test_mirror_images_come_only_where_they_mean_the_same():
+    assert flipped(False) == 0
+    assert 8 <= flipped(True) <= 32
+
+
+# batches
+
+
+@pytest.mark.parametrize("drop_last, sizes", [(False, [4, 4, 1]), (True, [4, 4])])
+def test_batches_have_the_size_asked_for(drop_last: bool, sizes: list[int], make_folder):
+    data = open_data(str(make_folder()), PLAIN, "train")
+    assert [len(batch.labels) for batch in batches(data, 4, drop_last=drop_last)] == sizes
+
+
+def test_a_single_small_batch_is_not_dropped(make_folder):
+    data = open_data(str(make_folder()), PLAIN, "train")
+    assert [len(batch.labels) for batch in batches(data, 64, drop_last=True)] == [9]
+
+
+def test_evaluation_counts_by_hand(make_folder, tiny):
+    found = list(batches(open_data(str(make_folder()), PLAIN, "test"), 4))
+    result = evaluate(tiny.train(), found)
+    with torch.no_grad():
+        logits = tiny.eval()(torch.cat([batch.images for batch in found]))
+    targets = torch.cat([batch.labels for batch in found])
+    assert result.top1 == (logits.argmax(1) == targets).double().mean().item()
+    assert result.top5 == 1.0 and result.images == 9
+    assert result.loss == pytest.approx(torch.nn.functional.cross_entropy(logits, targets).item(), rel=1e-5)
