@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
 from torch import Tensor
 
 from . import model_file, run_folder
@@ -22,7 +20,8 @@ from .data import Batch, ImageData, batches
 from .errors import ResodeError, UsageError
 from .evaluate import Evaluation, evaluate
 from .model import OdeResNet, freeze_batch_norm
-from .ode import Adjoint, required_scheme
+from .ode import Adjoint, RandomState, fixed_buffers, required_scheme
+from .optimization import create_optimizer, create_scheduler
 from .settings import AMP, Settings
 
 
@@ -115,6 +114,7 @@ class _Run:
         self.settings, self.device, self.callbacks = settings, device, callbacks
         self.per_epoch, self.total = settings.per_epoch(len(train)), settings.steps(len(train))
         self.progress = Progress()
+        self.last_step_at = 0.0
         self.stage_names = [name for name, stage in model.stages.items() if stage.spec.depth]
         self._choose_parameters()
         if resume is None:
@@ -125,14 +125,8 @@ class _Run:
             model.use_adjoint(Adjoint(settings.adjoint, settings.anchors))
             for name in self.progress.moved_to_anchors:
                 model.stages[name].use_adjoint(Adjoint("checkpoint"))
-        self.optimizer = create_optimizer_v2(
-            model,
-            opt=settings.optimizer,
-            lr=settings.lr,
-            weight_decay=settings.weight_decay,
-            momentum=settings.momentum,
-        )
-        self.scheduler = _scheduler(self.optimizer, settings, self.total)
+        self.optimizer = create_optimizer(model, settings)
+        self.scheduler = create_scheduler(self.optimizer, settings, self.total)
         amp = settings.amp == "fp16"
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp)
         if resume is not None:
@@ -177,7 +171,7 @@ class _Run:
         settings, progress = self.settings, self.progress
         self.out.mkdir(parents=True, exist_ok=True)
         log = run_folder.Log(self.out / "log.csv", self.stage_names, keep_up_to=progress.step)
-        began = time.perf_counter()
+        began = self.last_step_at = time.perf_counter()
         before = after = None
         if progress.step == 0 and self.test is not None:
             before = self._evaluate()
@@ -185,6 +179,7 @@ class _Run:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         interrupted = False
+        self.last_step_at = time.perf_counter()
         for batch in self._batches():
             record = self._step(batch)
             self.callbacks.on_step(record)
@@ -202,6 +197,7 @@ class _Run:
                 if after.top1 > progress.best_top1:
                     progress.best_top1 = after.top1
                     self._save_model("best")
+                self.last_step_at = time.perf_counter()
             if interrupted or last or progress.step % settings.save_every == 0:
                 self._save_state()
             if interrupted:
@@ -243,12 +239,42 @@ class _Run:
 
     def _step(self, batch: Batch) -> StepRecord:
         settings = self.settings
-        began = time.perf_counter()
         self.scheduler.step_update(self.progress.step)
         self.model.train()
         if settings.bn == "frozen":
             freeze_batch_norm(self.model)
         images, labels = batch.images.to(self.device), batch.labels.to(self.device)
+        random = RandomState.now(self.device)
+        loss, accuracy, drift = self._forward_backward(images, labels)
+        if self._moved_to_anchors(drift):
+            # The gradient is thrown away and taken again, exactly: same random numbers, and running
+            # statistics that have moved once already.
+            random.restore()
+            with fixed_buffers([self.model]):
+                loss, accuracy, _ = self._forward_backward(images, labels)
+        if settings.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_grad)
+        lr = max(group["lr"] for group in self.optimizer.param_groups)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.progress.step += 1
+        now = time.perf_counter()
+        speed, self.last_step_at = len(labels) / (now - self.last_step_at), now
+        return StepRecord(
+            self.progress.step,
+            self.total,
+            (self.progress.step - 1) // self.per_epoch + 1,
+            loss,
+            accuracy,
+            lr,
+            speed,
+            peak_bytes(self.device),
+            drift,
+        )
+
+    def _forward_backward(self, images: Tensor, labels: Tensor) -> tuple[float, float, dict[str, float]]:
+        """Loss and accuracy on a batch, the drift of each stage (NaN: nothing reconstructed), and .grad set."""
         with self._autocast():
             logits = self.model(images)
         loss = F.cross_entropy(logits.float(), labels)
@@ -257,26 +283,14 @@ class _Run:
         # One transfer per step: the loss, the accuracy and every stage's drift together.
         accuracy = (logits.argmax(1) == labels).float().mean()
         drifts = [self._drift(name) for name in self.stage_names]
-        loss_value, accuracy_value, *drift_values = torch.stack([loss.detach().float(), accuracy, *drifts]).tolist()
-        self._check(loss_value, dict(zip(self.stage_names, drift_values, strict=True)))
-        if settings.clip_grad is not None:
-            self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_grad)
-        lr = max(group["lr"] for group in self.optimizer.param_groups)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.progress.step += 1
-        return StepRecord(
-            self.progress.step,
-            self.total,
-            (self.progress.step - 1) // self.per_epoch + 1,
-            loss_value,
-            accuracy_value,
-            lr,
-            len(labels) / (time.perf_counter() - began),
-            peak_bytes(self.device),
-            dict(zip(self.stage_names, drift_values, strict=True)),
-        )
+        figures = torch.stack([loss.detach().float(), accuracy, *drifts]).tolist()
+        if not math.isfinite(figures[0]):
+            raise ResodeError(
+                f"the loss is {figures[0]} at step {self.progress.step + 1};"
+                f" {self.out / run_folder.STATE} holds the last saved step. Try a lower --lr, --clip-grad,"
+                " or --adjoint checkpoint"
+            )
+        return figures[0], figures[1], dict(zip(self.stage_names, figures[2:], strict=True))
 
     def _autocast(self) -> AbstractContextManager[Any]:
         dtype = AMP[self.settings.amp]
@@ -287,31 +301,28 @@ class _Run:
         drift = self.model.stages[name].monitor.drift
         return torch.tensor(math.nan, device=self.device) if drift is None else drift.float()
 
-    def _check(self, loss: float, drift: dict[str, float]) -> None:
-        """Never go on silently with a wrong gradient."""
-        if not math.isfinite(loss):
-            raise ResodeError(
-                f"the loss is {loss} at step {self.progress.step + 1};"
-                f" {self.out / run_folder.STATE} holds the last saved step. Try a lower --lr, --clip-grad,"
-                " or --adjoint checkpoint"
-            )
+    def _moved_to_anchors(self, drift: dict[str, float]) -> bool:
+        """Act on drift past the tolerance; whether a stage was moved to anchors, so that the step must be redone."""
+        moved = False
         for name, value in drift.items():
             reconstructed = self.model.stages[name].monitor.drift is not None
             if not reconstructed or value <= self.settings.drift_tolerance:
                 continue
             what = (
-                f"stage {name}: its reconstructed states are off by {value:.2g} of their size"
-                f" (tolerance {self.settings.drift_tolerance:g}), so its gradient is not backprop's"
+                f"step {self.progress.step + 1}: the reconstructed states of stage {name} are off by {value:.2g} of"
+                f" their size (tolerance {self.settings.drift_tolerance:g}), so its gradient is not backprop's"
             )
-            if self.settings.on_drift == "stop":
-                raise ResodeError(f"{what}; stopped at step {self.progress.step + 1} (--on-drift stop)")
             if self.settings.on_drift == "anchors":
-                self.callbacks.on_message(f"{what}; it is moved to anchors from the next step on")
+                self.callbacks.on_message(f"{what}; the stage is moved to anchors and the step taken again")
                 self.model.stages[name].use_adjoint(Adjoint("checkpoint"))
                 self.progress.moved_to_anchors.append(name)
+                moved = True
+            elif self.settings.on_drift == "stop" or not math.isfinite(value):
+                raise ResodeError(f"{what}; stopped (--on-drift anchors would go on with an exact gradient)")
             elif name not in self.progress.warned:
                 self.callbacks.on_message(f"{what}; --on-drift anchors would make it exact")
                 self.progress.warned.append(name)
+        return moved
 
     def _evaluate(self) -> Evaluation:
         assert self.test is not None
@@ -354,25 +365,6 @@ def check_resumable(state: run_folder.State, train: ImageData, settings: Setting
     changed = [f"{k} was {state.fingerprint[k]}, is {v}" for k, v in now.items() if state.fingerprint.get(k) != v]
     if changed:
         raise UsageError(f"--resume cannot change the order of images: {'; '.join(changed)}")
-
-
-def _scheduler(optimizer: torch.optim.Optimizer, settings: Settings, total: int) -> Any:
-    """timm's scheduler, in steps. It is a function of the step alone, so it has no state to save."""
-    kinds: dict[str, dict[str, Any]] = {
-        "cosine": {"sched": "cosine"},
-        "step": {"sched": "multistep", "decay_milestones": [total // 2, total * 3 // 4], "decay_rate": 0.1},
-        "constant": {"sched": "step", "decay_epochs": 1, "decay_rate": 1.0},
-    }
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        num_epochs=total,
-        warmup_epochs=settings.warmup,
-        warmup_lr=0.0,
-        step_on_epochs=False,
-        updates_per_epoch=1,
-        **kinds[settings.schedule],
-    )
-    return scheduler
 
 
 def peak_bytes(device: torch.device) -> int:

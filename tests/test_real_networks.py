@@ -169,9 +169,9 @@ def test_carrying_the_corrected_state_is_better_in_every_stage_with_anchors(deep
         assert pc[stage].relative_error < 0.3, stage
 
 
-def test_carrying_the_corrected_state_drifts_less_without_anchors(deep56, some_images):
-    # Both diverge here: replicated post-activation stages lose their clipped units. Gradient errors near or
-    # above 1 say nothing of which is better, so it is the states that are compared.
+def test_carrying_the_corrected_state_is_no_worse_in_any_stage_without_anchors(deep56, some_images):
+    # Neither gradient is of use here: replicated post-activation stages lose their clipped units.
     euler, pc = by_stage(deep56, some_images, Adjoint("euler"), Adjoint("pc"))
-    for stage in ("layer1", "layer2", "layer3"):
-        assert pc[stage].drift < euler[stage].drift, stage
+    for stage, row in pc.items():
+        assert row.relative_error <= euler[stage].relative_error, stage
+        assert row.drift is None or row.drift < euler[stage].drift, stage

@@ -152,7 +152,7 @@ class _Demo:
         from ..model import as_device
         from ..report import evaluation_line
         from ..settings import Settings
-    from .progress import training
+        from .progress import training
 
         self.announce(
             "4. Fine-tuned with the memory-free adjoint",

@@ -1,0 +1,283 @@
+"""The command line as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+NETWORK = """
+from resode_cli.adapters.cifar import CifarResNet
+def small(num_classes=10):
+    return CifarResNet(2, widths=(4, 8, 8), num_classes=num_classes)
+def broken():
+    raise RuntimeError("no such luck")
+def plain():
+    from torch import nn
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+"""
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Run `resode` in an empty folder; the exit code is checked, and that there is no traceback."""
+    (tmp_path / "net.py").write_text(NETWORK)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
+
+    def command(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+        result = subprocess.run(
+            [sys.executable, "-m", "resode_cli", *map(str, arguments)],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+        assert result.returncode == code, result.stdout + result.stderr
+        assert "Traceback" not in result.stderr
+        return result
+
+    return command
+
+
+@pytest.fixture
+def model(run: Run) -> str:
+    run("convert", "net.py:small", "--no-pretrained", "--input-size", 8, "-o", "m.safetensors")
+    return "m.safetensors"
+
+
+def error(result: subprocess.CompletedProcess[str]) -> str:
+    """The one line of the error."""
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, result.stderr
+    return lines[0]
+
+
+def test_the_whole_flow(run: Run, tmp_path: Path) -> None:
+    converted = json.loads(
+        run("convert", "net.py:small", "--no-pretrained", "--input-size", 8, "-o", "m.safetensors", "--json").stdout
+    )
+    assert converted["verified"]["identical"] and converted["verified"]["max_difference"] == 0
+    assert [row["steps"] for row in converted["stages"]] == [2, 1, 1]
+    deep = json.loads(run("deepen", "m.safetensors", "--blocks", 8, "-o", "d.safetensors", "--json").stdout)
+    assert [(row["steps"], row["step_size"]) for row in deep["stages"]] == [(8, 0.25), (8, 0.125), (8, 0.125)]
+    untied = json.loads(run("untie", "d.safetensors", "-o", "u.safetensors", "--json").stdout)
+    assert untied["verified"]["identical"]
+    info = json.loads(run("info", "u.safetensors", "--json").stdout)
+    assert [entry["command"] for entry in info["history"]] == ["convert", "deepen", "untie"]
+    checked = json.loads(
+        run("check-grad", "u.safetensors", "--adjoint", "checkpoint,pc", "--images", 4, "--json").stdout
+    )
+    assert [m["name"] for m in checked["methods"]] == ["checkpoint", "pc"]
+    assert {"stage", "relative_error", "cosine", "drift", "evaluations_per_step", "bytes_kept"} <= set(
+        checked["methods"][1]["stages"][1]
+    )
+    run(
+        *("finetune", "u.safetensors", "--data", "digits", "--adjoint", "pc", "--max-steps", 4, "--batch-size", 16),
+        *("--test-images", 40, "-o", "run", "--log-every", 2),
+    )
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {
+        "best.safetensors",
+        "last.safetensors",
+        "state.safetensors",
+        "log.csv",
+    }
+    evaluated = json.loads(run("eval", "run/last.safetensors", "--data", "digits", "--images", 40, "--json").stdout)
+    assert evaluated["images"] == 40 and 0 <= evaluated["top1"] <= evaluated["top5"] <= 1
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_people_read_tables_on_standard_output(run: Run, model: str) -> None:
+    out = run("info", model).stdout
+    assert "layer1" in out and "net.py:small" in out
+
+
+def test_tie_and_recalibrate_say_what_they_did_to_accuracy(run: Run, model: str) -> None:
+    out = run("tie", model, "--rule", "first", "--stage", 1, "-o", "t.safetensors", "--data", "digits", "--images", 30)
+    assert "before: top-1" in out.stdout and "top-1 agreement with before" in out.stdout
+    document = json.loads(
+        run(
+            *("recalibrate", model, "--data", "digits", "--images", 64, "--test-images", 30),
+            *("-o", "r.safetensors", "--json"),
+        ).stdout
+    )
+    assert document["after"]["images"] == 30 and 0 <= document["top1_agreement"] <= 1
+
+
+def test_check_grad_tolerance_sets_the_exit_code(run: Run, model: str) -> None:
+    arguments = ("check-grad", model, "--images", 4, "--adjoint")
+    run(*arguments, "checkpoint", "--tol", 1e-5)
+    result = run(*arguments, "euler", "--tol", 1e-5, code=1)
+    assert "above --tol" in result.stderr
+
+
+def test_check_grad_sweeps_depths_and_plots(run: Run, model: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+    document = json.loads(
+        run(
+            *("check-grad", model, "--images", 4, "--adjoint", "euler,pc", "--sweep", "8,16,32"),
+            *("--plot", "errors.png", "--json"),
+        ).stdout
+    )
+    rows = {(row["method"], row["stage"]): row for row in document["sweep"]}
+    assert rows["euler", "layer2"]["depths"] == [8, 16, 32]
+    assert -1.5 < rows["euler", "layer2"]["slope"] < -0.6
+    assert rows["pc", "layer2"]["slope"] < rows["euler", "layer2"]["slope"]
+    with Image.open(tmp_path / "errors.png") as image:
+        assert image.width > 300
+
+
+def test_heun_switches_the_forward_rule_and_says_so(run: Run, model: str) -> None:
+    result = run(
+        *("finetune", model, "--data", "digits", "--adjoint", "heun", "--max-steps", 1, "--batch-size", 8),
+        *("--test-images", 10, "-o", "run"),
+    )
+    assert "the forward rule is now heun" in result.stderr
+    history = json.loads(run("info", "run/last.safetensors", "--json").stdout)["history"]
+    switch = next(entry for entry in history if entry["command"] == "switch-scheme")
+    assert switch["scheme"] == "heun" and switch["max_logit_difference"] > 0
+
+
+def test_an_existing_output_is_kept_without_force(run: Run, model: str, tmp_path: Path) -> None:
+    before = (tmp_path / model).read_bytes()
+    result = run("convert", "net.py:small", "--no-pretrained", "-o", model, code=1)
+    assert "--force" in error(result)
+    assert (tmp_path / model).read_bytes() == before
+    run("convert", "net.py:small", "--no-pretrained", "--input-size", 8, "-o", model, "--force", "--seed", 1)
+    assert (tmp_path / model).read_bytes() != before
+
+
+@pytest.mark.parametrize("source", ["timm:resnet18", "torchvision:resnet18"])
+def test_without_network_pretrained_weights_are_a_clear_error(run: Run, source: str, tmp_path: Path) -> None:
+    # torchvision downloads to this folder, so an earlier download on this machine is not found.
+    os.environ["TORCH_HOME"] = str(tmp_path / "empty")
+    os.environ["HF_HOME"] = str(tmp_path / "empty")
+    os.environ["https_proxy"] = "http://127.0.0.1:9"
+    try:
+        code = "import sys; from resode_cli.app import main; sys.exit(main(sys.argv[1:]))"
+        result = subprocess.run(
+            [sys.executable, "-c", code, "convert", source, "-o", "x.safetensors"],
+            cwd=tmp_path,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    finally:
+        for name in ("TORCH_HOME", "HF_HOME", "https_proxy"):
+            del os.environ[name]
+    assert result.returncode == 1 and "cannot be fetched" in error(result)
+    assert "--no-pretrained" in result.stderr and not (tmp_path / "x.safetensors").exists()
+
+
+MISTAKES = [
+    (("convrt",), 2, "convert"),
+    (("convert", "timm:resnet5o", "-o", "x.safetensors"), 2, "resnet50"),
+    (("convert", "torchvision:resnet5", "-o", "x.safetensors"), 2, "resnet50"),
+    (("convert", "cifar:resnet21", "--no-pretrained", "-o", "x.safetensors"), 2, "resnet20"),
+    (("convert", "cifar:resnet20", "-o", "x.safetensors"), 2, "--weights"),
+    (("convert", "cifar:resnet20", "--shortcut", "C", "--no-pretrained", "-o", "x.safetensors"), 2, "A, B"),
+    (("convert", "keras:resnet20", "-o", "x.safetensors"), 2, "timm"),
+    (("convert", "none.py:net", "--no-pretrained", "-o", "x.safetensors"), 2, "does not exist"),
+    (("convert", "net.py", "--no-pretrained", "-o", "x.safetensors"), 2, "net.py:FUNCTION"),
+    (("convert", "net.py:smal", "--no-pretrained", "-o", "x.safetensors"), 2, "small"),
+    (("convert", "net.py:broken", "--no-pretrained", "-o", "x.safetensors"), 1, "no such luck"),
+    (("convert", "net.py:plain", "--no-pretrained", "-o", "x.safetensors"), 1, "no residual steps"),
+    (("convert", "net.py:small", "--weights", "none.pth", "-o", "x.safetensors"), 2, "does not exist"),
+    (("convert", "net.py:small", "--no-pretrained", "--scheme", "rk4", "-o", "x.safetensors"), 2, "heun"),
+    (("convert", "net.py:small", "--no-pretrained", "--form", "post", "-o", "x.safetensors"), 2, "pre"),
+    (("convert", "net.py:small", "--no-pretrained", "--mean", "1,2", "-o", "x.safetensors"), 2, "three numbers"),
+    (("convert", "net.py:small", "--no-pretrained", "--num-classes", "0", "-o", "x.safetensors"), 2, "1 or more"),
+    (("convert", "net.py:small", "--no-pretrained", "-o", "x.pt"), 2, ".safetensors"),
+    (("convert", "net.py:small", "--no-pretrained", "-o", "none/x.safetensors"), 2, "does not exist"),
+    (("convert", "net.py:small", "--no-pretrianed", "-o", "x.safetensors"), 2, "--no-pretrained"),
+    (("info", "none.safetensors"), 2, "does not exist"),
+    (("deepen", "m.safetensors", "--blocks", "0", "-o", "x.safetensors"), 2, "1 or more"),
+    (("deepen", "m.safetensors", "--blocks", "many", "-o", "x.safetensors"), 2, "--blocks"),
+    (("deepen", "m.safetensors", "--blocks", "1", "-o", "x.safetensors"), 2, "has 2 steps already"),
+    (("deepen", "m.safetensors", "--blocks", "9", "--stage", "layer7", "-o", "x.safetensors"), 2, "layer1"),
+    (("deepen", "m.safetensors", "--blocks", "9", "--mode", "copy", "-o", "x.safetensors"), 2, "replicate"),
+    (("tie", "m.safetensors", "--rule", "median", "-o", "x.safetensors"), 2, "mean"),
+    (("eval", "m.safetensors", "--data", "digts"), 2, "digits"),
+    (("eval", "m.safetensors", "--data", "no/such/folder"), 2, "does not exist"),
+    (("eval", "m.safetensors", "--data", "."), 1, "no folder test"),
+    (("eval", "m.safetensors", "--data", "digits", "--device", "cuda:99"), 2, "not available"),
+    (("check-grad", "m.safetensors", "--adjoint", "eulr"), 2, "euler"),
+    (("check-grad", "m.safetensors", "--sweep", "8"), 2, "two or more"),
+    (("check-grad", "m.safetensors", "--bn", "eval"), 2, "frozen"),
+    (("check-grad", "m.safetensors", "--anchors", "0"), 2, "1 or more"),
+    (("finetune", "m.safetensors", "--data", "digits", "-o", "out", "--adjoint", "hen"), 2, "heun"),
+    (("finetune", "m.safetensors", "--data", "digits", "-o", "out", "--epochs", "0"), 2, "1 or more"),
+    (("finetune", "m.safetensors", "--data", "digits", "-o", "out", "--stage", "9"), 2, "layer3"),
+    (("finetune", "m.safetensors", "--data", "digits", "-o", "out", "--optimizer", "sgdd"), 2, "optimizer"),
+    (("finetune", "m.safetensors", "--data", "digits", "-o", "out", "--resume"), 2, "nothing to resume"),
+    (("finetune", "m.safetensors", "--data", "digits", "-o", "out", "--recipe", "none.toml"), 2, "does not exist"),
+]
+
+
+def test_each_mistake_gets_one_line_that_helps(run: Run, model: str, tmp_path: Path, capsys, monkeypatch) -> None:
+    # In this process, because starting Python for each of them would take minutes.
+    from resode_cli.app import main
+
+    monkeypatch.chdir(tmp_path)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    for arguments, code, helps in MISTAKES:
+        assert main(list(arguments)) == code, arguments
+        stderr = capsys.readouterr().err
+        assert "Traceback" not in stderr
+        assert stderr.splitlines()[-1].startswith("error: "), stderr
+        assert helps in stderr.splitlines()[-1], (arguments, stderr)
+    leftovers = {p.name for p in tmp_path.iterdir()} - set(before) - {"__pycache__"}
+    assert not leftovers
+
+
+def test_debug_shows_the_traceback(run: Run, tmp_path: Path, capsys, monkeypatch) -> None:
+    from resode_cli.app import main
+
+    monkeypatch.chdir(tmp_path)
+    assert main(["info", "none.safetensors", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_another_head_starts_at_random_and_is_announced(run: Run, model: str, tmp_path: Path) -> None:
+    result = run(
+        *(
+            "convert",
+            "net.py:small",
+            "--weights",
+            model,
+            "--num-classes",
+            3,
+            "--input-size",
+            8,
+            "-o",
+            "three.safetensors",
+        )
+    )
+    assert "starts at random" in result.stderr
+    old, new = load_file(tmp_path / model), load_file(tmp_path / "three.safetensors")
+    assert new["linear.weight"].shape[0] == 3
+    assert all((old[k] == new[k]).all() for k in old if not k.startswith("linear"))
+
+
+def test_corrupt_images_are_named_and_skipped_on_request(run: Run, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        folder = tmp_path / "data" / "test" / name
+        folder.mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(folder / f"{i}.png")
+    (tmp_path / "data" / "test" / "b" / "2.png").write_bytes(b"not an image")
+    run("convert", "net.py:small", "--no-pretrained", "--num-classes", 2, "--input-size", 8, "-o", "two.safetensors")
+    assert "2.png" in error(run("eval", "two.safetensors", "--data", "data", code=1))
+    document = json.loads(run("eval", "two.safetensors", "--data", "data", "--skip-corrupt", "--json").stdout)
+    assert document["images"] == 5 and len(document["skipped"]) == 1
