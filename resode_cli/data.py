@@ -200,7 +200,10 @@ def batches(
     chunks = [list(order[i : i + batch_size]) for i in range(0, len(order), batch_size)]
     if drop_last and len(chunks) > 1 and len(chunks[-1]) < batch_size:
         chunks.pop()
-    loader: DataLoader[Any] = DataLoader(data, batch_sampler=chunks[skip:], num_workers=workers, collate_fn=_collate)
+    own = torch.Generator()  # a loader draws a seed for its workers; not from the generator that dropout uses
+    loader: DataLoader[Any] = DataLoader(
+        data, batch_sampler=chunks[skip:], num_workers=workers, collate_fn=_collate, generator=own
+    )
     yield from loader
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -138,8 +139,14 @@ def describe_misfit(expected: dict[str, Tensor], given: dict[str, Tensor]) -> st
 def assemble(net: nn.Module, specs: Sequence[StageSpec], info: ModelInfo) -> OdeResNet:
     """Replace the stages of a source network by OdeStages. `net` is used up."""
     paths: dict[str, str] = {}
+    twice = [name for name, count in Counter(spec.name for spec in specs).items() if count > 1]
+    if twice:
+        raise ResodeError(f"two stages are called {twice[0]}")
     for container_path, group in groupby(specs, key=lambda spec: spec.container):
-        container = net.get_submodule(container_path)
+        try:
+            container = net.get_submodule(container_path)
+        except AttributeError as error:
+            raise ResodeError(f"the source network has no {container_path!r}") from error
         children = dict(container.named_children())
         stages = [(spec, _build_stage(spec, children)) for spec in group]
         covered = [name for spec, _ in stages for name in (*spec.transition, *dict.fromkeys(spec.source_blocks))]

@@ -22,7 +22,7 @@ def recalibrate(model: OdeResNet, data: Iterable[Batch], *, device: torch.device
     if not norms:
         raise ResodeError("the model has no BatchNorm statistics to re-estimate")
     momenta = [norm.momentum for norm in norms]
-    modes = [norm.training for norm in norms]
+    modes = [(module, module.training) for module in model.modules()]
     images = 0
     model.eval()
     try:
@@ -36,9 +36,10 @@ def recalibrate(model: OdeResNet, data: Iterable[Batch], *, device: torch.device
                     model(batch.images.to(device))
                     images += len(batch.labels)
     finally:
-        for norm, momentum, mode in zip(norms, momenta, modes, strict=True):
+        for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-            norm.train(mode)
+        for module, mode in modes:
+            module.training = mode
     if images == 0:
         raise ResodeError("no image could be read")
     return images

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -145,6 +145,10 @@ class OdeStage(nn.Module):
         if self.spec.form == "pre" and self.activation in ACTIVATIONS:
             x = ACTIVATIONS[self.activation](x)
         return x
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        """One module, the stage: for sources that run a sequence by iterating over it."""
+        yield self
 
     def extra_repr(self) -> str:
         spec = self.spec

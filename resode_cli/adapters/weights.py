@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ SUFFIXES = (".safetensors", ".pth", ".pt", ".th", ".tar", ".bin")
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors, .pth, .pt, .th or .tar file by name, wrappers and prefixes removed.
+    """The tensors of a .safetensors, .pth, .pt, .th or .tar file by name, wrappers removed.
 
     Pickles are read with `weights_only=True` alone. Raises ResodeError naming the file.
     """
@@ -28,7 +29,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         raise UsageError(f"weights file {str(path)!r} does not exist")
     if path.suffix == ".safetensors":
         try:
-            return _strip(load_file(path), path)
+            return load_file(path)
         except (SafetensorError, OSError) as error:
             raise ResodeError(f"{path}: not a complete safetensors file ({error})") from error
     if path.suffix not in SUFFIXES:
@@ -36,7 +37,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "GLOBAL" in str(error):
+        if "nsupported global" in str(error) or "nsupported class" in str(error) or "GLOBAL" in str(error):
             raise ResodeError(
                 f"{path}: the pickle holds Python objects other than tensors, which could run code;"
                 " save its state_dict alone and try again"
@@ -44,7 +45,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         raise ResodeError(f"{path}: not a file of weights, or cut short") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, UnicodeDecodeError) as error:
         raise ResodeError(f"{path}: not a file of weights, or cut short") from error
-    return _strip(_unwrap(content, path), path)
+    return _unwrap(content, path)
 
 
 def _unwrap(content: object, path: Path) -> dict[str, Tensor]:
@@ -59,12 +60,13 @@ def _unwrap(content: object, path: Path) -> dict[str, Tensor]:
     raise ResodeError(f"{path}: holds a {type(content).__name__}, not a state dict")
 
 
-def _strip(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    if not state:
-        raise ResodeError(f"{path}: holds no tensors")
+def strip_prefixes(state: dict[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
+    """Remove wrappers' prefixes that all names carry, unless the network's own names do."""
     for prefix in PREFIXES:
-        if all(key.startswith(prefix) for key in state):
-            return _strip({key[len(prefix) :]: value for key, value in state.items()}, path)
+        if state and all(key.startswith(prefix) for key in state):
+            if expected and all(key.startswith(prefix) for key in expected):
+                continue
+            return strip_prefixes({key[len(prefix) :]: value for key, value in state.items()}, expected)
     return state
 
 
@@ -74,8 +76,10 @@ def load_weights(net: nn.Module, path: Path, *, num_classes: int | None) -> list
     BatchNorm batch counters may be missing (old files); the last linear layer keeps its random
     values where `num_classes` asks for another number of classes than the file has.
     """
-    state = read_state_dict(path)
     expected = net.state_dict()
+    state = strip_prefixes(read_state_dict(path), expected)
+    if not state:
+        raise ResodeError(f"{path}: holds no tensors")
     notes: list[str] = []
     for key, value in expected.items():
         if key.endswith("num_batches_tracked") and key not in state:
