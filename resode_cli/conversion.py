@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 
 import torch
@@ -38,6 +38,10 @@ class Verification:
     @property
     def identical(self) -> bool:
         return self.max_difference == 0.0
+
+    def record(self) -> dict[str, object]:
+        """For the model's history and for JSON."""
+        return {**asdict(self), "identical": self.identical}
 
 
 def convert(

@@ -22,22 +22,8 @@ from .evaluate import Evaluation, evaluate
 from .model import OdeResNet, freeze_batch_norm
 from .ode import Adjoint, RandomState, fixed_buffers, required_scheme
 from .optimization import create_optimizer, create_scheduler
+from .run_folder import StepRecord
 from .settings import AMP, Settings
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """One training step, for a progress display. Loss and accuracy are of this batch."""
-
-    step: int
-    total: int
-    epoch: int
-    loss: float
-    accuracy: float
-    lr: float
-    images_per_second: float
-    peak_bytes: int
-    drift: dict[str, float]
 
 
 @dataclass(frozen=True)

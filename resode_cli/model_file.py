@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -151,16 +151,23 @@ def from_tensors(
     if source is not None:
         library, name = sources.parse_source(source)
         origin = SourceSpec(library, name, arguments=origin.arguments)
-    elif origin.library == "file" and not Path(origin.name.rpartition(":")[0]).is_file():
-        raise ResodeError(
-            f"{path}: made from {origin.name}, which is not there any more; pass --source FILE.py:FUNCTION"
-        )
+    elif origin.library == "file":
+        origin = replace(origin, name=_find_source(origin.name, path))
     try:
         model = assemble(sources.build(origin), specs, info)
         model.load_file_state(tensors)
     except ResodeError as error:
         raise ResodeError(f"{path}: {error}") from error
     return model.eval()
+
+
+def _find_source(name: str, path: Path) -> str:
+    """FILE.py:FUNCTION where it is now: where it was, or beside the model file."""
+    file, _, function = name.rpartition(":")
+    for candidate in (Path(file), path.parent / Path(file).name):
+        if candidate.is_file():
+            return f"{candidate}:{function}"
+    raise ResodeError(f"{path}: made from {name}, which is not there any more; pass --source FILE.py:FUNCTION")
 
 
 def _parse(metadata: dict[str, Any]) -> tuple[ModelInfo, list[StageSpec]]:

@@ -15,7 +15,6 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from .check_grad import GradientReport, SweepRow
-    from .conversion import Verification
     from .evaluate import Evaluation
     from .finetune import FinetuneResult
     from .model import OdeResNet
@@ -91,13 +90,14 @@ def _table(title: str) -> Table:
     return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
 
 
-def verification_line(check: Verification) -> str:
-    if check.identical:
-        return f"verified on {check.images} {check.batch}: logits identical"
-    kept = "rounding" if check.function_kept else "the function has changed"
+def verification_line(verified: Mapping[str, Any]) -> str:
+    """One line on a Verification's record."""
+    if verified["identical"]:
+        return f"on {verified['images']} {verified['batch']}: logits identical"
+    why = "rounding" if verified["function_kept"] else "the function has changed"
     return (
-        f"compared on {check.images} {check.batch}: logits differ by up to {check.max_difference:.3g} ({kept}),"
-        f" top-1 agreement {check.top1_agreement:.1%}"
+        f"on {verified['images']} {verified['batch']}: logits differ by up to {verified['max_difference']:.3g} ({why}),"
+        f" top-1 agreement {verified['top1_agreement']:.1%}"
     )
 
 

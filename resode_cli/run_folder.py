@@ -11,18 +11,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import model_file
 from .errors import ResodeError, UsageError
+from .evaluate import Evaluation
 from .model import OdeResNet
-
-if TYPE_CHECKING:
-    from .evaluate import Evaluation
-    from .finetune import StepRecord
 
 STATE = "state.safetensors"
 FILES = (STATE, "best.safetensors", "last.safetensors", "log.csv")
@@ -127,6 +124,21 @@ def load_state(folder: Path) -> State:
         run["scaler"],
         parts["generator"],
     )
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One training step, for a progress display. Loss and accuracy are of this batch."""
+
+    step: int
+    total: int
+    epoch: int
+    loss: float
+    accuracy: float
+    lr: float
+    images_per_second: float
+    peak_bytes: int
+    drift: dict[str, float]
 
 
 class Log:

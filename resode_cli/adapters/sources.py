@@ -61,8 +61,8 @@ def open_source(
         raise unknown("stem", str(stem), ["cifar"])
     arguments = {"num_classes": num_classes, "stem": stem, "shortcut": shortcut}
     spec = SourceSpec(library, name, arguments={k: v for k, v in arguments.items() if v is not None})
-    from_library = pretrained and weights is None
-    if from_library and library in ("cifar", "file"):
+    from_library = pretrained and weights is None and library != "file"
+    if from_library and library == "cifar":
         raise UsageError(f"{text} has no weights to fetch; pass --weights FILE or --no-pretrained")
     with _clear_download_errors(spec):
         net = build(spec, pretrained=from_library)
@@ -77,6 +77,8 @@ def open_source(
     if stem == "cifar":
         notes.append("the 3×3 stem starts at random")
     if from_library or weights is not None:
+        spec = replace(spec, weights_sha256=state_sha256(net.state_dict()))
+    elif library == "file":  # the function may have loaded weights of its own
         spec = replace(spec, weights_sha256=state_sha256(net.state_dict()))
     else:
         notes.append("no pretrained weights: the network is random")

@@ -87,11 +87,14 @@ def convert_command(
     for note in opened.notes:
         output.note(f"note: {note}")
     model, verification = convert(opened, scheme=scheme, form="pre" if form == "pre" else "exact")
-    model.info = model.info.with_command("convert", source=str(opened.spec), scheme=scheme, form=form, seed=seed)
+    verified = verification.record()
+    model.info = model.info.with_command(
+        "convert", source=str(opened.spec), scheme=scheme, form=form, seed=seed, verified=verified
+    )
     model_file.save(model, out)
     rows = stage_rows(model)
     output.show(stage_table(rows, title=str(opened.spec)))
-    output.show(verification_line(verification))
+    output.show(f"verified {verification_line(verified)}")
     output.note(f"wrote {out}")
     output.json(
         finite(
@@ -99,7 +102,7 @@ def convert_command(
                 "source": str(opened.spec),
                 "out": str(out),
                 "stages": [vars(row) for row in rows],
-                "verified": {**vars(verification), "identical": verification.identical},
+                "verified": verified,
                 "notes": list(opened.notes),
             }
         )

@@ -21,7 +21,7 @@ def info_command(
     """Show what a model file holds: source, stages, preprocessing, and the commands that made it."""
     start()
     from .. import model_file
-    from ..report import finite, size, stage_rows, stage_table
+    from ..report import finite, size, stage_rows, stage_table, verification_line
 
     output = Output(json_mode=json)
     loaded = model_file.load(model, source=source)
@@ -45,7 +45,12 @@ def info_command(
         f" mean {pre.mean}, std {pre.std}"
     )
     for entry in loaded.info.history:
-        settings = {k: v for k, v in entry.items() if k != "command"}
+        settings = {k: v for k, v in entry.items() if k not in ("command", "verified")}
         shown = ", ".join(f"{k}={v}" for k, v in settings.items()) if history or len(settings) <= 6 else "… (--history)"
         output.show(f"made by        {entry['command']} {shown}")
-    output.json(finite({**metadata, "stages": [vars(row) for row in rows], "parameters": parameters, "verified": None}))
+    verified = next((entry["verified"] for entry in reversed(loaded.info.history) if "verified" in entry), None)
+    if isinstance(verified, dict):
+        output.show(f"last verified  {verification_line(verified)}")
+    output.json(
+        finite({**metadata, "stages": [vars(row) for row in rows], "parameters": parameters, "verified": verified})
+    )

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..report import number, size
 
 if TYPE_CHECKING:
-    from ..finetune import StepRecord
+    from ..run_folder import StepRecord
     from .output import Output
 
 LINE_EVERY = 20  # steps, where there is no terminal to draw a bar on

@@ -255,7 +255,8 @@ class _Rewrite:
         self.model.eval()
         rows, after = stage_rows(self.model), accuracy()
         verification = compare_logits(logits_before, logits(), batch="random images", kept=False)
-        self.model.info = self.model.info.with_command(self.command, **self.settings)
+        verified = verification.record()
+        self.model.info = self.model.info.with_command(self.command, **self.settings, verified=verified)
         model_file.save(self.model, self.out)
 
         self.output.show(stage_table(rows, title=f"{self.command}: {self.path} → {self.out}"))
@@ -268,7 +269,7 @@ class _Rewrite:
         document: dict[str, Any] = {
             "out": str(self.out),
             "stages": [vars(row) for row in rows],
-            "verified": {**vars(verification), "identical": verification.identical},
+            "verified": verified,
         }
         if before is not None and after is not None:
             agreement = before.agreement(after)
@@ -280,6 +281,6 @@ class _Rewrite:
                 "top1_agreement": agreement,
             }
         else:
-            self.output.show(verification_line(verification))
+            self.output.show(f"verified {verification_line(verified)}")
         self.output.note(f"wrote {self.out}")
         self.output.json(finite(document))
