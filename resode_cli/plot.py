@@ -60,12 +60,17 @@ def plot_errors(report: GradientReport, path: Path) -> None:
 def plot_sweep(rows: Sequence[SweepRow], path: Path) -> None:
     """Relative gradient error against depth, log-log, one panel per stage (the paper's figure 3c)."""
     plt = _pyplot()
+    rows = [row for row in rows if max(row.errors) > 0]  # an exact method has no place on a logarithmic axis
+    if not rows:
+        raise UsageError("--plot has nothing to draw: every method asked for is exact")
     stages = list(dict.fromkeys(row.stage for row in rows))
     size = (1 + 3 * len(stages), 3.2)
     figure, panels = plt.subplots(1, len(stages), figsize=size, sharey=True, squeeze=False, layout="constrained")
     for axes, stage in zip(panels[0], stages, strict=True):
         for row in (r for r in rows if r.stage == stage):
             axes.loglog(row.depths, row.errors, "o-", label=f"{row.method} (slope {row.slope:.1f})")
+        axes.set_xticks(row.depths, [str(depth) for depth in row.depths])
+        axes.minorticks_off()
         axes.set_title(stage)
         axes.set_xlabel("steps N")
         axes.legend(fontsize=7)

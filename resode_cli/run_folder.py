@@ -91,11 +91,6 @@ def save_state(
     model_file.write_tensors(path, tensors, metadata)
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
-    """The settings of the run in `folder`."""
-    return _run_metadata(folder)["settings"]
-
-
 def _run_metadata(folder: Path) -> dict[str, Any]:
     if not (folder / STATE).is_file():
         raise UsageError(f"nothing to resume: {str(folder / STATE)!r} does not exist")

@@ -18,7 +18,8 @@ ON_DRIFT = ("warn", "anchors", "stop")
 class Settings:
     """Everything that decides what a run does, but model, data and device.
 
-    epochs, max_steps: the run ends at whichever comes first; the learning-rate schedule ends there too.
+    epochs, max_steps: the run ends at whichever comes first, after one epoch if neither is given; the
+        learning-rate schedule ends there too.
     lr: of the largest; schedule: cosine to 0, step (a tenth at one half and at three quarters) or constant.
     warmup: steps of linear increase from 0. clip_grad: largest norm of the gradient; None: no clipping.
     optimizer: any name that timm knows; 'momentum' is classical SGD with momentum.
@@ -31,7 +32,7 @@ class Settings:
 
     adjoint: str = "checkpoint"
     anchors: int | None = None
-    epochs: int = 1
+    epochs: int | None = None
     max_steps: int | None = None
     batch_size: int = 128
     lr: float = 1e-3
@@ -62,11 +63,10 @@ class Settings:
         ):
             if value not in allowed:
                 raise unknown(name, value, allowed)
-        for name in ("epochs", "batch_size", "log_every", "save_every", "eval_every"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 1 or more")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise UsageError(f"--max-steps {self.max_steps}: must be 1 or more")
+        for name in ("epochs", "max_steps", "batch_size", "log_every", "save_every", "eval_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
         if self.lr <= 0:
             raise UsageError(f"--lr {self.lr}: must be above 0")
         Adjoint(self.adjoint, self.anchors)
@@ -77,5 +77,7 @@ class Settings:
 
     def steps(self, images: int) -> int:
         """Steps of the whole run on a training split of so many images."""
+        if self.epochs is None:
+            return self.max_steps or self.per_epoch(images)
         total = self.per_epoch(images) * self.epochs
         return min(total, self.max_steps or total)

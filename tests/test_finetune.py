@@ -17,6 +17,7 @@ import torch
 
 from resode_cli import data, model_file, run_folder
 from resode_cli.adapters.cifar import CifarResNet
+from resode_cli.app import main
 from resode_cli.conversion import convert
 from resode_cli.errors import ResodeError, UsageError
 from resode_cli.finetune import Callbacks, check_resumable, finetune
@@ -195,6 +196,20 @@ def test_a_state_is_not_taken_for_a_model(model, tmp_path) -> None:
     train(model, tmp_path / "run", SETTINGS)
     with pytest.raises(ResodeError, match="state of a run"):
         model_file.load(tmp_path / "run" / "state.safetensors")
+
+
+def test_a_resumed_command_keeps_the_settings_it_does_not_name(model, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model_file.save(model, tmp_path / "m.safetensors")
+    begin = ["finetune", "m.safetensors", "--data", "digits", "-o", "run", "--images", "64", "--test-images", "20"]
+    assert (
+        main([*begin, "--adjoint", "pc", "--lr", "0.02", "--batch-size", "16", "--max-steps", "2", "--stage", "3"]) == 0
+    )
+    assert main([*begin, "--resume", "--max-steps", "4"]) == 0
+    state = run_folder.load_state(tmp_path / "run")
+    kept = {name: state.settings[name] for name in ("adjoint", "lr", "batch_size", "max_steps", "stages")}
+    assert kept == {"adjoint": "pc", "lr": 0.02, "batch_size": 16, "max_steps": 4, "stages": ["3"]}
+    assert state.progress["step"] == 4
 
 
 def start_run(folder: Path) -> subprocess.Popen[str]:

@@ -158,7 +158,7 @@ class _Demo:
             "4. Fine-tuned with the memory-free adjoint",
             "finetune deep.safetensors --data digits --adjoint pc -o run " + " ".join(TRAINING),
         )
-        settings = Settings(adjoint="pc", lr=5e-3, clip_grad=5.0, batch_size=64, max_steps=88, epochs=4, eval_every=4)
+        settings = Settings(adjoint="pc", lr=5e-3, clip_grad=5.0, batch_size=64, max_steps=88, eval_every=4)
         train = open_data("digits", deep.info.preprocessing, "train", augment=True)
         test = open_data("digits", deep.info.preprocessing, "test")
         with training(self.output, settings.steps(len(train)), 0) as on_step:

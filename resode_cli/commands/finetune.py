@@ -5,8 +5,9 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -29,8 +30,12 @@ from .options import (
 )
 from .output import Output, start
 
+if TYPE_CHECKING:
+    from ..settings import Settings
+
 
 def finetune_command(
+    ctx: typer.Context,
     model: ModelArgument,
     data: DataOption,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for best and last model, log.csv and state.")],
@@ -40,7 +45,9 @@ def finetune_command(
     anchors: Annotated[
         int | None, typer.Option("--anchors", help="Hold every K-th state (checkpoint alone holds each by default).")
     ] = None,
-    epochs: Annotated[int, typer.Option("--epochs")] = 1,
+    epochs: Annotated[
+        int | None, typer.Option("--epochs", help="Default: one, or as many as --max-steps needs.")
+    ] = None,
     max_steps: Annotated[int | None, typer.Option("--max-steps", help="End after this many steps.")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", help="Images per step.")] = 128,
     lr: Annotated[float, typer.Option("--lr", help="Largest learning rate.")] = 1e-3,
@@ -95,7 +102,7 @@ def finetune_command(
     from .progress import training
 
     output = Output(json_mode=json)
-    settings = Settings(
+    chosen = Settings(
         adjoint=adjoint,
         anchors=anchors,
         epochs=epochs,
@@ -123,10 +130,18 @@ def finetune_command(
     _check_folder(out, resume=resume, force=force)
     where = as_device(device)
     state = run_folder.load_state(out) if resume else None
+    settings = chosen if state is None else _resumed(ctx, chosen, state.settings)
     loaded = state.model if state is not None else model_file.load(model, source=source)
     pre = loaded.info.preprocessing
     train = open_data(
-        data, pre, "train", augment=augment, seed=seed, images=images, skip_corrupt=skip_corrupt, root=data_root
+        data,
+        pre,
+        "train",
+        augment=settings.augment,
+        seed=settings.seed,
+        images=images,
+        skip_corrupt=skip_corrupt,
+        root=data_root,
     )
     test = open_data(data, pre, "test", images=test_images, skip_corrupt=skip_corrupt, root=data_root)
     for split in (train, test):
@@ -146,13 +161,28 @@ def finetune_command(
     if result.after is not None:
         output.show(f"after:  {evaluation_line(result.after)}")
     output.show(
-        f"{result.steps} steps in {result.seconds:.0f} s with adjoint {adjoint}, peak memory {size(result.peak_bytes)};"
-        f" best and last model, log.csv in {out}"
+        f"{result.steps} steps in {result.seconds:.0f} s with adjoint {settings.adjoint},"
+        f" peak memory {size(result.peak_bytes)}; best and last model, log.csv in {out}"
     )
     output.json(finetune_json(result))
     if result.interrupted:
         output.note(f"interrupted at step {result.steps} of {result.total_steps}; --resume goes on from there")
         raise typer.Exit(130)
+
+
+def _resumed(ctx: typer.Context, chosen: Settings, saved: dict[str, Any]) -> Settings:
+    """The run's own settings, but for those that a flag or a recipe gives now."""
+    from ..settings import Settings
+
+    flags = {"drift_tolerance": "drift_tol", "stages": "stage"}
+    now = {}
+    for name, value in asdict(chosen).items():
+        origin = ctx.get_parameter_source(flags.get(name, name))
+        if origin is not None and origin.name != "DEFAULT":
+            now[name] = value
+    merged = {**saved, **now}
+    merged["stages"] = tuple(merged["stages"]) if merged["stages"] else None
+    return Settings(**merged)
 
 
 def _check_folder(out: Path, *, resume: bool, force: bool) -> None:
