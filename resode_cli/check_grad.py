@@ -186,8 +186,9 @@ def _compare(
     model: OdeResNet, adjoint: Adjoint, reference: Gradients, gradients: Gradients, switched: bool
 ) -> MethodGradients:
     groups: dict[str, list[str]] = {}
-    for name in reference:
-        groups.setdefault(model.parameter_group(name), []).append(name)
+    for name, group in model.parameter_groups().items():
+        if name in reference:
+            groups.setdefault(group, []).append(name)
     rows = []
     if "stem" in groups:
         rows.append(StageGradient("stem", 0, *_difference(reference, gradients, groups["stem"])))

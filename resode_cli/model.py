@@ -111,16 +111,24 @@ class OdeResNet(nn.Module):
             raise ResodeError(problems)
         self.net.load_state_dict({names[name]: value for name, value in tensors.items()})
 
-    def parameter_group(self, key: str) -> str:
-        """Which part a parameter of `self.net` belongs to: a stage's name, '<stage> transition',
-        'stem' (registered before the first stage) or 'head'."""
-        for name, path in self.paths.items():
-            if key.startswith(path + "."):
-                child = key[len(path) + 1 :].split(".")[0]
-                return f"{name} transition" if child in self.stages[name].spec.transition else name
-        order = [k for k, _ in self.net.named_parameters()]
-        first = next(i for i, k in enumerate(order) if any(k.startswith(p + ".") for p in self.paths.values()))
-        return "stem" if order.index(key) < first else "head"
+    def parameter_groups(self) -> dict[str, str]:
+        """Which part each parameter of `self.net` belongs to: a stage's name, '<stage> transition', 'stem' or 'head'.
+
+        Outside the stages, what is registered before the first of them is the stem.
+        """
+        stages = [(path + ".", name, self.stages[name].spec.transition) for name, path in self.paths.items()]
+        groups: dict[str, str] = {}
+        group = "stem"
+        for key, _ in self.net.named_parameters():
+            for prefix, name, transition in stages:
+                if key.startswith(prefix):
+                    child = key[len(prefix) :].split(".")[0]
+                    groups[key] = f"{name} transition" if child in transition else name
+                    group = "head"
+                    break
+            else:
+                groups[key] = group
+        return groups
 
 
 def describe_misfit(expected: dict[str, Tensor], given: dict[str, Tensor]) -> str:

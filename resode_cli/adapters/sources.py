@@ -72,8 +72,9 @@ def open_source(
         spec = replace(spec, weights=weights.name)
     elif from_library:
         spec = replace(spec, tag=_library(library).tag(name))
-        if num_classes is not None:
-            notes.append(f"the head has {num_classes} classes; it starts at random unless the weights have as many")
+        known = _library(library).pretrained_classes(name)
+        if num_classes not in (None, known):
+            notes.append(f"the pretrained head has {known} classes: the head starts at random for {num_classes}")
     if stem == "cifar":
         notes.append("the 3×3 stem starts at random")
     if from_library or weights is not None:

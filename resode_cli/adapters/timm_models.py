@@ -62,6 +62,12 @@ def _offline_if_unreachable() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = offline
 
 
+def pretrained_classes(name: str) -> int:
+    """How many classes the pretrained head tells apart."""
+    config = timm.get_pretrained_cfg(name)
+    return config.num_classes if config else 0
+
+
 def tag(name: str) -> str | None:
     """The pretrained tag that the name stands for."""
     config = timm.get_pretrained_cfg(name)

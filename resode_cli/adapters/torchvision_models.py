@@ -11,6 +11,8 @@ from ..errors import UsageError, unknown
 from ..parts import Preprocessing
 from .stems import three_by_three
 
+CLASSES = 1000  # ImageNet's, for every classification network of torchvision
+
 
 def check_name(name: str) -> None:
     """Raises UsageError, with the nearest matches, for a name that torchvision does not have."""
@@ -35,7 +37,11 @@ def build(name: str, *, pretrained: bool = False, num_classes: int | None = None
     architecture = name.partition(".")[0]
     if pretrained:
         net = models.get_model(architecture, weights=_weights(name))
-        if num_classes is not None and num_classes != net.fc.out_features:
+        if num_classes is not None and num_classes != CLASSES:
+            if not isinstance(getattr(net, "fc", None), nn.Linear):
+                raise UsageError(
+                    f"--num-classes with pretrained weights needs a head called fc, not {type(net).__name__}'s"
+                )
             net.fc = nn.Linear(net.fc.in_features, num_classes)
     else:
         arguments: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
@@ -46,6 +52,11 @@ def build(name: str, *, pretrained: bool = False, num_classes: int | None = None
         net.conv1 = three_by_three(net.conv1)
         net.maxpool = nn.Identity()
     return net
+
+
+def pretrained_classes(name: str) -> int:
+    """How many classes the pretrained head tells apart."""
+    return CLASSES
 
 
 def tag(name: str) -> str:
