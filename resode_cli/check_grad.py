@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -264,7 +265,7 @@ def sweep_depths(
             labels,
             methods=methods,
             batch_norm=batch_norm,
-            on_method=lambda method, depth=depth: on_depth(depth, method),  # type: ignore[misc]
+            on_method=partial(on_depth, depth),
         )
         for method in report.methods:
             for stage_gradient in method.stages:

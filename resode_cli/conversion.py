@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from .adapters.discover import find_stages
-from .errors import ResodeError
+from .errors import ResodeError, unknown
 from .model import ModelInfo, OdeResNet, assemble
+from .ode import SCHEMES
 from .parts import Preprocessing, Source, StageParts
-from .residual import GENERIC, LINEAR, Form
+from .residual import FORMS, GENERIC, LINEAR, Form
 from .stage import BlockSpec, StageSpec
 
 # Largest difference of logits, relative to their largest magnitude, that rounding explains where a
@@ -52,6 +53,7 @@ def convert(
     Every step gets h = T/N with T = N, so Euler steps of exact residual functions are the source's
     blocks. Raises ResodeError if they then do not agree.
     """
+    check_rule(scheme, form)
     net = source.net.eval()
     batch = random_batch(source.preprocessing, images)
     before = _logits(net, batch, str(source.spec))
@@ -70,6 +72,14 @@ def convert(
             f" logits differ by {result.max_difference:.3g} (largest logit {scale:.3g}); nothing was written"
         )
     return model, result
+
+
+def check_rule(scheme: str, form: str) -> None:
+    """Raises UsageError for a forward rule or form that does not exist."""
+    if scheme not in SCHEMES:
+        raise unknown("scheme", scheme, SCHEMES)
+    if form not in FORMS:
+        raise unknown("form", form, FORMS)
 
 
 def _changes_function(model: OdeResNet, name: str) -> bool:

@@ -242,8 +242,14 @@ class _Run:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_grad)
         lr = max(group["lr"] for group in self.optimizer.param_groups)
+        scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.scaler.get_scale() < scale:
+            self.callbacks.on_message(
+                f"step {self.progress.step + 1}: a gradient overflowed in fp16, so the step was skipped and the loss"
+                f" scale lowered to {self.scaler.get_scale():g}"
+            )
         self.progress.step += 1
         now = time.perf_counter()
         speed, self.last_step_at = len(labels) / (now - self.last_step_at), now

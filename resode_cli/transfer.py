@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +18,11 @@ from .errors import ResodeError, UsageError, unknown
 from .parts import BlockRule
 from .stage import BlockSpec, OdeStage, StageSpec
 
-Mode = Literal["replicate", "interpolate", "identity"]
-MODES: tuple[Mode, ...] = ("replicate", "interpolate", "identity")
-Rule = Literal["mean", "first", "middle", "last"]
-RULES: tuple[Rule, ...] = ("mean", "first", "middle", "last")
+MODES = ("replicate", "interpolate", "identity")
+RULES = ("mean", "first", "middle", "last")
 
 
-def tie(stage: OdeStage, *, rule: Rule = "mean") -> OdeStage:
+def tie(stage: OdeStage, *, rule: str = "mean") -> OdeStage:
     """One block for all steps: the mean of the steps' weights, or the first, middle or last step's.
 
     N, T and h stay. A tied stage is returned as it is.
@@ -60,7 +57,7 @@ def untie(stage: OdeStage) -> OdeStage:
     return _rebuilt(stage, spec, modules, rules)
 
 
-def deepen(stage: OdeStage, blocks: int, *, mode: Mode = "replicate") -> OdeStage:
+def deepen(stage: OdeStage, blocks: int, *, mode: str = "replicate") -> OdeStage:
     """Take a stage to `blocks` steps.
 
     replicate: each step becomes a run of steps of its block; T stays, so h shrinks: a finer

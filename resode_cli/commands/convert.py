@@ -56,18 +56,12 @@ def convert_command(
 
     from .. import model_file
     from ..adapters.sources import open_source
-    from ..conversion import convert
-    from ..errors import unknown
-    from ..ode import SCHEMES
+    from ..conversion import check_rule, convert
     from ..report import finite, stage_rows, stage_table, verification_line
-    from ..residual import FORMS
 
     output = Output(json_mode=json)
     model_file.check_output(check_safetensors(out), force=force)
-    if scheme not in SCHEMES:
-        raise unknown("scheme", scheme, SCHEMES)
-    if form not in FORMS:
-        raise unknown("form", form, FORMS)
+    check_rule(scheme, form)  # before anything is downloaded
     preprocessing: dict[str, object] = {}
     if input_size is not None:
         if input_size < 1:

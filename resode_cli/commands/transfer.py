@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import UsageError
 from .options import (
     DATA_ROOT,
     BatchSizeOption,
@@ -57,14 +56,11 @@ def tie_command(
 ) -> None:
     """Share one block among all steps of a stage. Changes the function."""
     start()
-    from ..errors import unknown
-    from ..transfer import RULES, tie
+    from ..transfer import tie
 
-    if rule not in RULES:
-        raise unknown("tie rule", rule, RULES)
     rewrite = _Rewrite("tie", model, out, source, force, json, {"rule": rule})
     rewrite.measure_on(data, images, batch_size, device, workers, skip_corrupt, data_root)
-    rewrite.stages(stage, lambda old: tie(old, rule=rule))  # type: ignore[arg-type]
+    rewrite.stages(stage, lambda old: tie(old, rule=rule))
 
 
 def untie_command(
@@ -119,16 +115,11 @@ def deepen_command(
 ) -> None:
     """Take stages to more steps. Without --stage: all that have any."""
     start()
-    from ..errors import unknown
-    from ..transfer import MODES, deepen
+    from ..transfer import deepen
 
-    if mode not in MODES:
-        raise unknown("mode", mode, MODES)
-    if blocks < 1:
-        raise UsageError(f"--blocks {blocks}: must be 1 or more")
     rewrite = _Rewrite("deepen", model, out, source, force, json, {"blocks": blocks, "mode": mode})
     rewrite.measure_on(data, images, batch_size, device, workers, skip_corrupt, data_root)
-    rewrite.stages(stage, lambda old: deepen(old, blocks, mode=mode))  # type: ignore[arg-type]
+    rewrite.stages(stage, lambda old: deepen(old, blocks, mode=mode))
 
 
 def recalibrate_command(
