@@ -60,13 +60,16 @@ class OdeResNet(nn.Module):
         return {name: stage for name, stage in found.items() if isinstance(stage, OdeStage)}
 
     def pick(self, names: Iterable[str] | None) -> dict[str, OdeStage]:
-        """The stages called `names`: names ('layer3') or places counted from 1 ('3'). All for None."""
+        """The stages called `names`: names ('layer3') or places counted from 1 ('3'); 'layer1,3' is two.
+
+        All for None.
+        """
         stages = self.stages
         if not names:
             return stages
         places = {str(i): name for i, name in enumerate(stages, start=1)}
         picked = []
-        for name in names:
+        for name in (part.strip() for given in names for part in given.split(",")):
             if name not in stages and name not in places:
                 raise unknown("stage", name, [*stages, *places])
             picked.append(name if name in stages else places[name])

@@ -103,7 +103,20 @@ def test_people_read_tables_on_standard_output(run: Run, model: str) -> None:
 
 
 def test_tie_and_recalibrate_say_what_they_did_to_accuracy(run: Run, model: str) -> None:
-    out = run("tie", model, "--rule", "first", "--stage", 1, "-o", "t.safetensors", "--data", "digits", "--images", 30)
+    out = run(
+        "tie",
+        model,
+        "--rule",
+        "first",
+        "--stage",
+        "1,layer2",
+        "-o",
+        "t.safetensors",
+        "--data",
+        "digits",
+        "--images",
+        30,
+    )
     assert "before: top-1" in out.stdout and "top-1 agreement with before" in out.stdout
     document = json.loads(
         run(

@@ -50,7 +50,9 @@ SkipCorruptOption = Annotated[bool, typer.Option("--skip-corrupt", help="Leave u
 DataRootOption = Annotated[Path, typer.Option("--data-root", help="Where torchvision data sets are kept.")]
 StageOption = Annotated[
     list[str] | None,
-    typer.Option("--stage", help="A stage, by name (layer3) or place (3); may be given again. Default: all."),
+    typer.Option(
+        "--stage", help="Stages, by name (layer3) or place (3), comma-separated or given again. Default: all."
+    ),
 ]
 BatchNormOption = Annotated[
     str, typer.Option("--bn", help="BatchNorm: 'frozen' (running statistics) or 'batch' (the batch's own).")

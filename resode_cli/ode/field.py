@@ -8,6 +8,7 @@ x: state (B, C, H, W) or any other shape; h: step size; n: step; N: depth.
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,13 +19,14 @@ from torch import Tensor, nn
 EvaluationKey = tuple[int, int]
 
 
-class Residual:
+class Residual(ABC):
     """One distinct block's residual function r_b(x), a map of a state to a tensor of the same shape."""
 
     module: nn.Module
 
+    @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        """r_b(x)."""
 
     def step(self, x: Tensor, h: float) -> Tensor:
         """The explicit Euler step x + h r_b(x)."""
