@@ -97,6 +97,32 @@ def test_the_whole_flow(run: Run, tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*.tmp"))
 
 
+def test_small_images_are_used_whole(run: Run, model: str) -> None:
+    def crop(*arguments: object) -> float:
+        run("convert", "net.py:small", *arguments, "-o", "c.safetensors", "--force")
+        return json.loads(run("info", "c.safetensors", "--json").stdout)["preprocessing"]["crop_fraction"]
+
+    assert crop("--input-size", 32) == 1.0
+    assert crop("--input-size", 96) == 0.875
+    assert crop("--input-size", 32, "--crop-fraction", 0.9) == 0.9
+
+
+def test_a_network_of_ones_own_can_bring_its_preprocessing(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        NETWORK
+        + """
+def configured():
+    net = small()
+    net.default_cfg = {"input_size": (3, 16, 16), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.2), "crop_pct": 1.0}
+    return net
+"""
+    )
+    assert "--input-size" in run("convert", "own.py:small", "-o", "s.safetensors").stderr
+    assert "--input-size" not in run("convert", "own.py:configured", "-o", "c.safetensors").stderr
+    pre = json.loads(run("info", "c.safetensors", "--json").stdout)["preprocessing"]
+    assert pre["size"] == 16 and pre["mean"] == [0.5, 0.4, 0.3] and pre["crop_fraction"] == 1.0
+
+
 def test_people_read_tables_on_standard_output(run: Run, model: str) -> None:
     out = run("info", model).stdout
     assert "layer1" in out and "net.py:small" in out

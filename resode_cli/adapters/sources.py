@@ -17,6 +17,7 @@ from . import cifar, user_file
 from .weights import load_weights, state_sha256
 
 LIBRARIES = ("timm", "torchvision", "cifar", "file")
+SMALL = 64  # pixels; images of small networks are used whole, without the central crop of ImageNet's
 CIFAR_PREPROCESSING = Preprocessing(size=32, crop_fraction=1.0)
 
 
@@ -50,7 +51,8 @@ def open_source(
     weights: a file; it takes the place of the library's pretrained weights.
     stem: 'cifar' for a 3×3 stem of stride 1 without pooling, on timm's and torchvision's networks.
     shortcut: 'A' or 'B', of the CIFAR networks.
-    preprocessing: fields of Preprocessing that differ from the source's own.
+    preprocessing: fields of Preprocessing that differ from the source's own. A size of up to 64 pixels
+        brings a crop fraction of 1 with it, unless that is given too.
 
     Raises UsageError for a source that does not exist, ResodeError for weights that cannot be had.
     """
@@ -83,7 +85,16 @@ def open_source(
         spec = replace(spec, weights_sha256=state_sha256(net.state_dict()))
     else:
         notes.append("no pretrained weights: the network is random")
-    return Source(spec, net, replace(_preprocessing(spec), **(preprocessing or {})), tuple(notes))
+    chosen = dict(preprocessing or {})
+    if chosen.get("size", SMALL + 1) <= SMALL:
+        chosen.setdefault("crop_fraction", 1.0)
+    own = _preprocessing(spec, net)
+    if library == "file" and own == Preprocessing() and "size" not in chosen:
+        notes.append(
+            f"images are taken as {own.size}×{own.size} with ImageNet's mean and std;"
+            " --input-size, --mean and --std, or a default_cfg of the network, say otherwise"
+        )
+    return Source(spec, net, replace(own, **chosen), tuple(notes))
 
 
 def build(spec: SourceSpec, *, pretrained: bool = False) -> nn.Module:
@@ -118,11 +129,11 @@ def _library(library: str) -> Any:
     raise ResodeError(f"the model file names the source library {library!r}, which this version does not know")
 
 
-def _preprocessing(spec: SourceSpec) -> Preprocessing:
+def _preprocessing(spec: SourceSpec, net: nn.Module) -> Preprocessing:
     if spec.library == "cifar":
         return CIFAR_PREPROCESSING
     if spec.library == "file":
-        return Preprocessing()
+        return user_file.preprocessing(net)
     own: Preprocessing = _library(spec.library).preprocessing(spec.name)
     return replace(own, size=32, crop_fraction=1.0) if "stem" in spec.arguments else own
 

@@ -10,6 +10,23 @@ from pathlib import Path
 from torch import nn
 
 from ..errors import ResodeError, UsageError, unknown
+from ..parts import Preprocessing
+
+
+def preprocessing(net: nn.Module) -> Preprocessing:
+    """What the network's `default_cfg` or `pretrained_cfg` says, a dictionary as timm's; else ImageNet's."""
+    config = getattr(net, "pretrained_cfg", None) or getattr(net, "default_cfg", None)
+    if not isinstance(config, dict):
+        return Preprocessing()
+    default = Preprocessing()
+    size = config.get("input_size", (3, default.size, default.size))
+    return Preprocessing(
+        size=int(size[-1]),
+        mean=tuple(config.get("mean", default.mean)),
+        std=tuple(config.get("std", default.std)),
+        interpolation=str(config.get("interpolation", default.interpolation)),
+        crop_fraction=float(config.get("crop_pct", default.crop_fraction)),
+    )
 
 
 def build(name: str, *, num_classes: int | None = None) -> nn.Module:

@@ -42,7 +42,12 @@ def convert_command(
     form: Annotated[
         str, typer.Option("--form", help="'exact', or 'pre': drop the activation after each addition.")
     ] = "exact",
-    input_size: Annotated[int | None, typer.Option("--input-size", help="Image size in pixels.")] = None,
+    input_size: Annotated[
+        int | None, typer.Option("--input-size", help="Image size in pixels; up to 64, images are not cropped.")
+    ] = None,
+    crop_fraction: Annotated[
+        float | None, typer.Option("--crop-fraction", help="Part of the resized image's side that is kept, up to 1.")
+    ] = None,
     mean: Annotated[str | None, typer.Option("--mean", help="Of RGB in [0, 1], e.g. 0.485,0.456,0.406.")] = None,
     std: Annotated[str | None, typer.Option("--std", help="Of RGB in [0, 1], e.g. 0.229,0.224,0.225.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of weights that start at random.")] = 0,
@@ -67,6 +72,10 @@ def convert_command(
         if input_size < 1:
             raise UsageError(f"--input-size {input_size}: must be 1 or more")
         preprocessing |= {"size": input_size}
+    if crop_fraction is not None:
+        if not 0 < crop_fraction <= 1:
+            raise UsageError(f"--crop-fraction {crop_fraction}: must be above 0 and at most 1")
+        preprocessing |= {"crop_fraction": crop_fraction}
     preprocessing |= {name: _triple(name, text) for name, text in (("mean", mean), ("std", std)) if text is not None}
     torch.manual_seed(seed)
     opened = open_source(
