@@ -271,16 +271,17 @@ class _Run:
             logits = self.model(images)
         loss = F.cross_entropy(logits.float(), labels)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(self.scaler.scale(loss))
         # One transfer per step: the loss, the accuracy and every stage's drift together.
         accuracy = (logits.argmax(1) == labels).float().mean()
         drifts = [self._drift(name) for name in self.stage_names]
         figures = torch.stack([loss.detach().float(), accuracy, *drifts]).tolist()
         if not math.isfinite(figures[0]):
+            state = self.out / run_folder.STATE
+            saved = f"{state} holds the last saved step" if state.is_file() else "nothing was saved yet"
             raise ResodeError(
-                f"the loss is {figures[0]} at step {self.progress.step + 1};"
-                f" {self.out / run_folder.STATE} holds the last saved step. Try a lower --lr, --clip-grad,"
-                " or --adjoint checkpoint"
+                f"the loss is {figures[0]} at step {self.progress.step + 1}; {saved}."
+                " Try a lower --lr, --clip-grad, or --adjoint checkpoint"
             )
         return figures[0], figures[1], dict(zip(self.stage_names, figures[2:], strict=True))
 

@@ -24,9 +24,11 @@ class Branch(Residual):
         return self.module(x)
 
 
-def gradients(method: str, depth: int, *, dropout: float = 0.0, amp: bool = False) -> tuple[list[torch.Tensor], int]:
+def gradients(
+    method: str, depth: int, *, dropout: float = 0.0, amp: bool = False, seed: int = 0
+) -> tuple[list[torch.Tensor], int]:
     """Gradients of one tied stage, and the bytes allocated between its forward and backward pass."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     field = Field((Branch(dropout=dropout),), (0,) * depth, 1 / depth)
     x = torch.randn(8, 16, 32, 32, device="cuda", requires_grad=True)
     before = torch.cuda.memory_allocated()
@@ -37,15 +39,24 @@ def gradients(method: str, depth: int, *, dropout: float = 0.0, amp: bool = Fals
     return list(torch.autograd.grad(y.square().sum(), [x, *field.parameters()])), kept
 
 
+def difference(ours: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
+    """Relative error of the gradients taken as one vector."""
+    error = sum((a - b).square().sum() for a, b in zip(ours, exact, strict=True))
+    return (error / sum(b.square().sum() for b in exact)).sqrt().item()
+
+
 @pytest.mark.parametrize("amp", [False, True])
 def test_dropout_masks_are_replayed(amp: bool) -> None:
     exact, _ = gradients("backprop", 8, dropout=0.3, amp=amp)
     ours, _ = gradients("checkpoint", 8, dropout=0.3, amp=amp)
-    for a, b in zip(ours, exact, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-2 if amp else 1e-4, atol=1e-2 if amp else 1e-4)
+    # Backprop adds the steps' gradients of the shared weights in bf16, the sweep in float32.
+    assert difference(ours, exact) <= (2e-2 if amp else 1e-4)
+    other, _ = gradients("checkpoint", 8, dropout=0.3, amp=amp, seed=1)
+    assert difference(other, exact) > 0.1, "other masks and weights would show"
 
 
 def test_memory_does_not_grow_with_depth() -> None:
+    gradients("pc", 2)  # libraries take their workspaces at first use
     assert gradients("pc", 64)[1] == gradients("pc", 8)[1]
     assert gradients("backprop", 64)[1] > 4 * gradients("backprop", 8)[1]
 
@@ -53,5 +64,4 @@ def test_memory_does_not_grow_with_depth() -> None:
 def test_pc_is_close_to_backprop() -> None:
     exact, _ = gradients("backprop", 64)
     ours, _ = gradients("pc", 64)
-    error = sum((a - b).square().sum() for a, b in zip(ours, exact, strict=True)).sqrt()
-    assert error <= 0.01 * sum(a.square().sum() for a in exact).sqrt()
+    assert difference(ours, exact) <= 0.01
