@@ -1,14 +1,18 @@
 """The numerics: schemes, backward plans and the one autograd.Function. Torch only; knows no ResNet."""
 
-from .adjoint import Monitor, fixed_buffers, solve
+from .adjoint import solve
 from .field import Field, RandomState, Residual
-from .plans import METHODS, Adjoint, Carry, Plan, Prediction, StepPlan, required_scheme
+from .methods import METHODS, REVERSALS, Adjoint, required_scheme
+from .monitor import Monitor
+from .plans import Carry, Plan, Prediction, StepPlan
+from .reentry import fixed_buffers
 from .schemes import EULER, HEUN, SCHEMES, Scheme
 
 __all__ = [
     "EULER",
     "HEUN",
     "METHODS",
+    "REVERSALS",
     "SCHEMES",
     "Adjoint",
     "Carry",

@@ -1,30 +1,16 @@
 """Backward plans: where the backward sweep takes each step's state from.
 
-The sweep of `adjoint.py` needs the state x_n at n = N-1 … 0, takes one taped evaluation of the
-increment Φ_n there and multiplies the adjoint into it. Methods differ only in the state, so a
-method is a function from a depth to a plan, one value per step. A new method is a new plan.
-
-| method       | state at step n                                      | evaluations per step of Φ |
-| checkpoint   | held, or run forward again from a held one: exact    | 1 … 2                     |
-| euler        | reverse Euler, carry the prediction (eq. 6–7)        | 2                         |
-| heun         | reverse Heun, carry the prediction (eq. 8–9)         | 2                         |
-| pc           | modified reverse Euler, carry the corrected state    | 2                         |
+x: state; h: step size; n: step; N: depth; Φ: increment of the forward rule, x_{n+1} = x_n + h Φ_n(x_n).
+Equation numbers are those of Sander, Ablin, Peyré (NeurIPS 2022).
 
 Reversing a step is a fixed-point iteration x ← G(x) = x_{n+1} − h Φ_n(x): reverse Euler is its first
 iterate from x_{n+1}, and the taped evaluation of Φ_n, which the gradient needs anyway, gives one more.
-`pc` (predictor, corrector) carries that one instead of the prediction. Two classical refinements cost
-no evaluation: Anderson's mixing of the two iterates, and Milne's modifier, which adds to a prediction
-the error that the prediction of the step before turned out to have.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from functools import lru_cache
-
-from ..errors import UsageError, unknown
 
 
 class Prediction(Enum):
@@ -34,6 +20,9 @@ class Prediction(Enum):
     REPLAY = "replay"  # run forward from the nearest held state below
     REVERSE_EULER = "reverse euler"  # x_{n+1} − h Φ_n(x_{n+1})
     REVERSE_SCHEME = "reverse scheme"  # the forward rule's own step back
+    # x_{n+1} − h (2Φ_{n+1} − Φ_{n+2}), from values the sweep has: no evaluation. Reverse Euler where
+    # those values say nothing of Φ_n: at a run's last step, unless the forward pass found them to.
+    EXTRAPOLATED = "extrapolated"
 
 
 class Carry(Enum):
@@ -41,7 +30,8 @@ class Carry(Enum):
 
     PREDICTED = "predicted"  # x̂_n as it is: the paper
     CORRECTED = "corrected"  # G(x̂_n) = x_{n+1} − h Φ_n(x̂_n), with Φ_n(x̂_n) the taped value: free
-    MIXED = "mixed"  # (1 − β) G(x̂_n) + β G(z): Anderson's mixing of depth 1, β per image
+    # (1 − β) G(x̂_n) + β G(z): Anderson's mixing of depth 1, β per image. CORRECTED where there is no z.
+    MIXED = "mixed"
 
 
 @dataclass(frozen=True)
@@ -56,7 +46,7 @@ class StepPlan:
     corrections: extra fixed-point evaluations x̂ ← x_{n+1} − h Φ_n(x̂).
     carry: the estimate that goes on to step n-1.
 
-    `modified` and MIXED go with reverse Euler: the scheme's own step back is no iterate of G.
+    `modified` and MIXED go with iterates of G: the scheme's own step back is none.
     """
 
     prediction: Prediction
@@ -68,6 +58,9 @@ class StepPlan:
     @property
     def exact(self) -> bool:
         return self.prediction in (Prediction.HELD, Prediction.REPLAY)
+
+
+HELD = StepPlan(Prediction.HELD)
 
 
 @dataclass(frozen=True)
@@ -87,73 +80,22 @@ class Plan:
         """Whether every state is the forward pass's own, so that the gradient is backprop's."""
         return all(step.exact for step in self.steps)
 
+    @property
+    def extrapolates(self) -> bool:
+        return any(step.prediction is Prediction.EXTRAPOLATED for step in self.steps)
 
-_HELD = StepPlan(Prediction.HELD)
+    @property
+    def states_kept(self) -> int:
+        """States that the graph keeps between forward and backward: the anchors, and for a reversal x_0 and x_N."""
+        return len(self.anchors) if self.exact else len({0, self.depth, *self.anchors})
 
-
-def _checkpoint(depth: int, every: int | None) -> Plan:
-    every = every or 1
-    anchors = tuple(range(0, depth, every))
-    steps = []
-    for n in range(depth):
-        anchor = n - n % every
-        top = min(anchor + every, depth) - 1
-        if n == anchor or n < top:
-            steps.append(_HELD)
-        else:
-            steps.append(StepPlan(Prediction.REPLAY, hold=tuple(range(anchor + 1, top))))
-    return Plan("checkpoint", anchors, tuple(steps))
-
-
-def _reversal(method: str, step: StepPlan) -> Callable[[int, int | None], Plan]:
-    def build(depth: int, every: int | None) -> Plan:
-        anchors = tuple(range(0, depth, every)) if every else ()
-        steps = tuple(_HELD if n in set(anchors) else step for n in range(depth))
-        return Plan(method, anchors, steps)
-
-    return build
-
-
-_BUILDERS: dict[str, Callable[[int, int | None], Plan]] = {
-    "checkpoint": _checkpoint,
-    "euler": _reversal("euler", StepPlan(Prediction.REVERSE_EULER)),
-    "heun": _reversal("heun", StepPlan(Prediction.REVERSE_SCHEME)),
-    "pc": _reversal("pc", StepPlan(Prediction.REVERSE_EULER, modified=True, carry=Carry.MIXED)),
-}
-
-METHODS = ("backprop", *_BUILDERS)
-
-
-def required_scheme(method: str) -> str | None:
-    """The forward rule a method is tied to, if any: reverse Heun retraces Heun steps only."""
-    return "heun" if method == "heun" else None
-
-
-@dataclass(frozen=True)
-class Adjoint:
-    """The method of the backward pass, and the spacing of its anchors (None: the method's own)."""
-
-    method: str = "backprop"
-    anchors: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise unknown("adjoint", self.method, METHODS)
-        if self.anchors is not None and self.anchors < 1:
-            raise UsageError(f"anchors every {self.anchors} steps: must be 1 or more")
-        if self.anchors is not None and self.method == "backprop":
-            raise UsageError("backprop holds every activation and takes no anchors")
-
-    def plan(self, depth: int, scheme: str) -> Plan | None:
-        """The plan for a stage of `depth` steps under a forward rule; None for backprop."""
-        needed = required_scheme(self.method)
-        if needed is not None and needed != scheme:
-            raise UsageError(
-                f"adjoint {self.method!r} retraces the {needed} forward rule, but the stage uses {scheme!r}"
-            )
-        return _build(self.method, depth, self.anchors)
-
-
-@lru_cache(maxsize=256)
-def _build(method: str, depth: int, anchors: int | None) -> Plan | None:
-    return None if method == "backprop" else _BUILDERS[method](depth, anchors)
+    @property
+    def largest_states(self) -> int:
+        """States held at a time at most, those held by replays included."""
+        held, most = set(self.anchors), 0
+        for n in reversed(range(self.depth)):
+            step = self.steps[n]
+            held.update(step.hold)
+            most = max(most, len(held | {n}) if step.prediction is Prediction.REPLAY else len(held))
+            held.discard(n)
+        return most if self.exact else max(most, len(self.anchors)) + len({0, self.depth} - set(self.anchors))

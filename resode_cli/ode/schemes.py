@@ -9,7 +9,7 @@ what the backward sweep differentiates and what a fixed-point correction evaluat
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,10 @@ class Scheme:
     advance: Callable[[Evaluator, int, Tensor], Tensor]
     increment: Callable[[Evaluator, int, Tensor], Tensor]
     step_back: Callable[[Evaluator, int, Tensor], Tensor]
+
+    def blocks(self, schedule: Sequence[int], n: int) -> tuple[int, ...]:
+        """The distinct blocks that Φ_n is made of: r_n, and for a second evaluation r_{n+1}."""
+        return tuple(schedule[min(n + k, len(schedule) - 1)] for k in range(self.evaluations))
 
 
 def _euler_advance(r: Evaluator, n: int, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from resode_cli.ode import SCHEMES, Adjoint, Field, Monitor, Plan, Prediction, StepPlan, solve
-from resode_cli.ode.adjoint import anderson
+from resode_cli.ode.sweep import anderson
 
 DEPTHS = (8, 16, 32, 64, 128)
 
