@@ -134,16 +134,22 @@ class OdeStage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if getattr(self, "_is_replica", False):
             raise ResodeError("nn.DataParallel is not supported; use DistributedDataParallel")
-        for block in self.transition:
-            x = block(x)
-        if self.spec.depth == 0:
-            return x
-        if torch.is_autocast_enabled(x.device.type) and x.dtype in (torch.float16, torch.bfloat16):
-            x = x.float()
+        x = self.enter(x)
         plan = self.adjoint.plan(self.spec.depth, self.spec.scheme)
         x = solve(self.field(), SCHEMES[self.spec.scheme], plan, x, monitor=self.monitor)
-        if self.spec.form == "pre" and self.activation in ACTIVATIONS:
-            x = ACTIVATIONS[self.activation](x)
+        return self.leave(x)
+
+    def enter(self, x: Tensor) -> Tensor:
+        """x_0: the transition's output, in float32 even under autocast."""
+        for block in self.transition:
+            x = block(x)
+        low = x.dtype in (torch.float16, torch.bfloat16)
+        return x.float() if self.spec.depth and low and torch.is_autocast_enabled(x.device.type) else x
+
+    def leave(self, x: Tensor) -> Tensor:
+        """What follows x_N: in `pre` form the activation, once."""
+        if self.spec.depth and self.spec.form == "pre" and self.activation in ACTIVATIONS:
+            return ACTIVATIONS[self.activation](x)
         return x
 
     def __iter__(self) -> Iterator[nn.Module]:

@@ -65,7 +65,7 @@ class Smoothness:
         if self.measured:
             values = torch.stack(list(self.measured.values())).float()
             self.values = torch.empty(values.shape, pin_memory=values.is_cuda).copy_(values, non_blocking=True)
-            self.arrived = torch.cuda.Event() if values.is_cuda else None
+            self.arrived = torch.cuda.Event() if values.is_cuda else None  # type: ignore[no-untyped-call]
             if self.arrived is not None:
                 self.arrived.record()
 
