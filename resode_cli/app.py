@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from . import __version__
-from .commands import check_grad, convert, demo, evaluate, finetune, info, transfer
+from .commands import bench, check_grad, convert, demo, evaluate, finetune, info, transfer
 from .errors import ResodeError
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ app.command("untie")(transfer.untie_command)
 app.command("deepen")(transfer.deepen_command)
 app.command("recalibrate")(transfer.recalibrate_command)
 app.command("check-grad")(check_grad.check_grad_command)
+app.command("bench")(bench.bench_command)
 app.command("finetune")(finetune.finetune_command)
 app.command("eval")(evaluate.eval_command)
 app.command("demo")(demo.demo_command)

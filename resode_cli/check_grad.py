@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .calibrate import Calibration, calibrate
 from .errors import UsageError
 from .model import OdeResNet, freeze_batch_norm
 from .ode import SCHEMES, Adjoint, required_scheme
@@ -25,12 +26,13 @@ Gradients = dict[str, Tensor]
 class StageGradient:
     """One method on one stage. ĝ: its gradient, g: backprop's, both of the steps' parameters.
 
-    stage: a stage's name, or 'stem' for the parameters before the first stage.
+    stage: a stage's name, or 'stem' for the parameters before the first stage. adjoint: what it ran under.
     relative_error: ‖g − ĝ‖ / ‖g‖. cosine: of the angle between them.
     transition_error: the same relative error for the transition's parameters; None without any.
     drift: ‖x̃ − x‖ / ‖x‖ of reconstructed states; None where nothing is reconstructed.
     evaluations_per_step: of the increment Φ in the backward pass, the taped one included; 0 for backprop.
     bytes_kept: by the stage's steps between forward and backward, parameters aside.
+    states_kept: the same in states, from the plan; None for backprop.
     """
 
     stage: str
@@ -41,11 +43,21 @@ class StageGradient:
     drift: float | None = None
     evaluations_per_step: float | None = None
     bytes_kept: int | None = None
+    states_kept: int | None = None
+    adjoint: str | None = None
+
+
+@dataclass(frozen=True)
+class StageAdjoints:
+    """An adjoint for each stage, under one name, as calibration finds them."""
+
+    name: str
+    stages: Mapping[str, Adjoint]
 
 
 @dataclass(frozen=True)
 class MethodGradients:
-    """One method on all stages; worst: parameters with the largest relative error, by name."""
+    """One method on all stages; name: its label; worst: parameters with the largest relative error, by name."""
 
     name: str
     scheme: str
@@ -99,7 +111,7 @@ def check_gradients(
     images: Tensor,
     labels: Tensor,
     *,
-    methods: Sequence[Adjoint],
+    methods: Sequence[Adjoint | StageAdjoints],
     batch_norm: str = "frozen",
     data: str = "",
     on_method: Callable[[str], None] = lambda name: None,
@@ -112,15 +124,14 @@ def check_gradients(
 
     images: (B, 3, H, W), labels: (B,); batch_norm: 'frozen' (running statistics) or 'batch'.
     """
-    if batch_norm not in ("frozen", "batch"):
-        raise UsageError(f"unknown BatchNorm mode {batch_norm!r} (allowed: frozen, batch)")
+    _check_batch_norm(batch_norm)
     schemes = {name: stage.spec.scheme for name, stage in model.stages.items()}
     references: dict[str | None, Gradients] = {}
     results: list[MethodGradients] = []
     loss = math.nan
     for adjoint in methods:
-        on_method(adjoint.method)
-        scheme = required_scheme(adjoint.method)
+        on_method(_name(adjoint))
+        scheme = required_scheme(adjoint.method) if isinstance(adjoint, Adjoint) else None
         switched = scheme is not None and any(own != scheme for own in schemes.values())
         key = scheme if switched else None
         with _measuring(model, schemes, key, batch_norm):
@@ -128,14 +139,50 @@ def check_gradients(
                 model.use_adjoint(Adjoint("backprop"))
                 reference_loss, references[key] = _gradients(model, images, labels)
                 loss = reference_loss if key is None else loss
-            model.use_adjoint(adjoint)
+            model.use_adjoint(adjoint if isinstance(adjoint, Adjoint) else adjoint.stages)
             method_loss, gradients = _gradients(model, images, labels)
             loss = method_loss if math.isnan(loss) and key is None else loss
-            results.append(_compare(model, adjoint, references[key], gradients, switched))
+            results.append(_compare(model, _name(adjoint), references[key], gradients, switched))
     if math.isnan(loss):  # every method switched the forward rule
         with torch.no_grad():
             loss = F.cross_entropy(model(images), labels).item()
     return GradientReport(len(images), data, batch_norm, loss, tuple(results))
+
+
+def calibrated(
+    model: OdeResNet,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    tolerance: float,
+    budget: int,
+    methods: Sequence[str] | None = None,
+    batch_norm: str = "frozen",
+    on_stage: Callable[[str, str], None] = lambda stage, adjoint: None,
+) -> Calibration:
+    """What `auto` chooses on a batch in the mode that gradients are checked in. The model is left as it was."""
+    _check_batch_norm(batch_norm)
+    schemes = {name: stage.spec.scheme for name, stage in model.stages.items()}
+    with _measuring(model, schemes, None, batch_norm):
+        return calibrate(
+            model,
+            images,
+            labels,
+            tolerance=tolerance,
+            budget=budget,
+            batch_size=len(images),
+            methods=methods,
+            on_stage=on_stage,
+        )
+
+
+def _check_batch_norm(mode: str) -> None:
+    if mode not in ("frozen", "batch"):
+        raise UsageError(f"unknown BatchNorm mode {mode!r} (allowed: frozen, batch)")
+
+
+def _name(adjoint: Adjoint | StageAdjoints) -> str:
+    return adjoint.label if isinstance(adjoint, Adjoint) else adjoint.name
 
 
 @contextmanager
@@ -184,24 +231,25 @@ def _gradients(model: OdeResNet, images: Tensor, labels: Tensor) -> tuple[float,
 
 
 def _compare(
-    model: OdeResNet, adjoint: Adjoint, reference: Gradients, gradients: Gradients, switched: bool
+    model: OdeResNet, name: str, reference: Gradients, gradients: Gradients, switched: bool
 ) -> MethodGradients:
     groups: dict[str, list[str]] = {}
-    for name, group in model.parameter_groups().items():
-        if name in reference:
-            groups.setdefault(group, []).append(name)
+    for key, group in model.parameter_groups().items():
+        if key in reference:
+            groups.setdefault(group, []).append(key)
     rows = []
     if "stem" in groups:
         rows.append(StageGradient("stem", 0, *_difference(reference, gradients, groups["stem"])))
-    for name, stage in model.stages.items():
+    for stage_name, stage in model.stages.items():
         if stage.spec.depth == 0:
             continue
-        transition = groups.get(f"{name} transition")
+        transition = groups.get(f"{stage_name} transition")
         monitor, evaluations = stage.monitor, SCHEMES[stage.spec.scheme].evaluations
-        error, cosine = _difference(reference, gradients, groups.get(name, []))
+        error, cosine = _difference(reference, gradients, groups.get(stage_name, []))
+        plan = stage.adjoint.plan(stage.spec.depth, stage.spec.scheme)
         rows.append(
             StageGradient(
-                name,
+                stage_name,
                 stage.spec.depth,
                 error,
                 cosine,
@@ -209,14 +257,14 @@ def _compare(
                 drift=None if monitor.drift is None else monitor.drift.item(),
                 evaluations_per_step=monitor.evaluations / evaluations / stage.spec.depth,
                 bytes_kept=monitor.kept,
+                states_kept=None if plan is None else plan.states_kept,
+                adjoint=stage.adjoint.label,
             )
         )
-    errors = {name: _difference(reference, gradients, [name])[0] for name in reference}
+    errors = {key: _difference(reference, gradients, [key])[0] for key in reference}
     worst = sorted(errors.items(), key=lambda item: -_sortable(item[1]))[:5]
     scheme = next(iter(model.stages.values())).spec.scheme
-    return MethodGradients(
-        adjoint.method, scheme, tuple(rows), tuple((model.file_name(n), e) for n, e in worst), switched
-    )
+    return MethodGradients(name, scheme, tuple(rows), tuple((model.file_name(n), e) for n, e in worst), switched)
 
 
 def _sortable(error: float) -> float:

@@ -111,10 +111,10 @@ def stage_specs(parts: list[StageParts], *, scheme: str, form: Form) -> list[Sta
     return specs
 
 
-def random_batch(preprocessing: Preprocessing, images: int) -> Tensor:
+def random_batch(preprocessing: Preprocessing, images: int, *, seed: int = 0) -> Tensor:
     """A fixed batch of normal noise (B, 3, H, W), for where there is no real data."""
     size = preprocessing.size
-    return torch.randn(images, 3, size, size, generator=torch.Generator().manual_seed(0))
+    return torch.randn(images, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
 def _logits(net: nn.Module, batch: Tensor, name: str) -> Tensor:

@@ -16,19 +16,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import model_file, run_folder
+from .calibrate import Calibration
 from .data import Batch, ImageData, batches
 from .errors import ResodeError, UsageError
 from .evaluate import Evaluation, evaluate
+from .guard import Guard, GuardState
 from .model import OdeResNet, freeze_batch_norm
-from .ode import Adjoint, RandomState, fixed_buffers, required_scheme
+from .ode import RandomState, fixed_buffers
 from .optimization import create_optimizer, create_scheduler
 from .run_folder import StepRecord
 from .settings import AMP, Settings
 
+CALIBRATION_IMAGES = 32
+
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """before, after: on the test split; best: the epoch's evaluation with the highest top-1."""
+    """before, after: on the test split; best: the epoch's evaluation with the highest top-1.
+
+    adjoints: what each stage ended with. calibration: the last one, if 'auto' was asked for in this session.
+    """
 
     steps: int
     total_steps: int
@@ -38,8 +45,11 @@ class FinetuneResult:
     seconds: float
     peak_bytes: int
     interrupted: bool
+    adjoints: dict[str, str]
     switched: dict[str, float] | None = None
     moved_to_anchors: tuple[str, ...] = ()
+    recalibrations: int = 0
+    calibration: Calibration | None = None
 
 
 @dataclass
@@ -49,8 +59,7 @@ class Progress:
     step: int = 0
     best_top1: float = -1.0
     switched: dict[str, float] | None = None
-    moved_to_anchors: list[str] = field(default_factory=list)
-    warned: list[str] = field(default_factory=list)
+    guard: dict[str, Any] = field(default_factory=dict)  # a GuardState
     window: list[list[float]] = field(default_factory=list)  # (loss, accuracy, drift …) since the last log row
 
 
@@ -60,6 +69,7 @@ class Callbacks:
 
     on_step: Callable[[StepRecord], None] = lambda record: None
     on_message: Callable[[str], None] = lambda message: None
+    on_calibration: Callable[[Calibration], None] = lambda calibration: None
     should_stop: Callable[[], bool] = lambda: False
 
 
@@ -79,7 +89,8 @@ def finetune(
     The order of images and their augmentation follow from the seed, so a resumed run repeats what
     the uninterrupted one would have done, bit for bit on one device.
 
-    Raises ResodeError if the loss stops being finite, or on drift past the tolerance with 'stop'.
+    Raises ResodeError if the loss stops being finite, on drift past the tolerance with 'stop', and if
+    the memory budget is too small.
     """
     return _Run(model, train, test, out, settings, device, callbacks or Callbacks(), resume).run()
 
@@ -103,14 +114,27 @@ class _Run:
         self.last_step_at = 0.0
         self.stage_names = [name for name, stage in model.stages.items() if stage.spec.depth]
         self._choose_parameters()
+        if settings.compile:
+            model.compile_branches()
+        if settings.channels_last:
+            model.use_channels_last()
         if resume is None:
             torch.manual_seed(settings.seed)
-            self._set_adjoint()
+            self._switch_scheme()
         else:
             self.progress = Progress(**resume.progress)
-            model.use_adjoint(Adjoint(settings.adjoint, settings.anchors))
-            for name in self.progress.moved_to_anchors:
-                model.stages[name].use_adjoint(Adjoint("checkpoint"))
+        self.calibration: Calibration | None = None
+        self.guard = Guard(
+            model,
+            settings,
+            device,
+            autocast=self._autocast,
+            prepare=self._train_mode,
+            on_message=self.callbacks.on_message,
+            on_calibration=self._calibrated,
+            state=GuardState(**self.progress.guard),
+        )
+        self.guard.start(self._calibration_batch)
         self.optimizer = create_optimizer(model, settings)
         self.scheduler = create_scheduler(self.optimizer, settings, self.total)
         amp = settings.amp == "fp16"
@@ -126,32 +150,50 @@ class _Run:
         for stage in chosen.values():
             stage.requires_grad_(True)
 
-    def _set_adjoint(self) -> None:
-        """Set the backward method; switch the forward rule where the method is tied to one, saying so."""
-        adjoint = Adjoint(self.settings.adjoint, self.settings.anchors)
-        scheme = required_scheme(adjoint.method)
-        if scheme is not None and any(self.model.stages[n].spec.scheme != scheme for n in self.stage_names):
-            batch = self._some_images()
-            self.model.eval()
-            with torch.no_grad():
-                before = self.model(batch)
-                self.model.use_scheme(scheme)
-                after = self.model(batch)
-            self.progress.switched = {
-                "max_logit_difference": (before - after).abs().max().item(),
-                "top1_agreement": (before.argmax(1) == after.argmax(1)).double().mean().item(),
-            }
-            self.callbacks.on_message(
-                f"adjoint {adjoint.method}: the forward rule is now {scheme}; on {len(batch)} images the logits"
-                f" changed by up to {self.progress.switched['max_logit_difference']:.3g}, and"
-                f" {self.progress.switched['top1_agreement']:.1%} of the predictions stayed"
-            )
-            self.model.info = self.model.info.with_command("switch-scheme", scheme=scheme, **self.progress.switched)
-        self.model.use_adjoint(adjoint)
+    def _switch_scheme(self) -> None:
+        """Switch the forward rule where the method is tied to one, saying so."""
+        adjoint = self.settings.adjoint_choice()
+        scheme = adjoint.required_scheme
+        if scheme is None or all(self.model.stages[n].spec.scheme == scheme for n in self.stage_names):
+            return
+        batch = self._some_images()
+        self.model.eval()
+        with torch.no_grad():
+            before = self.model(batch)
+            self.model.use_scheme(scheme)
+            after = self.model(batch)
+        self.progress.switched = {
+            "max_logit_difference": (before - after).abs().max().item(),
+            "top1_agreement": (before.argmax(1) == after.argmax(1)).double().mean().item(),
+        }
+        self.callbacks.on_message(
+            f"adjoint {adjoint.name}: the forward rule is now {scheme}; on {len(batch)} images the logits"
+            f" changed by up to {self.progress.switched['max_logit_difference']:.3g}, and"
+            f" {self.progress.switched['top1_agreement']:.1%} of the predictions stayed"
+        )
+        self.model.info = self.model.info.with_command("switch-scheme", scheme=scheme, **self.progress.switched)
 
     def _some_images(self) -> Tensor:
         data = self.test if self.test is not None else self.train
         return next(batches(data, 32)).images.to(self.device)
+
+    def _calibration_batch(self) -> tuple[Tensor, Tensor]:
+        """Training images, evenly spaced: neighbours in a folder are of one class."""
+        count = min(CALIBRATION_IMAGES, self.settings.batch_size, len(self.train))
+        order = [i * len(self.train) // count for i in range(count)]
+        batch = next(batches(self.train, count, order=order))
+        return batch.images.to(self.device), batch.labels.to(self.device)
+
+    def _calibrated(self, calibration: Calibration) -> None:
+        self.calibration = calibration
+        chosen = {c.stage: {"adjoint": c.adjoint.label, "error": c.error} for c in calibration.choices}
+        self.model.info = self.model.info.with_command("calibrate", step=self.progress.step, stages=chosen)
+        self.callbacks.on_calibration(calibration)
+
+    def _train_mode(self) -> None:
+        self.model.train()
+        if self.settings.bn == "frozen":
+            freeze_batch_norm(self.model)
 
     def run(self) -> FinetuneResult:
         settings, progress = self.settings, self.progress
@@ -169,7 +211,8 @@ class _Run:
         for batch in self._batches():
             record = self._step(batch)
             self.callbacks.on_step(record)
-            progress.window.append([record.loss, record.accuracy, *record.drift.values()])
+            figures = (value for stages in record.monitor.values() for value in stages.values())
+            progress.window.append([record.loss, record.accuracy, *figures])
             if progress.step % settings.log_every == 0 or progress.step == self.total:
                 log.train(record, progress.window)
                 progress.window.clear()
@@ -197,8 +240,11 @@ class _Run:
             time.perf_counter() - began,
             peak_bytes(self.device),
             interrupted,
+            {name: self.model.stages[name].adjoint.label for name in self.stage_names},
             progress.switched,
-            tuple(progress.moved_to_anchors),
+            tuple(self.guard.state.moved_to_anchors),
+            self.guard.state.recalibrations,
+            self.calibration,
         )
 
     def _batches(self) -> Iterator[Batch]:
@@ -226,18 +272,16 @@ class _Run:
     def _step(self, batch: Batch) -> StepRecord:
         settings = self.settings
         self.scheduler.step_update(self.progress.step)
-        self.model.train()
-        if settings.bn == "frozen":
-            freeze_batch_norm(self.model)
+        self._train_mode()
         images, labels = batch.images.to(self.device), batch.labels.to(self.device)
         random = RandomState.now(self.device)
-        loss, accuracy, drift = self._forward_backward(images, labels)
-        if self._moved_to_anchors(drift):
-            # The gradient is thrown away and taken again, exactly: same random numbers, and running
+        loss, accuracy, monitor = self._forward_backward(images, labels)
+        while self.guard.must_redo(monitor["drift"], images, labels, self.progress.step + 1):
+            # The gradient is thrown away and taken again: same random numbers, and running
             # statistics that have moved once already.
             random.restore()
             with fixed_buffers([self.model]):
-                loss, accuracy, _ = self._forward_backward(images, labels)
+                loss, accuracy, monitor = self._forward_backward(images, labels)
         if settings.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_grad)
@@ -262,60 +306,31 @@ class _Run:
             lr,
             speed,
             peak_bytes(self.device),
-            drift,
+            monitor,
         )
 
-    def _forward_backward(self, images: Tensor, labels: Tensor) -> tuple[float, float, dict[str, float]]:
-        """Loss and accuracy on a batch, the drift of each stage (NaN: nothing reconstructed), and .grad set."""
+    def _forward_backward(self, images: Tensor, labels: Tensor) -> tuple[float, float, dict[str, dict[str, float]]]:
+        """Loss and accuracy on a batch, the monitor's figures, and .grad set."""
         with self._autocast():
             logits = self.model(images)
         loss = F.cross_entropy(logits.float(), labels)
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(self.scaler.scale(loss))
-        # One transfer per step: the loss, the accuracy and every stage's drift together.
+        # One transfer per step: the loss, the accuracy and every stage's figures together.
         accuracy = (logits.argmax(1) == labels).float().mean()
-        drifts = [self._drift(name) for name in self.stage_names]
-        figures = torch.stack([loss.detach().float(), accuracy, *drifts]).tolist()
-        if not math.isfinite(figures[0]):
+        values = torch.stack([loss.detach().float(), accuracy, *self.guard.figures()]).tolist()
+        if not math.isfinite(values[0]):
             state = self.out / run_folder.STATE
             saved = f"{state} holds the last saved step" if state.is_file() else "nothing was saved yet"
             raise ResodeError(
-                f"the loss is {figures[0]} at step {self.progress.step + 1}; {saved}."
+                f"the loss is {values[0]} at step {self.progress.step + 1}; {saved}."
                 " Try a lower --lr, --clip-grad, or --adjoint checkpoint"
             )
-        return figures[0], figures[1], dict(zip(self.stage_names, figures[2:], strict=True))
+        return values[0], values[1], self.guard.read(values[2:])
 
     def _autocast(self) -> AbstractContextManager[Any]:
         dtype = AMP[self.settings.amp]
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
-
-    def _drift(self, name: str) -> Tensor:
-        """The stage's drift, or NaN where nothing was reconstructed."""
-        drift = self.model.stages[name].monitor.drift
-        return torch.tensor(math.nan, device=self.device) if drift is None else drift.float()
-
-    def _moved_to_anchors(self, drift: dict[str, float]) -> bool:
-        """Act on drift past the tolerance; whether a stage was moved to anchors, so that the step must be redone."""
-        moved = False
-        for name, value in drift.items():
-            reconstructed = self.model.stages[name].monitor.drift is not None
-            if not reconstructed or value <= self.settings.drift_tolerance:
-                continue
-            what = (
-                f"step {self.progress.step + 1}: the reconstructed states of stage {name} are off by {value:.2g} of"
-                f" their size (tolerance {self.settings.drift_tolerance:g}), so its gradient is not backprop's"
-            )
-            if self.settings.on_drift == "anchors":
-                self.callbacks.on_message(f"{what}; the stage is moved to anchors and the step taken again")
-                self.model.stages[name].use_adjoint(Adjoint("checkpoint"))
-                self.progress.moved_to_anchors.append(name)
-                moved = True
-            elif self.settings.on_drift == "stop" or not math.isfinite(value):
-                raise ResodeError(f"{what}; stopped (--on-drift anchors would go on with an exact gradient)")
-            elif name not in self.progress.warned:
-                self.callbacks.on_message(f"{what}; --on-drift anchors would make it exact")
-                self.progress.warned.append(name)
-        return moved
 
     def _evaluate(self) -> Evaluation:
         assert self.test is not None
@@ -340,7 +355,7 @@ class _Run:
             self.model,
             optimizer=self.optimizer,
             scaler=self.scaler,
-            progress=asdict(self.progress),
+            progress={**asdict(self.progress), "guard": asdict(self.guard.state)},
             settings=asdict(self.settings),
             fingerprint=self.fingerprint(self.train, self.settings),
         )

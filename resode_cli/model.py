@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,8 +50,11 @@ class OdeResNet(nn.Module):
         self.net = net
         self.paths = paths  # stage name -> path of its OdeStage in the network
         self.info = info
+        self.channels_last = False
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
         return self.net(x)
 
     @property
@@ -76,18 +80,37 @@ class OdeResNet(nn.Module):
         return {name: stage for name, stage in stages.items() if name in picked}
 
     def replace_stage(self, name: str, stage: OdeStage) -> None:
-        path = self.paths[name]
-        self.net = _with_submodule(self.net, path, stage)
+        """Put a stage in another's place; it runs compiled if that one does."""
+        compilation = self.stages[name].compilation
+        if compilation is not None and stage.compilation is None:
+            stage.compile_branch(**compilation.options)
+        self.net = _with_submodule(self.net, self.paths[name], stage)
 
-    def use_adjoint(self, adjoint: Adjoint) -> None:
-        """Set the backward method of every stage."""
-        for stage in self.stages.values():
-            stage.use_adjoint(adjoint)
+    def use_adjoint(self, adjoint: Adjoint | Mapping[str, Adjoint]) -> None:
+        """Set the backward method of every stage, or of the stages named."""
+        for name, stage in self.stages.items():
+            if isinstance(adjoint, Adjoint):
+                stage.use_adjoint(adjoint)
+            elif name in adjoint:
+                stage.use_adjoint(adjoint[name])
 
     def use_scheme(self, scheme: str) -> None:
         """Switch the forward rule of every stage. That changes the network's function."""
         for stage in self.stages.values():
             stage.use_scheme(scheme)
+
+    def compile_branches(self, **options: Any) -> None:
+        """Run every stage's steps compiled from now on; `options` are torch.compile's. See `compilation`."""
+        for stage in self.stages.values():
+            stage.compile_branch(**options)
+
+    def use_channels_last(self) -> None:
+        """Keep weights, images and states in the order (B, H, W, C) in memory, which fast convolutions want.
+
+        Images are brought into it in `forward`, and the states of the stages inherit it.
+        """
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.channels_last = True
 
     def file_name(self, key: str) -> str:
         """A tensor's name in a model file, from its name in `self.net`.

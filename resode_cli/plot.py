@@ -21,10 +21,11 @@ def check_plot(path: Path) -> None:
         raise UsageError(f"--plot {str(path)!r}: must end in {', '.join(SUFFIXES)}")
     if not path.parent.is_dir():
         raise UsageError(f"folder {str(path.parent)!r} of the plot does not exist")
-    _pyplot()
+    pyplot()
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib, drawing to files only."""
     try:
         import matplotlib
 
@@ -37,7 +38,7 @@ def _pyplot() -> Any:
 
 def plot_errors(report: GradientReport, path: Path) -> None:
     """Relative gradient error of every method and stage, as bars on a logarithmic axis."""
-    plt = _pyplot()
+    plt = pyplot()
     methods = [m for m in report.methods if m.name != "backprop"]
     if not methods:
         raise UsageError("--plot has nothing to draw: backprop is the reference")
@@ -54,12 +55,12 @@ def plot_errors(report: GradientReport, path: Path) -> None:
     axes.set_ylabel("relative gradient error")
     axes.set_title(f"against backprop, {report.images} images", fontsize=10)
     axes.legend(fontsize=8)
-    _save(plt, figure, path)
+    save(plt, figure, path)
 
 
 def plot_sweep(rows: Sequence[SweepRow], path: Path) -> None:
     """Relative gradient error against depth, log-log, one panel per stage (the paper's figure 3c)."""
-    plt = _pyplot()
+    plt = pyplot()
     rows = [row for row in rows if max(row.errors) > 0]  # an exact method has no place on a logarithmic axis
     if not rows:
         raise UsageError("--plot has nothing to draw: every method asked for is exact")
@@ -75,10 +76,11 @@ def plot_sweep(rows: Sequence[SweepRow], path: Path) -> None:
         axes.set_xlabel("steps N")
         axes.legend(fontsize=7)
     panels[0][0].set_ylabel("relative gradient error")
-    _save(plt, figure, path)
+    save(plt, figure, path)
 
 
-def _save(plt: Any, figure: Any, path: Path) -> None:
+def save(plt: Any, figure: Any, path: Path) -> None:
+    """Write a figure, atomically."""
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:], dpi=150)
     plt.close(figure)

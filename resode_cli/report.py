@@ -10,8 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.table import Table
+
+from .report_calibration import calibration_json
+from .tables import finite, number, plain_table, size
 
 if TYPE_CHECKING:
     from .check_grad import GradientReport, SweepRow
@@ -63,7 +65,7 @@ def stage_rows(model: OdeResNet) -> list[StageRow]:
 
 
 def stage_table(rows: Sequence[StageRow], *, title: str) -> Table:
-    table = _table(title)
+    table = plain_table(title)
     table.add_column("stage", no_wrap=True)
     table.add_column("transition")
     for column in ("blocks", "steps", "T", "h", "parameters"):
@@ -84,10 +86,6 @@ def stage_table(rows: Sequence[StageRow], *, title: str) -> Table:
             row.form,
         )
     return table
-
-
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
 
 
 def verification_line(verified: Mapping[str, Any]) -> str:
@@ -115,8 +113,10 @@ def evaluation_json(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def gradient_table(report: GradientReport) -> Table:
-    table = _table(f"gradients against backprop: {report.images} images ({report.data}), BatchNorm {report.batch_norm}")
-    table.add_column("method")
+    table = plain_table(
+        f"gradients against backprop: {report.images} images ({report.data}), BatchNorm {report.batch_norm}"
+    )
+    table.add_column("method", no_wrap=True)
     table.add_column("stage")
     for column in (
         "steps",
@@ -131,6 +131,8 @@ def gradient_table(report: GradientReport) -> Table:
     for method in report.methods:
         name = f"{method.name} ({method.scheme} rule)" if method.scheme_switched else method.name
         for row in method.stages:
+            if row.adjoint not in (None, method.name):
+                name = f"  {row.adjoint}"
             table.add_row(
                 name,
                 row.stage,
@@ -156,7 +158,7 @@ def gradient_json(report: GradientReport) -> dict[str, Any]:
 
 
 def sweep_table(rows: Sequence[SweepRow]) -> Table:
-    table = _table("relative gradient error against depth")
+    table = plain_table("relative gradient error against depth")
     table.add_column("method")
     table.add_column("stage")
     for depth in rows[0].depths:
@@ -173,35 +175,9 @@ def sweep_json(rows: Iterable[SweepRow]) -> list[dict[str, Any]]:
 
 
 def finetune_json(result: FinetuneResult) -> dict[str, Any]:
-    record = {k: v for k, v in vars(result).items() if k not in ("before", "after")}
+    record = {k: v for k, v in vars(result).items() if k not in ("before", "after", "calibration")}
     for name in ("before", "after"):
         evaluation = getattr(result, name)
         record[name] = None if evaluation is None else evaluation_json(evaluation)
+    record["calibration"] = None if result.calibration is None else calibration_json(result.calibration)
     return finite(record)
-
-
-def number(value: float | None) -> str:
-    """A figure to two significant digits; '–' where there is none."""
-    if value is None:
-        return "–"
-    return "not finite" if not math.isfinite(value) else "0" if value == 0 else f"{value:.2g}"
-
-
-def size(count: float) -> str:
-    """Bytes in binary units."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.3g} {unit}" if count < 999.5 else f"{count:.0f} {unit}"
-        count /= 1024
-    return f"{count:.3g} GiB"
-
-
-def finite(value: Any) -> Any:
-    """The same with every figure that is not finite replaced by None, which JSON can say."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(v) for v in value]
-    return value

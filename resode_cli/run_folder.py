@@ -133,22 +133,23 @@ class StepRecord:
     lr: float
     images_per_second: float
     peak_bytes: int
-    drift: dict[str, float]
+    monitor: dict[str, dict[str, float]]  # drift, correction and contraction of every stage; NaN: nothing to tell
 
 
 class Log:
     """log.csv: a row of means over the last steps, and a row per evaluation.
 
-    Columns: split, step, epoch, loss, top1, lr, images_per_second, peak_bytes and the largest drift
-    of each stage since the last row. Fractions, bytes, seconds; empty where there is nothing to say.
+    Columns: split, step, epoch, loss, top1, lr, images_per_second, peak_bytes and the largest drift,
+    correction and contraction of each stage since the last row (see `ode.Monitor`). Fractions, bytes,
+    seconds; empty where there is nothing to say.
     """
 
     def __init__(self, path: Path, stages: Sequence[str], *, keep_up_to: int) -> None:
         """keep_up_to: of an existing log, keep the rows up to this step; 0 starts a new one."""
         self.path = path
         self.fields = ["split", "step", "epoch", "loss", "top1", "lr", "images_per_second", "peak_bytes"]
-        self.fields += [f"drift_{name}" for name in stages]
-        self.stages = stages
+        self.figures = [f"{figure}_{name}" for figure in ("drift", "correction", "contraction") for name in stages]
+        self.fields += self.figures
         rows: list[dict[str, Any]] = []
         if keep_up_to and path.is_file():
             with path.open(newline="") as file:
@@ -163,7 +164,7 @@ class Log:
             csv.DictWriter(file, self.fields).writerow(row)
 
     def train(self, record: StepRecord, window: Sequence[Sequence[float]]) -> None:
-        losses, accuracies, *drifts = zip(*window, strict=True)
+        losses, accuracies, *figures = zip(*window, strict=True)
         row: dict[str, Any] = {
             "split": "train",
             "step": record.step,
@@ -174,9 +175,9 @@ class Log:
             "images_per_second": round(record.images_per_second, 1),
             "peak_bytes": record.peak_bytes,
         }
-        for name, values in zip(self.stages, drifts, strict=True):
+        for name, values in zip(self.figures, figures, strict=True):
             known = [v for v in values if not math.isnan(v)]
-            row[f"drift_{name}"] = max(known) if known else ""
+            row[name] = max(known) if known else ""
         self._write(row)
 
     def test(self, step: int, epoch: int, evaluation: Evaluation) -> None:

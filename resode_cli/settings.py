@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
+from .adjoint_choice import AdjointChoice, choose_adjoint
 from .errors import UsageError, unknown
-from .ode import Adjoint
+from .memory_budget import parse_bytes
 
 SCHEDULES = ("cosine", "step", "constant")
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-ON_DRIFT = ("warn", "anchors", "stop")
+ON_DRIFT = ("anchors", "warn", "stop")
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,21 @@ class Settings:
     optimizer: any name that timm knows; 'momentum' is classical SGD with momentum.
     stages: train only these stages' parameters, transitions included; None: everything.
     bn: 'frozen' uses the running statistics and keeps them, 'batch' normalises by the batch.
-    drift_tolerance: of ‖x̃ − x‖ / ‖x‖; on_drift: past it warn once per stage, move the stage to
-        anchors (exact gradients, more memory), or stop.
+    adjoint, anchors ('auto', 'none' or a number), corrections, snapshots: see `adjoint_choice`.
+    grad_tol: of the relative gradient error of a stage, where 'auto' chooses; memory_budget: of a
+        training step, such as '8GiB'; None: what the device has free.
+    drift_tolerance: of ‖x̃ − x‖ / ‖x‖, where 'auto' does not know better; on_drift: past it move the stage
+        to anchors (exact gradients, more memory) and take the step again, warn once per stage, or stop.
+    compile: run the branches compiled. channels_last: keep images and states in that memory format.
     log_every, save_every: steps. eval_every: epochs.
     """
 
-    adjoint: str = "checkpoint"
-    anchors: int | None = None
+    adjoint: str = "auto"
+    anchors: str | None = None
+    corrections: int = 0
+    snapshots: int | None = None
+    grad_tol: float = 0.02
+    memory_budget: str | None = None
     epochs: int | None = None
     max_steps: int | None = None
     batch_size: int = 128
@@ -48,11 +57,13 @@ class Settings:
     augment: bool = True
     seed: int = 0
     drift_tolerance: float = 0.1
-    on_drift: str = "warn"
+    on_drift: str = "anchors"
     log_every: int = 20
     save_every: int = 100
     eval_every: int = 1
     workers: int = 0
+    compile: bool = False
+    channels_last: bool = False
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -69,7 +80,16 @@ class Settings:
                 raise UsageError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
         if self.lr <= 0:
             raise UsageError(f"--lr {self.lr}: must be above 0")
-        Adjoint(self.adjoint, self.anchors)
+        if self.grad_tol <= 0:
+            raise UsageError(f"--grad-tol {self.grad_tol:g}: must be above 0")
+        if self.memory_budget is not None:
+            parse_bytes(self.memory_budget)
+        self.adjoint_choice()
+
+    def adjoint_choice(self) -> AdjointChoice:
+        return choose_adjoint(
+            self.adjoint, anchors=self.anchors, corrections=self.corrections, snapshots=self.snapshots
+        )
 
     def per_epoch(self, images: int) -> int:
         """Steps per epoch: full batches only, but one at least."""

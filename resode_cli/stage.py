@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .compilation import Compilation, CompiledResidual
 from .errors import ResodeError
-from .ode import SCHEMES, Adjoint, Field, Monitor, solve
+from .ode import SCHEMES, Adjoint, Field, Monitor, Residual, solve
 from .parts import BlockRule
 from .residual import ACTIVATIONS, BlockResidual, Form, check_form
 
@@ -73,6 +75,7 @@ class OdeStage(nn.Module):
 
     adjoint: the method of the backward pass; see `resode_cli.ode.METHODS`.
     monitor: what the last passes did (drift, evaluations).
+    compilation: the compiled residual functions, if the steps run compiled.
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class OdeStage(nn.Module):
         self.rules = tuple(rules)
         self.adjoint = Adjoint("backprop")
         self.monitor = Monitor()
+        self.compilation: Compilation | None = None
 
     def _add(self, name: str, module: nn.Module) -> None:
         if hasattr(self, name):
@@ -114,13 +118,26 @@ class OdeStage(nn.Module):
         return self.rules[0].activation if self.rules else "linear"
 
     def residuals(self) -> tuple[BlockResidual, ...]:
+        """The distinct blocks' residual functions, not compiled."""
         return tuple(
             BlockResidual(module, rule.branch, rule.activation, self.spec.form)
             for module, rule in zip(self.blocks, self.rules, strict=True)
         )
 
     def field(self) -> Field:
-        return Field(self.residuals(), self.spec.schedule, self.spec.step_size)
+        """What the engine runs: the residual functions, compiled if the stage is, and the schedule."""
+        residuals: tuple[Residual, ...] = self.residuals()
+        if self.compilation is not None:
+            replayed = self.adjoint.method != "backprop"
+            residuals = tuple(CompiledResidual(r, self.compilation, replayed=replayed) for r in residuals)
+        return Field(residuals, self.spec.schedule, self.spec.step_size)
+
+    def compile_branch(self, **options: Any) -> None:
+        """Run the steps' residual functions compiled from now on; `options` are torch.compile's.
+
+        Call it once depth, form and modes are settled. Raises UsageError for options that cannot be.
+        """
+        self.compilation = Compilation(options)
 
     def use_scheme(self, scheme: str) -> None:
         """Switch the forward rule. That changes the network's function."""
@@ -148,6 +165,9 @@ class OdeStage(nn.Module):
 
     def leave(self, x: Tensor) -> Tensor:
         """What follows x_N: in `pre` form the activation, once."""
+        if self.spec.depth and x.requires_grad and in_channels_last(x):
+            # Poolings hand in a gradient in the other order, and every step of the sweep would mix the two.
+            x.register_hook(lambda adjoint: adjoint.contiguous(memory_format=torch.channels_last))  # type: ignore
         if self.spec.depth and self.spec.form == "pre" and self.activation in ACTIVATIONS:
             return ACTIVATIONS[self.activation](x)
         return x
@@ -159,3 +179,8 @@ class OdeStage(nn.Module):
     def extra_repr(self) -> str:
         spec = self.spec
         return f"steps={spec.depth}, horizon={spec.horizon}, scheme={spec.scheme}, form={spec.form}"
+
+
+def in_channels_last(x: Tensor) -> bool:
+    """Whether x is in the order (B, H, W, C) in memory, and not in the usual one as well."""
+    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()

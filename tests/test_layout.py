@@ -15,13 +15,13 @@ PACKAGE = Path(__file__).parents[1] / "resode_cli"
 LEVELS = [
     {"errors"},
     {"ode", "digits"},
-    {"residual", "parts", "settings", "recipe", "optimization"},
+    {"compilation", "residual", "parts", "settings", "recipe", "optimization"},
     {"adapters.block_rules", "adapters.discover", "adapters.cifar", "adapters.stems", "stage"},
     {"model"},
     {"adapters", "data"},
     {"model_file", "transfer", "recalibrate", "evaluate", "conversion"},
-    {"check_grad", "run_folder", "finetune"},
-    {"report", "plot"},
+    {"bench", "bench_worker", "bench_workload", "check_grad", "run_folder", "finetune"},
+    {"report", "report_bench", "plot", "plot_bench"},
     {"commands"},
     {"app"},
 ]

@@ -2,34 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ..errors import UsageError
+from ..errors import ResodeError, UsageError
 from .options import (
     DATA_ROOT,
+    AnchorsOption,
     BatchNormOption,
+    CorrectionsOption,
     DataRootOption,
     DeviceOption,
+    GradTolOption,
     JsonOption,
+    MemoryBudgetOption,
     ModelArgument,
     RecipeOption,
     SkipCorruptOption,
+    SnapshotsOption,
     SourceOption,
 )
 from .output import Output, start
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..model import OdeResNet
 
 
 def check_grad_command(
     model: ModelArgument,
     adjoint: Annotated[
-        str, typer.Option("--adjoint", help="Methods, comma-separated: backprop, checkpoint, euler, heun, pc.")
-    ] = "checkpoint,euler,heun,pc",
-    anchors: Annotated[
-        int | None, typer.Option("--anchors", help="Hold every K-th state (checkpoint alone holds each by default).")
-    ] = None,
+        str,
+        typer.Option(
+            "--adjoint",
+            help="Methods, comma-separated: auto, backprop, checkpoint, multistep, pc, euler, heun;"
+            " with settings of their own as in pc:anchors=10,checkpoint:snapshots=12.",
+        ),
+    ] = "auto,checkpoint,multistep,pc,euler,heun",
+    anchors: AnchorsOption = None,
+    corrections: CorrectionsOption = 0,
+    snapshots: SnapshotsOption = None,
+    grad_tol: GradTolOption = 0.02,
+    memory_budget: MemoryBudgetOption = None,
     data: Annotated[
         str | None, typer.Option("--data", "-d", help="Test images to measure on. Default: a fixed random batch.")
     ] = None,
@@ -49,18 +67,21 @@ def check_grad_command(
 ) -> None:
     """Measure how far each adjoint method's gradients are from true backprop, stage by stage."""
     start()
-    import torch
-
     from .. import model_file
-    from ..check_grad import SweepRow, check_gradients, sweep_depths
-    from ..conversion import random_batch
-    from ..data import batches, check_classes, open_data
+    from ..adjoint_choice import choose_adjoints
+    from ..check_grad import StageAdjoints, SweepRow, calibrated, check_gradients, sweep_depths
+    from ..memory_budget import free_bytes, parse_bytes
     from ..model import as_device
     from ..ode import Adjoint
-    from ..report import finite, gradient_json, gradient_table, number, sweep_json, sweep_table
+    from ..report import gradient_json, gradient_table, sweep_json, sweep_table
+    from ..report_calibration import calibration_json, calibration_table
+    from ..tables import finite, number
 
     output = Output(json_mode=json)
-    methods = [Adjoint(name.strip(), None if name.strip() == "backprop" else anchors) for name in adjoint.split(",")]
+    choices = choose_adjoints(adjoint, anchors=anchors, corrections=corrections, snapshots=snapshots)
+    if grad_tol <= 0:
+        raise UsageError(f"--grad-tol {grad_tol:g}: must be above 0")
+    budget = parse_bytes(memory_budget) if memory_budget is not None else None
     depths = _depths(sweep) if sweep is not None else None
     if plot is not None:
         from ..plot import check_plot
@@ -69,18 +90,33 @@ def check_grad_command(
     if images < 1:
         raise UsageError(f"--images {images}: must be 1 or more")
     loaded = model_file.load(model, source=source).to(where := as_device(device))
-    if data is not None:
-        samples = open_data(
-            data, loaded.info.preprocessing, "test", images=images, skip_corrupt=skip_corrupt, root=data_root
-        )
-        check_classes(samples, loaded.info.num_classes, loaded.info.class_names)
-        batch = next(batches(samples, len(samples)))
-        inputs, labels, what = batch.images, batch.labels, f"{data}, test"
-    else:
-        inputs, what = random_batch(loaded.info.preprocessing, images), "random noise"
-        labels = torch.randint(loaded.info.num_classes, (images,), generator=torch.Generator().manual_seed(0))
+    batches_of = _Batches(loaded, data, images, skip_corrupt, data_root)
+    inputs, labels, what = batches_of.measured()
+    if data is None:
         output.note("no --data: measured on a fixed batch of random noise with random labels")
     inputs, labels = inputs.to(where), labels.to(where)
+    methods: list[Adjoint | StageAdjoints] = []
+    calibrations = []
+    with output.aside.status("calibrating") as status:
+        for choice in choices:
+            if choice.fixed is not None:
+                methods.append(choice.fixed)
+                continue
+            calibration = calibrated(
+                loaded,
+                *(part.to(where) for part in batches_of.calibration(output.note)),
+                tolerance=grad_tol,
+                budget=budget if budget is not None else free_bytes(where),
+                methods=choice.methods,
+                batch_norm=bn,
+                on_stage=lambda stage, tried: status.update(f"calibrating {stage}: {tried}"),
+            )
+            calibrations.append(calibration)
+            methods.append(StageAdjoints(choice.label, calibration.adjoints))
+            output.show(calibration_table(calibration))
+    fixed = [m for m in methods if isinstance(m, Adjoint) and m.method != "backprop"]
+    if depths is not None and len(fixed) < len(methods):
+        output.note("the sweep leaves out what is chosen for one depth (auto) and the reference (backprop)")
     with output.aside.status("measuring") as status:
         report = check_gradients(
             loaded,
@@ -98,7 +134,7 @@ def check_grad_command(
                 inputs,
                 labels,
                 depths=depths,
-                methods=[m for m in methods if m.method != "backprop"],
+                methods=fixed,
                 batch_norm=bn,
                 on_depth=lambda depth, method: status.update(f"measuring {method} at {depth} steps"),
             )
@@ -121,6 +157,7 @@ def check_grad_command(
     output.json(
         {
             **gradient_json(report),
+            "calibrations": [calibration_json(calibration) for calibration in calibrations],
             "sweep": sweep_json(rows) if depths is not None else None,
             "tolerance": finite(tol),
             "within_tolerance": None if tol is None else not failed,
@@ -130,6 +167,47 @@ def check_grad_command(
         names = ", ".join(f"{m.name} {number(m.largest_error)}" for m in failed)
         output.note(f"above --tol {tol:g}: {names}")
         raise typer.Exit(1)
+
+
+class _Batches:
+    """The batch that is measured, and another one to calibrate on: `auto` must not choose on what it is judged by."""
+
+    def __init__(self, model: OdeResNet, data: str | None, images: int, skip_corrupt: bool, root: Path) -> None:
+        self.model, self.data, self.images, self.skip_corrupt, self.root = model, data, images, skip_corrupt, root
+
+    def measured(self) -> tuple[Tensor, Tensor, str]:
+        return self._noise(0) + ("random noise",) if self.data is None else (*self._of("test"), f"{self.data}, test")
+
+    def calibration(self, note: Callable[[str], None]) -> tuple[Tensor, Tensor]:
+        if self.data is None:
+            return self._noise(1)
+        try:
+            return self._of("train")
+        except ResodeError as error:
+            note(f"calibrating on the images that are measured: {error}")
+            return self._of("test")
+
+    def _of(self, split: Literal["train", "test"]) -> tuple[Tensor, Tensor]:
+        from ..data import batches, check_classes, open_data
+
+        assert self.data is not None
+        info = self.model.info
+        samples = open_data(
+            self.data, info.preprocessing, split, images=self.images, skip_corrupt=self.skip_corrupt, root=self.root
+        )
+        check_classes(samples, info.num_classes, info.class_names)
+        batch = next(batches(samples, len(samples)))
+        return batch.images, batch.labels
+
+    def _noise(self, seed: int) -> tuple[Tensor, Tensor]:
+        import torch
+
+        from ..conversion import random_batch
+
+        labels = torch.randint(
+            self.model.info.num_classes, (self.images,), generator=torch.Generator().manual_seed(seed)
+        )
+        return random_batch(self.model.info.preprocessing, self.images, seed=seed), labels
 
 
 def _depths(text: str) -> list[int]:

@@ -62,7 +62,8 @@ def convert_command(
     from .. import model_file
     from ..adapters.sources import open_source
     from ..conversion import check_rule, convert
-    from ..report import finite, stage_rows, stage_table, verification_line
+    from ..report import stage_rows, stage_table, verification_line
+    from ..tables import finite
 
     output = Output(json_mode=json)
     model_file.check_output(check_safetensors(out), force=force)

@@ -60,7 +60,8 @@ class _Demo:
         self.output.show(f"[dim]$ resode {command}[/dim]")
 
     def run(self) -> dict[str, Any]:
-        from ..report import evaluation_json, evaluation_line, finite, gradient_json
+        from ..report import evaluation_json, evaluation_line, gradient_json
+        from ..tables import finite
 
         source, converted = self.convert()
         self.output.show(f"on 360 test digits: {evaluation_line(source)}")
@@ -138,7 +139,7 @@ class _Demo:
         )
         self.output.show(gradient_table(report))
         kept = {m.name: sum(s.bytes_kept or 0 for s in m.stages) for m in report.methods}
-        from ..report import size
+        from ..tables import size
 
         self.output.show(
             f"held between forward and backward, all stages: {size(kept['backprop'])} by backprop,"

@@ -44,7 +44,8 @@ def eval_command(
     from ..errors import first_few, unknown
     from ..evaluate import evaluate
     from ..model import as_device
-    from ..report import evaluation_json, evaluation_line, finite
+    from ..report import evaluation_json, evaluation_line
+    from ..tables import finite
     from .progress import counting
 
     output = Output(json_mode=json)

@@ -14,16 +14,21 @@ import typer
 from ..errors import ResodeError, UsageError
 from .options import (
     DATA_ROOT,
+    AnchorsOption,
     BatchNormOption,
+    CorrectionsOption,
     DataOption,
     DataRootOption,
     DeviceOption,
     ForceOption,
+    GradTolOption,
     ImagesOption,
     JsonOption,
+    MemoryBudgetOption,
     ModelArgument,
     RecipeOption,
     SkipCorruptOption,
+    SnapshotsOption,
     SourceOption,
     StageOption,
     WorkersOption,
@@ -40,11 +45,16 @@ def finetune_command(
     data: DataOption,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for best and last model, log.csv and state.")],
     adjoint: Annotated[
-        str, typer.Option("--adjoint", help="Backward method: backprop, checkpoint (exact), euler, heun or pc.")
-    ] = "checkpoint",
-    anchors: Annotated[
-        int | None, typer.Option("--anchors", help="Hold every K-th state (checkpoint alone holds each by default).")
-    ] = None,
+        str,
+        typer.Option(
+            "--adjoint", help="Backward method: auto, backprop, checkpoint (exact), multistep, pc, euler or heun."
+        ),
+    ] = "auto",
+    anchors: AnchorsOption = None,
+    corrections: CorrectionsOption = 0,
+    snapshots: SnapshotsOption = None,
+    grad_tol: GradTolOption = 0.02,
+    memory_budget: MemoryBudgetOption = None,
     epochs: Annotated[
         int | None, typer.Option("--epochs", help="Default: one, or as many as --max-steps needs.")
     ] = None,
@@ -72,17 +82,20 @@ def finetune_command(
         int | None, typer.Option("--test-images", help="Evaluate on this many; all by default.")
     ] = None,
     drift_tol: Annotated[
-        float, typer.Option("--drift-tol", help="Largest relative error of reconstructed states.")
+        float, typer.Option("--drift-tol", help="Largest relative error of reconstructed states; 'auto' lowers it.")
     ] = 0.1,
     on_drift: Annotated[
-        str, typer.Option("--on-drift", help="Past it: 'warn', 'anchors' (make the stage exact) or 'stop'.")
-    ] = "warn",
+        str,
+        typer.Option("--on-drift", help="Past it: 'anchors' (exact stage, step redone), 'warn' or 'stop'."),
+    ] = "anchors",
     log_every: Annotated[int, typer.Option("--log-every", help="Steps per row of log.csv.")] = 20,
     save_every: Annotated[int, typer.Option("--save-every", help="Steps between saves of the state.")] = 100,
     eval_every: Annotated[int, typer.Option("--eval-every", help="Epochs between evaluations.")] = 1,
     device: DeviceOption = "auto",
     seed: Annotated[int, typer.Option("--seed")] = 0,
     workers: WorkersOption = 0,
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the branches with torch.compile.")] = False,
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="Keep images in that memory format.")] = False,
     skip_corrupt: SkipCorruptOption = False,
     data_root: DataRootOption = DATA_ROOT,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, as if never stopped.")] = False,
@@ -97,14 +110,20 @@ def finetune_command(
     from ..data import check_classes, open_data
     from ..finetune import Callbacks, check_resumable, finetune
     from ..model import as_device
-    from ..report import evaluation_line, finetune_json, size
+    from ..report import evaluation_line, finetune_json
+    from ..report_calibration import calibration_table
     from ..settings import Settings
+    from ..tables import size
     from .progress import training
 
     output = Output(json_mode=json)
     chosen = Settings(
         adjoint=adjoint,
         anchors=anchors,
+        corrections=corrections,
+        snapshots=snapshots,
+        grad_tol=grad_tol,
+        memory_budget=memory_budget,
         epochs=epochs,
         max_steps=max_steps,
         batch_size=batch_size,
@@ -126,6 +145,8 @@ def finetune_command(
         save_every=save_every,
         eval_every=eval_every,
         workers=workers,
+        compile=compile,
+        channels_last=channels_last,
     )
     _check_folder(out, resume=resume, force=force)
     where = as_device(device)
@@ -152,7 +173,12 @@ def finetune_command(
     done = state.progress["step"] if state is not None else 0
     total = settings.steps(len(train))
     with _stop_on_interrupt(output) as should_stop, training(output, total, done) as on_step:
-        callbacks = Callbacks(on_step=on_step, on_message=output.note, should_stop=should_stop)
+        callbacks = Callbacks(
+            on_step=on_step,
+            on_message=output.note,
+            on_calibration=lambda calibration: output.aside.print(calibration_table(calibration)),
+            should_stop=should_stop,
+        )
         result = finetune(
             loaded, train, test, out=out, settings=settings, device=where, callbacks=callbacks, resume=state
         )

@@ -57,6 +57,24 @@ StageOption = Annotated[
 BatchNormOption = Annotated[
     str, typer.Option("--bn", help="BatchNorm: 'frozen' (running statistics) or 'batch' (the batch's own).")
 ]
+AnchorsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--anchors",
+        help="Hold every K-th state; 'auto': as many as --grad-tol needs; 'none'. Default: the method's own.",
+    ),
+]
+CorrectionsOption = Annotated[int, typer.Option("--corrections", help="Extra evaluations per reversed step.")]
+SnapshotsOption = Annotated[
+    int | None, typer.Option("--snapshots", help="For checkpoint: hold this many states, optimally placed.")
+]
+GradTolOption = Annotated[
+    float, typer.Option("--grad-tol", help="Relative gradient error of a stage that 'auto' may accept.")
+]
+MemoryBudgetOption = Annotated[
+    str | None,
+    typer.Option("--memory-budget", help="Of a training step, e.g. 8GiB, for 'auto'. Default: what is free."),
+]
 DATA_ROOT = Path("~/.cache/resode")
 
 

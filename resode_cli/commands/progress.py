@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..report import number, size
+from ..tables import number, size
 
 if TYPE_CHECKING:
     from ..run_folder import StepRecord
@@ -27,9 +27,16 @@ def counting(output: Output, what: str, total: int) -> Iterator[Callable[[int], 
         yield lambda done: progress.update(task, completed=done)
 
 
+def known(figures: Mapping[str, float]) -> list[float]:
+    return [value for value in figures.values() if value == value]
+
+
 @contextmanager
 def training(output: Output, total: int, done: int) -> Iterator[Callable[[StepRecord], None]]:
-    """A bar over training steps with loss, accuracy, speed, peak memory and the drift of each stage."""
+    """A bar over training steps with loss, accuracy, speed, peak memory and what the monitor says.
+
+    drift: of each stage; correction and contraction: the largest of all stages. See `ode.Monitor`.
+    """
     quiet = not output.aside.is_terminal
     progress = Progress(
         TextColumn("epoch {task.fields[epoch]}"),
@@ -46,11 +53,15 @@ def training(output: Output, total: int, done: int) -> Iterator[Callable[[StepRe
     def show(record: StepRecord) -> None:
         for name, value in (("loss", record.loss), ("accuracy", record.accuracy)):
             smooth[name] = value if name not in smooth else 0.9 * smooth[name] + 0.1 * value
-        drift = "/".join(number(None if d != d else d) for d in record.drift.values())
         figures = (
             f"loss {smooth['loss']:.3f} acc {smooth['accuracy']:.1%} {record.images_per_second:.0f} img/s"
-            f" peak {size(record.peak_bytes)} drift {drift}"
+            f" peak {size(record.peak_bytes)}"
         )
+        if any(known(record.monitor["drift"])):
+            figures += f" drift {'/'.join(number(None if d != d else d) for d in record.monitor['drift'].values())}"
+        for name in ("correction", "contraction"):
+            if any(known(record.monitor[name])):
+                figures += f" {name} {number(max(known(record.monitor[name])))}"
         progress.update(task, completed=record.step, epoch=record.epoch, figures=figures)
         if quiet and (record.step % LINE_EVERY == 0 or record.step == total):
             output.note(f"step {record.step}/{total} epoch {record.epoch} {figures}")

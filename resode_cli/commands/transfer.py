@@ -226,7 +226,8 @@ class _Rewrite:
         from ..conversion import compare_logits, random_batch
         from ..data import batches
         from ..evaluate import evaluate
-        from ..report import evaluation_json, evaluation_line, finite, stage_rows, stage_table, verification_line
+        from ..report import evaluation_json, evaluation_line, stage_rows, stage_table, verification_line
+        from ..tables import finite
         import torch  # isort: skip
 
         batch = random_batch(self.model.info.preprocessing, 4).to(self.device)

@@ -2,6 +2,7 @@
 
 from .adjoint import solve
 from .field import Field, RandomState, Residual
+from .memory import kept_bytes
 from .methods import METHODS, REVERSALS, Adjoint, required_scheme
 from .monitor import Monitor
 from .plans import Carry, Plan, Prediction, StepPlan
@@ -25,6 +26,7 @@ __all__ = [
     "Scheme",
     "StepPlan",
     "fixed_buffers",
+    "kept_bytes",
     "required_scheme",
     "solve",
 ]

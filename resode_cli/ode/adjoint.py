@@ -29,6 +29,7 @@ def solve(field: Field, scheme: Scheme, plan: Plan | None, x: Tensor, *, monitor
     if field.depth == 0:
         return x
     monitor.clear()
+    monitor.state_bytes = x.nbytes
     parameters = field.parameters()
     with kept_bytes(parameters, enabled=monitor.count_kept) as count:
         records = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters))
@@ -102,6 +103,7 @@ class _PlannedSolve(torch.autograd.Function):
         wanted = {id(p) for p, needed in zip(current, ctx.needs_input_grad[2:], strict=True) if needed}
         r = Evaluator(call.field, draws=ctx.draws)
         sweep = Sweep(r, call.scheme, call.plan, ends=ends, held=held, smoothness=ctx.smoothness)
+        del ends, held  # each is the sweep's to let go of
         with ctx.autocast.enter(), ctx.modes.enter(), fixed_buffers(call.field.modules()):
             adjoint, gradients = sweep.run(grad_outputs[0], wanted, call.monitor)
         return (

@@ -21,6 +21,7 @@ class Monitor:
     contraction: h ‖Φ(a) − Φ(b)‖ / ‖a − b‖ for two states at which the sweep evaluated the same Φ: the
         largest, on the first images. From 1 on, the fixed-point iteration need not converge.
     evaluations: branch evaluations of the backward sweep.
+    state_bytes: of one state, in the last forward pass.
     kept: bytes that the graph holds for the backward pass, parameters aside; counted if `count_kept`.
     """
 
@@ -28,6 +29,7 @@ class Monitor:
     correction: Tensor | None = None
     contraction: Tensor | None = None
     evaluations: int = 0
+    state_bytes: int = 0
     kept: int | None = None
     count_kept: bool = False
 

@@ -20,8 +20,11 @@ from .plans import Carry, Plan, Prediction, StepPlan
 from .reentry import version
 from .schemes import Scheme
 
-# An extrapolation across different weights is used where it recovers more than three quarters of the step.
-SMOOTH = 0.25
+# Across different weights an extrapolation is used where it recovers more than three quarters of the step,
+# and is twice as good as taking the value of the step above. The first limits the error; the second, being
+# relative to what smooth weights change by in one step, lets roughness count for more the smaller h is.
+RECOVERS = 0.25
+IMPROVES = 0.5
 PROBED = 4  # images on which the forward pass and the monitor measure what is only an estimate anyway
 
 
@@ -40,9 +43,10 @@ def trajectory(r: Evaluator, scheme: Scheme, x: Tensor, start: int, stop: int) -
 class Smoothness:
     """How well Φ_n is extrapolated from Φ_{n+1} and Φ_{n+2}, step by step, seen from the forward pass.
 
-        ‖Φ_n − 2Φ_{n+1} + Φ_{n+2}‖ / ‖Φ_n‖,   h Φ_n = x_{n+1} − x_n
+        ‖Φ_n − 2Φ_{n+1} + Φ_{n+2}‖  against  ‖Φ_n‖ and ‖Φ_n − Φ_{n+1}‖,   h Φ_n = x_{n+1} − x_n
 
     Inside a run of equal weights nothing needs to be measured: there the field is as smooth as it gets.
+    Where random numbers are drawn nothing may be: the masks of one step say nothing of another's.
     """
 
     def __init__(self, r: Evaluator, scheme: Scheme, x: Tensor) -> None:
@@ -54,10 +58,14 @@ class Smoothness:
     def watch(self, n: int, x: Tensor) -> None:
         """Take x_n into account; n = 1 … N."""
         self.last = [*self.last[-3:], x]
-        if len(self.last) == 4 and not self.same(n - 3, n - 2):
-            x_0, x_1, x_2, x_3 = (state[:PROBED] for state in self.last)
-            third = (x_3 - x_0).add_(x_1, alpha=3).sub_(x_2, alpha=3)
-            self.measured[n - 3] = _relative_norm(third, x_1 - x_0)
+        if len(self.last) < 4 or self.same(n - 3, n - 2) or any(self._draws(k) for k in (n - 3, n - 2, n - 1)):
+            return
+        x_0, x_1, x_2, x_3 = (state[:PROBED] for state in self.last)
+        step = x_1 - x_0
+        change = (x_2 - x_1).sub_(step)
+        second = (x_3 - x_2).sub_(step).sub_(change, alpha=2)
+        limit = torch.minimum(RECOVERS * _norm(step), IMPROVES * _norm(change))
+        self.measured[n - 3] = _norm(second) / limit.clamp_min(torch.finfo(limit.dtype).tiny)
 
     def finish(self) -> None:
         """Let go of the states, and send the figures to the host without waiting for them."""
@@ -71,10 +79,12 @@ class Smoothness:
 
     def same(self, n: int, m: int) -> bool:
         """Whether Φ_n and Φ_m are one function: of the same blocks, and without random numbers of their own."""
-        if any((step, slot) in self.r.draws for step in (n, m) for slot in range(self.scheme.evaluations)):
-            return False
         schedule = self.r.field.schedule
-        return self.scheme.blocks(schedule, n) == self.scheme.blocks(schedule, m)
+        same_blocks = self.scheme.blocks(schedule, n) == self.scheme.blocks(schedule, m)
+        return same_blocks and not self._draws(n) and not self._draws(m)
+
+    def _draws(self, n: int) -> bool:
+        return any((n, slot) in self.r.draws for slot in range(self.scheme.evaluations))
 
     def read(self) -> set[int]:
         """The measured steps that may be extrapolated. Waits for the forward pass, not for the backward."""
@@ -82,7 +92,7 @@ class Smoothness:
             return set()
         if self.arrived is not None:
             self.arrived.synchronize()
-        return {n for n, value in zip(self.measured, self.values.tolist(), strict=True) if value <= SMOOTH}
+        return {n for n, value in zip(self.measured, self.values.tolist(), strict=True) if value <= 1}
 
 
 class Sweep:
@@ -152,6 +162,7 @@ class Sweep:
             if self.plan.extrapolates:
                 self.taped = [increment, *self.taped[:1]]
             reconstructed = not step.exact
+            del state, leaf, taped  # or the next step's prediction would find this one's state alive
         if reconstructed and self.carried is not None and self.start is not None:
             drifts.append(_relative_norm(self.carried - self.start, self.start))
         monitor.drift = _largest(drifts)
@@ -259,9 +270,12 @@ def anderson(z: Tensor, g_z: Tensor, y: Tensor, g_y: Tensor) -> Tensor:
     return torch.lerp(g_y, g_z, beta)
 
 
+def _norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x)
+
+
 def _relative_norm(difference: Tensor, reference: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(reference).clamp_min(torch.finfo(reference.dtype).tiny)
-    return torch.linalg.vector_norm(difference) / norm
+    return _norm(difference) / _norm(reference).clamp_min(torch.finfo(reference.dtype).tiny)
 
 
 def _largest(values: Sequence[Tensor]) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Small float64 fields and stages for the tests of the numerics."""
+"""Small float64 fields and stages for the tests of the numerics, and what their results are held against."""
 
 from __future__ import annotations
 
@@ -99,8 +99,8 @@ def as_field() -> Callable[..., Field]:
 def make_field(as_field: Callable[..., Field]) -> FieldMaker:
     """tanh fields of `depth` steps over a horizon.
 
-    tied: one block. smooth: weights A cos t + B sin t at t = n/N. alternating: A, B, A, B, …
-    rough: independent weights per step.
+    tied: one block. runs: 4 blocks, each for a quarter of the depth. smooth: weights A cos t + B sin t at
+    t = n/N. alternating: A, B, A, B, … rough: independent weights per step. half: rough below, smooth above.
     """
 
     def make(kind: str, depth: int, *, horizon: float = 1.0) -> Field:
@@ -110,14 +110,18 @@ def make_field(as_field: Callable[..., Field]) -> FieldMaker:
         scale = WIDTH**-0.5
         if kind == "tied":
             blocks = [TanhBlock(draw(WIDTH, WIDTH) * scale, draw(WIDTH))]
-        elif kind in ("rough", "alternating"):
-            count = depth if kind == "rough" else 2
+        elif kind in ("rough", "alternating", "runs"):
+            count = {"rough": depth, "alternating": 2, "runs": 4}[kind]
             blocks = [TanhBlock(draw(WIDTH, WIDTH) * scale, draw(WIDTH)) for _ in range(count)]
         else:
             a, b, c = draw(WIDTH, WIDTH) * scale, draw(WIDTH, WIDTH) * scale, draw(WIDTH)
             times = torch.arange(depth, dtype=torch.float64) / depth
             blocks = [TanhBlock(a * t.cos() + b * t.sin(), c * t.cos()) for t in times]
-        schedule = [n % len(blocks) for n in range(depth)]
+            if kind == "half":
+                rough = [TanhBlock(draw(WIDTH, WIDTH) * scale, draw(WIDTH)) for _ in range(depth // 2)]
+                blocks[: len(rough)] = rough
+        per_run = depth // 4 if kind == "runs" else 1
+        schedule = [n // per_run % len(blocks) for n in range(depth)]
         return as_field(blocks, schedule, horizon / depth)
 
     return make
@@ -203,5 +207,30 @@ def stage_gradients() -> Callable[..., Gradients]:
         named = {name: p for name, p in stage.named_parameters() if p.requires_grad}
         found = torch.autograd.grad(out.square().sum() / 2, [leaf, *named.values()])
         return dict(zip(("x", *named), found, strict=True))
+
+    return run
+
+
+@pytest.fixture
+def swept() -> Callable[..., tuple[list[Tensor], Tensor]]:
+    """A backward sweep that shares no code with the package: gradients of ½‖x_N‖², and the final x̃_0.
+
+    advance(n, x_n) -> x_{n+1}; step_back(n, x_{n+1}) -> (state for the Jacobian, state to carry).
+    """
+
+    def run(field: Field, x: Tensor, advance, step_back) -> tuple[list[Tensor], Tensor]:
+        parameters = list(field.parameters())
+        total = [torch.zeros_like(p) for p in parameters]
+        with torch.no_grad():
+            for n in range(field.depth):
+                x = advance(n, x)
+        a = x
+        for n in reversed(range(field.depth)):
+            with torch.no_grad():
+                at, x = step_back(n, x)
+            leaf = at.clone().requires_grad_()
+            a, *grads = torch.autograd.grad(advance(n, leaf), [leaf, *parameters], a, materialize_grads=True)
+            total = [t + g for t, g in zip(total, grads, strict=True)]
+        return [a, *total], x
 
     return run

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from resode_cli.errors import UsageError
-from resode_cli.ode import METHODS, Adjoint, Monitor, Prediction
+from resode_cli.ode import METHODS, Adjoint, Carry, Monitor, Prediction
 
 CASES = [
     (method, scheme) for method in METHODS[1:] for scheme in ("euler", "heun") if (method, scheme) != ("heun", "euler")
@@ -49,11 +49,27 @@ def test_checkpoint_runs_each_segment_again_from_its_top():
     assert [step.hold for step in plan.steps if step.prediction is replay] == [(1,), (4,), ()]
 
 
-@pytest.mark.parametrize("method", ["euler", "pc"])
-def test_reversing_methods_hold_nothing_by_default(method):
+@pytest.mark.parametrize(
+    ("method", "prediction", "carry"),
+    [
+        ("euler", Prediction.REVERSE_EULER, Carry.PREDICTED),
+        ("pc", Prediction.REVERSE_EULER, Carry.MIXED),
+        ("multistep", Prediction.EXTRAPOLATED, Carry.CORRECTED),
+    ],
+)
+def test_reversing_methods_hold_nothing_by_default(method, prediction, carry):
     plan = Adjoint(method).plan(5, "euler")
-    assert (plan.anchors, plan.depth, plan.exact) == ((), 5, False)
-    assert predictions(plan) == [Prediction.REVERSE_EULER] * 5
+    assert (plan.anchors, plan.depth, plan.exact, plan.states_kept, plan.largest_states) == ((), 5, False, 2, 2)
+    assert predictions(plan) == [prediction] * 5
+    assert {step.carry for step in plan.steps} == {carry}
+    assert plan.extrapolates == (method == "multistep")
+
+
+@pytest.mark.parametrize(("method", "scheme"), REVERSING)
+def test_corrections_are_of_the_steps_that_are_reconstructed(method, scheme):
+    plan = Adjoint(method, 3, 2).plan(8, scheme)
+    assert [step.corrections for step in plan.steps] == [0, 2, 2, 0, 2, 2, 0, 2]
+    assert plan.states_kept == plan.largest_states == 4  # x_0, x_3, x_6 and x_N
 
 
 def test_heun_steps_back_by_its_own_rule():
@@ -91,6 +107,39 @@ def test_anchors_below_one_are_refused(anchors):
 def test_backprop_takes_no_anchors():
     with pytest.raises(UsageError, match="no anchors"):
         Adjoint("backprop", 2)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"method": "checkpoint", "corrections": 1}, "checkpoint is exact and takes no corrections"),
+        ({"method": "backprop", "corrections": 1}, "backprop is exact and takes no corrections"),
+        ({"method": "pc", "corrections": -1}, "-1 corrections: must be 0 or more"),
+        ({"method": "pc", "snapshots": 3}, "placed for 'checkpoint'; pc takes anchors"),
+        ({"method": "multistep", "snapshots": 3}, "placed for 'checkpoint'; multistep takes anchors"),
+        ({"method": "backprop", "snapshots": 3}, "placed for 'checkpoint'"),
+        ({"method": "checkpoint", "snapshots": 0}, "0 snapshots: must be 1 or more"),
+        ({"method": "checkpoint", "snapshots": -2}, "-2 snapshots: must be 1 or more"),
+        ({"method": "checkpoint", "snapshots": 3, "anchors": 3}, "either anchors .* or snapshots .*, not both"),
+    ],
+)
+def test_choices_that_a_method_does_not_have_are_refused(chosen, message):
+    with pytest.raises(UsageError, match=message):
+        Adjoint(**chosen)
+
+
+@pytest.mark.parametrize(
+    ("adjoint", "label"),
+    [
+        (Adjoint("backprop"), "backprop"),
+        (Adjoint("checkpoint", snapshots=12), "checkpoint, 12 snapshots"),
+        (Adjoint("multistep", 20), "multistep, anchors 20"),
+        (Adjoint("pc", corrections=1), "pc, 1 correction"),
+        (Adjoint("pc", 10, 2), "pc, anchors 10, 2 corrections"),
+    ],
+)
+def test_a_label_names_what_was_chosen_and_nothing_else(adjoint, label):
+    assert adjoint.label == label
 
 
 def test_heun_on_the_euler_rule_is_refused_not_replaced(make_stage):
@@ -141,7 +190,7 @@ def test_reconstruction_is_not_exact(make_field, field_gradients, state):
     # Guards the tests above: a method that quietly fell back to backprop would pass them all.
     field = make_field("rough", 9)
     truth = field_gradients(field, Adjoint("backprop"), state)
-    for method in ("euler", "pc"):
+    for method in ("euler", "pc", "multistep"):
         found = field_gradients(field, Adjoint(method), state)
         assert (found[0] - truth[0]).norm() > 1e-6 * truth[0].norm()
 
@@ -219,11 +268,13 @@ def test_reversing_evaluations(method, scheme, per_step, kind, make_field, field
     assert calls(field) == monitor.evaluations == per_step * 10
 
 
-@pytest.mark.parametrize("method", ["euler", "pc"])
-def test_an_anchored_step_costs_one_evaluation(method, make_field, field_gradients, state):
+@pytest.mark.parametrize(
+    ("method", "expected"), [("euler", 3 * 1 + 7 * 2), ("pc", 3 * 1 + 7 * 2), ("multistep", 10 + 1)]
+)
+def test_an_anchored_step_costs_one_evaluation(method, expected, make_field, field_gradients, state):
     field = make_field("tied", 10)
     field_gradients(field, Adjoint(method, 4), state)
-    assert calls(field) == 3 * 1 + 7 * 2
+    assert calls(field) == expected
 
 
 def test_backprop_evaluates_nothing_again(make_field, field_gradients, state):

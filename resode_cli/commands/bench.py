@@ -1,0 +1,200 @@
+"""`resode bench MODEL` or `resode bench --stage-shape C,H,W`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import UsageError, unknown
+from .options import BatchNormOption, BatchSizeOption, DeviceOption, JsonOption, RecipeOption, SourceOption
+from .output import Output, start
+
+if TYPE_CHECKING:
+    from ..bench_workload import StageShape
+    from ..ode import Adjoint
+
+
+def bench_command(
+    model: Annotated[Path | None, typer.Argument(help="Model file, as written by `resode convert`.")] = None,
+    stage_shape: Annotated[
+        str | None, typer.Option("--stage-shape", help="Instead of a model: one stage of random blocks, C,H,W.")
+    ] = None,
+    block: Annotated[
+        str | None, typer.Option("--block", help="Of --stage-shape: 'basic' (default) or 'bottleneck', pre-activation.")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option("--weights", help="Of --stage-shape: 'tied' (default), 'untied' or 'smooth' in depth.")
+    ] = None,
+    scheme: Annotated[
+        str | None, typer.Option("--scheme", help="Forward rule of --stage-shape: 'euler' (default) or 'heun'.")
+    ] = None,
+    adjoint: Annotated[
+        str,
+        typer.Option(
+            "--adjoint",
+            help="Methods, comma-separated, each with settings of its own if need be: multistep,pc:anchors=10."
+            " Plain backprop and torch.utils.checkpoint are always measured too.",
+        ),
+    ] = "multistep,pc,checkpoint",
+    anchors: Annotated[int | None, typer.Option("--anchors", help="Hold every K-th state, in all methods.")] = None,
+    corrections: Annotated[
+        int, typer.Option("--corrections", help="Extra evaluations per reversed step, in the methods that reverse.")
+    ] = 0,
+    snapshots: Annotated[
+        int | None, typer.Option("--snapshots", help="States that checkpoint holds, instead of a spacing.")
+    ] = None,
+    depths: Annotated[
+        str | None,
+        typer.Option("--depths", help="Steps per stage, e.g. 16,64. Default: a model's own; 16,64 of --stage-shape."),
+    ] = None,
+    batch_size: BatchSizeOption = 64,
+    input_size: Annotated[int | None, typer.Option("--input-size", help="Pixels. Default: the model's own.")] = None,
+    repeats: Annotated[int, typer.Option("--repeats", help="Timed steps of each method, after one warm-up.")] = 5,
+    bn: BatchNormOption = "batch",
+    amp: Annotated[str, typer.Option("--amp", help="Autocast: 'bf16', 'fp16' or 'none'.")] = "none",
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="Channels-last memory format.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the branches of the steps.")] = False,
+    largest_batch: Annotated[
+        bool, typer.Option("--largest-batch", help="On a GPU: also find the largest batch that fits, to within 2 %.")
+    ] = False,
+    device: DeviceOption = "auto",
+    seed: Annotated[int, typer.Option("--seed", help="Of random weights, labels and layers.")] = 0,
+    csv: Annotated[Path | None, typer.Option("--csv", help="Write the rows to this file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Draw memory, error and time to this .png, .pdf or .svg.")
+    ] = None,
+    source: SourceOption = None,
+    recipe: RecipeOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Measure time, memory, evaluations and gradient error of the methods, against backprop and torch checkpoint."""
+    if (model is None) == (stage_shape is None):
+        raise UsageError("give either a model file or --stage-shape C,H,W" + (", not both" if model else ""))
+    methods = _methods(adjoint, anchors, corrections, snapshots)
+    steps = _depths(depths)
+    _check_files(csv, plot)
+    start()
+    from ..bench import bench
+    from ..bench_workload import Workload
+    from ..model import as_device
+    from ..report_bench import bench_csv, bench_json, bench_table
+
+    output = Output(json_mode=json)
+    shape = _shape(stage_shape, {"block": block, "weights": weights, "scheme": scheme})
+    if shape is not None and (input_size is not None or source is not None):
+        raise UsageError(f"--{'input-size' if input_size is not None else 'source'} goes with a model file")
+    workload = Workload(
+        model=None if model is None else str(model),
+        source=source,
+        input_size=input_size,
+        shape=shape,
+        batch_size=batch_size,
+        bn=bn,
+        amp=amp,
+        channels_last=channels_last,
+        compiled=compiled,
+        device=str(as_device(device)),
+        seed=seed,
+    )
+    with output.aside.status("measuring") as status:
+        report = bench(
+            workload,
+            methods,
+            depths=steps or ((16, 64) if shape is not None else None),
+            repeats=repeats,
+            find_largest_batch=largest_batch,
+            on_progress=lambda what: status.update(f"measuring {what}"),
+        )
+    output.show(bench_table(report))
+    if csv is not None:
+        from ..model_file import atomic_path
+
+        with atomic_path(csv) as temporary:
+            temporary.write_text(bench_csv(report))
+        output.note(f"wrote {csv}")
+    if plot is not None:
+        from ..plot_bench import plot_bench
+
+        plot_bench(report, plot)
+        output.note(f"wrote {plot}")
+    output.json(bench_json(report))
+
+
+def _methods(adjoint: str, anchors: int | None, corrections: int, snapshots: int | None) -> list[Adjoint]:
+    """The adjoints of a list such as 'multistep,pc:anchors=10'. Raises UsageError for settings that none takes."""
+    from ..ode import REVERSALS, Adjoint
+
+    methods: list[Adjoint] = []
+    for item in adjoint.split(","):
+        name, *settings = (part.strip() for part in item.split(":"))
+        method = Adjoint(name)
+        if name in REVERSALS:
+            method = replace(method, anchors=anchors, corrections=corrections)
+        elif name == "checkpoint":
+            method = replace(method, anchors=None if snapshots else anchors, snapshots=snapshots)
+        for setting in settings:
+            method = _set(method, setting, item)
+        if method in methods:
+            raise UsageError(f"--adjoint {adjoint!r}: {method.label} is there twice")
+        methods.append(method)
+    if corrections and not any(method.corrections for method in methods):
+        raise UsageError(f"--corrections {corrections}: no method of --adjoint {adjoint!r} reverses steps")
+    if snapshots is not None and not any(method.snapshots for method in methods):
+        raise UsageError(f"--snapshots {snapshots} are checkpoint's, which --adjoint {adjoint!r} does not name")
+    if anchors is not None and not any(method.anchors for method in methods):
+        raise UsageError(f"--anchors {anchors}: no method of --adjoint {adjoint!r} takes them")
+    return methods
+
+
+def _set(method: Adjoint, setting: str, item: str) -> Adjoint:
+    key, _, value = setting.partition("=")
+    if key not in ("anchors", "corrections", "snapshots"):
+        raise unknown("setting of a method", key, ("anchors", "corrections", "snapshots"))
+    try:
+        number = int(value)
+    except ValueError:
+        raise UsageError(f"--adjoint {item!r}: write {key}=NUMBER") from None
+    # Of a spacing and a number of snapshots, the one given last, beside the method's name, counts.
+    other = {"anchors": {"snapshots": None}, "snapshots": {"anchors": None}}.get(key, {})
+    return replace(method, **{key: number}, **other)  # type: ignore[arg-type]
+
+
+def _depths(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        depths = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        depths = []
+    if not depths or depths[0] < 1:
+        raise UsageError(f"--depths {text!r}: write one or more depths, as in 16,64")
+    return depths
+
+
+def _shape(text: str | None, settings: dict[str, str | None]) -> StageShape | None:
+    from ..bench_workload import StageShape
+
+    given = {name: value for name, value in settings.items() if value is not None}
+    if text is None:
+        if given:
+            raise UsageError(f"--{next(iter(given))} goes with --stage-shape; a model file has its own")
+        return None
+    try:
+        channels, height, width = (int(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"--stage-shape {text!r}: write channels, height and width, as in 32,32,32") from None
+    return StageShape(channels, height, width, **given)
+
+
+def _check_files(csv: Path | None, plot: Path | None) -> None:
+    """Refuse, before any work is done, files that cannot be written."""
+    if csv is not None and (csv.is_dir() or not csv.parent.is_dir() or not os.access(csv.parent, os.W_OK)):
+        raise UsageError(f"--csv {str(csv)!r}: not a file in a folder that exists and can be written to")
+    if plot is not None:
+        from ..plot import check_plot
+
+        check_plot(plot)

@@ -1,0 +1,56 @@
+"""Memory that a training step may use: what a user allows, or what the device has free."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from .errors import UsageError
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+def parse_bytes(text: str) -> int:
+    """The bytes that '8GiB', '512 MiB' or '2e9' stand for. Raises UsageError for anything else."""
+    match = re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    unit = UNITS.get(match[2].upper()) if match else None
+    try:
+        count = float(match[1]) * unit if match and unit else 0.0
+    except ValueError:
+        count = 0.0
+    if count < 1:
+        raise UsageError(f"memory budget {text!r}: write a size such as 8GiB or 512MiB")
+    return int(count)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that this process can still allocate: on a GPU what is free or cached, else what the system or its
+    container leaves."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    limits = [_system_free()]
+    for limit, used in CGROUPS:
+        try:
+            limits.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):  # no such group, or 'max'
+            continue
+    return max(min(limits), 0)
+
+
+def _system_free() -> int:
+    try:
+        found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+        if found:
+            return int(found[1]) * 1024
+    except OSError:
+        pass
+    # Elsewhere only the total is to be had without a library: count on half of it.
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

@@ -1,0 +1,54 @@
+"""What `auto` chose and why, for people and for programs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from .tables import finite, number, plain_table, size
+
+if TYPE_CHECKING:
+    from .calibrate import Calibration
+
+
+def calibration_table(calibration: Calibration) -> Table:
+    """The decision for every stage and its figures; the caption gives the memory of a training step."""
+    found = plain_table(
+        f"adjoint auto: gradient tolerance {calibration.tolerance:g}, calibrated on {calibration.images} images"
+    )
+    found.add_column("stage", no_wrap=True)
+    found.add_column("chosen")
+    for column in ("gradient\nerror", "evaluations\nper step", "held", "backprop\nwould hold"):
+        found.add_column(column, justify="right")
+    found.add_column("because")
+    for choice in calibration.choices:
+        found.add_row(
+            f"{choice.stage} ({choice.steps})",
+            choice.adjoint.label,
+            number(choice.error),
+            f"{choice.evaluations_per_step:.2f}",
+            size(choice.bytes_held),
+            size(choice.backprop_bytes),
+            choice.reason,
+        )
+    found.caption = (
+        f"predicted for a step of {calibration.batch_size} images: {size(calibration.predicted_bytes)} of a budget of"
+        f" {size(calibration.budget)}; backprop {size(calibration.backprop_bytes)}"
+        + (", which fits: --adjoint backprop takes less time" if calibration.backprop_fits else "")
+    )
+    found.caption_justify = "left"
+    return found
+
+
+def calibration_json(calibration: Calibration) -> dict[str, Any]:
+    choices = [
+        {
+            **asdict(choice),
+            "label": choice.adjoint.label,
+            "tried": [{"adjoint": label, "own_error": error} for label, error in choice.tried],
+        }
+        for choice in calibration.choices
+    ]
+    return finite({**asdict(calibration), "choices": choices})
