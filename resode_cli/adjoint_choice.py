@@ -76,8 +76,10 @@ def choose_adjoints(
         own: dict[str, str] = {}
         for setting in settings:
             key, equals, value = setting.partition("=")
-            if key not in SETTINGS or not equals:
-                raise UsageError(f"adjoint {entry.strip()!r}: write {name}:{'|'.join(SETTINGS)}=VALUE")
+            if key not in SETTINGS:
+                raise unknown("setting of an adjoint", key, SETTINGS)
+            if not equals:
+                raise UsageError(f"adjoint {entry.strip()!r}: write {key}=NUMBER")
             own[key] = value
         takes = {
             "anchors": name in (*REVERSALS, "checkpoint") and not {"snapshots", "anchors"} & own.keys(),

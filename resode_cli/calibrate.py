@@ -129,7 +129,10 @@ class _Calibrator:
     def choose(self, budget: int, batch_size: int, optimizer_slots: int) -> Calibration:
         images = len(self.probe.images)
         scale = batch_size / images
-        sizes = {name: StageBytes.of(self.stages[name], self.probe.passages[name].x, scale) for name in self.stages}
+        sizes = {
+            name: StageBytes.of(stage, self.probe.passages[name].x, scale, self.probe.autocast)
+            for name, stage in self.stages.items()
+        }
         weights = sum(t.nbytes for t in (*self.model.parameters(), *self.model.buffers()))
         trained = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
         working = max((size.working for size in sizes.values()), default=0)
@@ -226,10 +229,11 @@ class _Calibrator:
     ) -> None:
         """Lower the cap of the stage that holds most and can hold less."""
         for name in sorted(picked, key=lambda name: -sizes[name].state * picked[name].states):
-            if any(c.states < picked[name].states for c in ordered[name]):
+            least = min(c.states for c in ordered[name])
+            if least < picked[name].states:
                 # Towards a half at a time, so that no stage is starved while another feasts.
                 excess = math.ceil((total - budget) / sizes[name].state)
-                caps[name] = max(picked[name].states - excess, picked[name].states // 2, 1)
+                caps[name] = max(picked[name].states - excess, picked[name].states // 2, least)
                 return
         raise ResodeError(
             f"memory budget of {budget / 2**20:.0f} MiB: a training step takes at least {total / 2**20:.0f} MiB;"

@@ -114,15 +114,15 @@ class _Run:
         self.last_step_at = 0.0
         self.stage_names = [name for name, stage in model.stages.items() if stage.spec.depth]
         self._choose_parameters()
-        if settings.compile:
-            model.compile_branches()
-        if settings.channels_last:
-            model.use_channels_last()
         if resume is None:
             torch.manual_seed(settings.seed)
             self._switch_scheme()
         else:
             self.progress = Progress(**resume.progress)
+        if settings.channels_last:
+            model.use_channels_last()
+        if settings.compile:  # last: the graphs depend on the layout, the forward rule and what is frozen
+            model.compile_branches()
         self.calibration: Calibration | None = None
         self.guard = Guard(
             model,

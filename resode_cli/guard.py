@@ -96,28 +96,31 @@ class Guard:
         drifted = [name for name in self.stage_names if self._drifted(name, drift[name])]
         if not drifted:
             return False
-        what = "; ".join(
-            f"step {step}: the reconstructed states of stage {name} are off by {drift[name]:.2g} of their size"
+        what = {
+            name: f"step {step}: the reconstructed states of stage {name} are off by {drift[name]:.2g} of their size"
             f" (allowed {self._allowed(name):.2g})"
             for name in drifted
-        )
+        }
         finite = all(math.isfinite(drift[name]) for name in drifted)
         if self.settings.on_drift == "stop" or (self.settings.on_drift == "warn" and not finite):
             raise ResodeError(
-                f"{what}, so the gradient is not backprop's; stopped (--on-drift anchors would go on with an exact one)"
+                f"{what[drifted[0]]}, so the gradient is not backprop's; stopped"
+                " (--on-drift anchors would go on with an exact one)"
             )
         if self.settings.on_drift == "warn":
             for name in drifted:
                 if name not in self.state.warned:
                     self.state.warned.append(name)
-                    self.on_message(f"{what}, so the gradient is not backprop's; --on-drift anchors would mend that")
+                    self.on_message(
+                        f"{what[name]}, so its gradient is not backprop's; --on-drift anchors would mend it"
+                    )
             return False
         again = [name for name in drifted if step - self.state.calibrated_at.get(name, -PATIENCE) < PATIENCE]
         if self.choice.fixed is not None or again or not finite:
             for name in drifted:
-                self._anchor(name, what)
+                self._anchor(name, what[name])
         else:
-            self.on_message(f"{what}; calibrating again, and the step is taken again")
+            self.on_message(f"{'; '.join(what.values())}; calibrating again, and the step is taken again")
             self.state.recalibrations += 1
             self._calibrate(images, labels, step=step)
         return True

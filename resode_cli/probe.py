@@ -20,6 +20,8 @@ from .ode import SCHEMES, Adjoint, RandomState, fixed_buffers, kept_bytes
 from .ode.field import Evaluator
 from .stage import OdeStage
 
+# A power of two changes no relative error, and keeps small adjoints from vanishing in fp16.
+LOSS_SCALE = 1024.0
 # States besides the held ones that a sweep has at a time: adjoints, estimates, values off and on the tape.
 WORKING_STATES = 8
 
@@ -89,7 +91,7 @@ class Probe:
             torch.manual_seed(0)
             with self.autocast():
                 logits = self.model(self.images)
-            return F.cross_entropy(logits.float(), self.labels)
+            return F.cross_entropy(logits.float(), self.labels) * LOSS_SCALE
 
     def _gradients(self, loss: Tensor) -> dict[str, tuple[Tensor, ...]]:
         """Gradients of each stage's steps; the first parameters too, so that the whole network is passed."""
@@ -133,13 +135,15 @@ class StageBytes:
     working: int
 
     @classmethod
-    def of(cls, stage: OdeStage, x: Tensor, scale: float) -> StageBytes:
+    def of(
+        cls, stage: OdeStage, x: Tensor, scale: float, autocast: Callable[[], Any] = torch.enable_grad
+    ) -> StageBytes:
         """Measured on the stage's first step; scale: planned batch size over the batch at hand."""
-        with fixed_buffers([stage]), torch.no_grad():
+        with fixed_buffers([stage]), autocast(), torch.no_grad():
             state = stage.enter(x).detach()
         field, scheme = stage.field(), SCHEMES[stage.spec.scheme]
         leaf = state.clone().requires_grad_()
-        with fixed_buffers([stage]), kept_bytes(stage.parameters()) as count, torch.enable_grad():
+        with fixed_buffers([stage]), autocast(), kept_bytes(stage.parameters()) as count, torch.enable_grad():
             scheme.increment(Evaluator(field), 0, leaf)
             kept = count() or 0
         # The forward rule adds a state per step to what the branch keeps.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 
 import pytest
@@ -55,6 +55,13 @@ class Draws(nn.Module):
         return x + F.dropout(torch.tanh(self.conv(x)), 0.4, self.training)
 
 
+class Shrinks(Draws):
+    """No shortcut at all."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.conv(x)) / 100
+
+
 class Branches(Draws):
     """Decides by the values of a tensor, which no graph can."""
 
@@ -64,9 +71,13 @@ class Branches(Draws):
 
 
 @pytest.fixture(autouse=True)
-def untraced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """pytest keeps every record for its report, and dynamo traces everything for a logger that nobody reads."""
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Without a record of every line that dynamo traces in pytest's report, and without threads for tiny tensors."""
     monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -192,7 +203,7 @@ def test_autocast_is_entered_again_in_the_backward_pass(stage, state):
 
 def test_a_step_of_size_one_is_the_block_itself(state):
     """To the last bit with a backend that changes no formula: not x + (B(x) - x), which rounds."""
-    stage = make_stage(Draws(), horizon=2).eval()
+    stage = make_stage(Shrinks(), horizon=2)
     (block,) = stage.blocks
     stage.compile_branch(backend="aot_eager")
     with torch.no_grad():

@@ -30,7 +30,7 @@ PRE = Preprocessing(size=8, crop_fraction=1.0)
 NETWORK = (
     "from resode_cli.adapters.cifar import CifarResNet\ndef small():\n    return CifarResNet(2, widths=(4, 8, 8))\n"
 )
-SETTINGS = Settings(adjoint="pc", batch_size=16, max_steps=6, lr=0.05, log_every=2, save_every=2, workers=0)
+SETTINGS = Settings(adjoint="pc", batch_size=16, max_steps=6, lr=0.05, log_every=2, save_every=2, on_drift="warn")
 
 
 @pytest.fixture

@@ -13,14 +13,19 @@ PACKAGE = Path(__file__).parents[1] / "resode_cli"
 
 # From the bottom up. A module may import from its own level or one below.
 LEVELS = [
-    {"errors"},
-    {"ode", "digits"},
-    {"compilation", "residual", "parts", "settings", "recipe", "optimization"},
+    {"errors", "tables"},
+    {"ode", "digits", "memory_budget"},
+    {"adjoint_choice", "compilation", "residual", "parts", "recipe"},
+    {"settings"},
+    {"optimization"},
     {"adapters.block_rules", "adapters.discover", "adapters.cifar", "adapters.stems", "stage"},
     {"model"},
-    {"adapters", "data"},
+    {"adapters", "data", "candidates", "probe"},
+    {"calibrate"},
+    {"guard"},
     {"model_file", "transfer", "recalibrate", "evaluate", "conversion"},
     {"bench", "bench_worker", "bench_workload", "check_grad", "run_folder", "finetune"},
+    {"report_calibration"},
     {"report", "report_bench", "plot", "plot_bench"},
     {"commands"},
     {"app"},

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import UsageError, unknown
-from .options import BatchNormOption, BatchSizeOption, DeviceOption, JsonOption, RecipeOption, SourceOption
+from ..errors import UsageError
+from .options import (
+    AnchorsOption,
+    BatchNormOption,
+    BatchSizeOption,
+    CorrectionsOption,
+    DeviceOption,
+    JsonOption,
+    RecipeOption,
+    SnapshotsOption,
+    SourceOption,
+)
 from .output import Output, start
 
 if TYPE_CHECKING:
@@ -40,13 +49,9 @@ def bench_command(
             " Plain backprop and torch.utils.checkpoint are always measured too.",
         ),
     ] = "multistep,pc,checkpoint",
-    anchors: Annotated[int | None, typer.Option("--anchors", help="Hold every K-th state, in all methods.")] = None,
-    corrections: Annotated[
-        int, typer.Option("--corrections", help="Extra evaluations per reversed step, in the methods that reverse.")
-    ] = 0,
-    snapshots: Annotated[
-        int | None, typer.Option("--snapshots", help="States that checkpoint holds, instead of a spacing.")
-    ] = None,
+    anchors: AnchorsOption = None,
+    corrections: CorrectionsOption = 0,
+    snapshots: SnapshotsOption = None,
     depths: Annotated[
         str | None,
         typer.Option("--depths", help="Steps per stage, e.g. 16,64. Default: a model's own; 16,64 of --stage-shape."),
@@ -124,43 +129,20 @@ def bench_command(
     output.json(bench_json(report))
 
 
-def _methods(adjoint: str, anchors: int | None, corrections: int, snapshots: int | None) -> list[Adjoint]:
-    """The adjoints of a list such as 'multistep,pc:anchors=10'. Raises UsageError for settings that none takes."""
-    from ..ode import REVERSALS, Adjoint
+def _methods(adjoint: str, anchors: str | None, corrections: int, snapshots: int | None) -> list[Adjoint]:
+    """The adjoints of a list such as 'multistep,pc:anchors=10'."""
+    from ..adjoint_choice import choose_adjoints
 
     methods: list[Adjoint] = []
-    for item in adjoint.split(","):
-        name, *settings = (part.strip() for part in item.split(":"))
-        method = Adjoint(name)
-        if name in REVERSALS:
-            method = replace(method, anchors=anchors, corrections=corrections)
-        elif name == "checkpoint":
-            method = replace(method, anchors=None if snapshots else anchors, snapshots=snapshots)
-        for setting in settings:
-            method = _set(method, setting, item)
-        if method in methods:
-            raise UsageError(f"--adjoint {adjoint!r}: {method.label} is there twice")
-        methods.append(method)
-    if corrections and not any(method.corrections for method in methods):
-        raise UsageError(f"--corrections {corrections}: no method of --adjoint {adjoint!r} reverses steps")
-    if snapshots is not None and not any(method.snapshots for method in methods):
-        raise UsageError(f"--snapshots {snapshots} are checkpoint's, which --adjoint {adjoint!r} does not name")
-    if anchors is not None and not any(method.anchors for method in methods):
-        raise UsageError(f"--anchors {anchors}: no method of --adjoint {adjoint!r} takes them")
+    for choice in choose_adjoints(adjoint, anchors=anchors, corrections=corrections, snapshots=snapshots):
+        if choice.fixed is None:
+            raise UsageError(
+                f"--adjoint {choice.label}: bench times fixed methods; `resode check-grad` says what auto would choose"
+            )
+        if choice.fixed in methods:
+            raise UsageError(f"--adjoint {adjoint!r}: {choice.label} is there twice")
+        methods.append(choice.fixed)
     return methods
-
-
-def _set(method: Adjoint, setting: str, item: str) -> Adjoint:
-    key, _, value = setting.partition("=")
-    if key not in ("anchors", "corrections", "snapshots"):
-        raise unknown("setting of a method", key, ("anchors", "corrections", "snapshots"))
-    try:
-        number = int(value)
-    except ValueError:
-        raise UsageError(f"--adjoint {item!r}: write {key}=NUMBER") from None
-    # Of a spacing and a number of snapshots, the one given last, beside the method's name, counts.
-    other = {"anchors": {"snapshots": None}, "snapshots": {"anchors": None}}.get(key, {})
-    return replace(method, **{key: number}, **other)  # type: ignore[arg-type]
 
 
 def _depths(text: str | None) -> list[int] | None:
