@@ -93,7 +93,7 @@ def calibrate(
     tolerance: float,
     budget: int,
     batch_size: int,
-    optimizer_slots: int = 1,
+    optimizer_slots: int = 2,
     methods: Sequence[str] | None = None,
     autocast: Callable[[], Any] | None = None,
     on_stage: Callable[[str, str], None] = lambda stage, adjoint: None,
@@ -104,7 +104,7 @@ def calibrate(
     buffers and the generators are left as they were.
     tolerance: of ‖g − ĝ‖ / ‖g‖ of each stage's parameters in the whole network.
     budget: bytes for a training step with `batch_size` images: weights, gradients, `optimizer_slots`
-    numbers per parameter of optimizer state, activations.
+    numbers per parameter of optimizer state (Adam's 2), activations.
     methods: to choose from; None: all but backprop.
 
     Raises ResodeError if the budget is too small for any plan.
