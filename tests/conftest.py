@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 from torch import nn
 
+from resode_cli.adapters.cifar import CifarResNet
 from resode_cli.adapters.sources import open_source
 from resode_cli.conversion import convert
 from resode_cli.model import ModelInfo, OdeResNet
-from resode_cli.parts import Preprocessing, SourceSpec
+from resode_cli.parts import Preprocessing, Source, SourceSpec
 
 TINY_SIZE = 16
 TINY_NET = """
@@ -29,6 +30,10 @@ def make(num_classes=5):
 def make_long(num_classes=5):
     return CifarResNet(9, num_classes=num_classes, widths=(2, 4, 4))
 """
+PICO_NET = (
+    "from resode_cli.adapters.cifar import CifarResNet\ndef small():\n    return CifarResNet(2, widths=(4, 8, 8))\n"
+)
+PICO_PREPROCESSING = Preprocessing(size=8, crop_fraction=1.0)
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +63,15 @@ def randomise() -> Callable[[nn.Module], nn.Module]:
         return net
 
     return apply
+
+
+@pytest.fixture
+def pico(tmp_path: Path) -> OdeResNet:
+    """A user's own network for 8×8 images in `pre` form, small enough to train in a test: 2, 1 and 1 steps."""
+    (tmp_path / "net.py").write_text(PICO_NET)
+    torch.manual_seed(0)
+    source = SourceSpec("file", f"{tmp_path / 'net.py'}:small")
+    return convert(Source(source, CifarResNet(2, widths=(4, 8, 8)), PICO_PREPROCESSING), form="pre")[0]
 
 
 @pytest.fixture

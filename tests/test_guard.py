@@ -10,32 +10,23 @@ import pytest
 import torch
 
 from resode_cli import data, guard, model_file, run_folder
-from resode_cli.adapters.cifar import CifarResNet
-from resode_cli.conversion import convert
 from resode_cli.finetune import Callbacks, finetune
 from resode_cli.model import OdeResNet
 from resode_cli.ode import Adjoint
-from resode_cli.parts import Preprocessing, Source, SourceSpec
+from resode_cli.parts import Preprocessing
 from resode_cli.settings import Settings
 from resode_cli.transfer import deepen
 
 PRE = Preprocessing(size=8, crop_fraction=1.0)
-NETWORK = (
-    "from resode_cli.adapters.cifar import CifarResNet\ndef small():\n    return CifarResNet(2, widths=(4, 8, 8))\n"
-)
 SETTINGS = Settings(batch_size=16, max_steps=6, lr=0.01, log_every=1, save_every=2)
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> OdeResNet:
-    (tmp_path / "net.py").write_text(NETWORK)
-    torch.manual_seed(0)
-    net = CifarResNet(2, widths=(4, 8, 8))
-    converted, _ = convert(Source(SourceSpec("file", f"{tmp_path / 'net.py'}:small"), net, PRE), form="pre")
-    for name, stage in converted.stages.items():
-        converted.replace_stage(name, deepen(stage, 16))
-    model_file.save(converted, tmp_path / "m.safetensors")
-    return converted
+def model(pico: OdeResNet, tmp_path: Path) -> OdeResNet:
+    for name, stage in pico.stages.items():
+        pico.replace_stage(name, deepen(stage, 16))
+    model_file.save(pico, tmp_path / "m.safetensors")
+    return pico
 
 
 def train(model: OdeResNet, out: Path, settings: Settings, **kwargs):
