@@ -16,6 +16,7 @@ from .adapters.block_rules import read_rule
 from .errors import ResodeError, UsageError, first_few, unknown
 from .ode import Adjoint
 from .parts import BlockRule, Preprocessing, SourceSpec
+from .sharing import distinct, share_layers
 from .stage import OdeStage, StageSpec
 
 
@@ -125,17 +126,19 @@ class OdeResNet(nn.Module):
         return key
 
     def file_state(self) -> dict[str, Tensor]:
-        """Every tensor under its name in a model file."""
-        return {self.file_name(key): value for key, value in self.net.state_dict().items()}
+        """Every tensor under its name in a model file; one that several blocks share once, under its first name."""
+        tensors = distinct(self.net.state_dict(keep_vars=True).items())
+        return {self.file_name(key): value.detach() for key, value in tensors.items()}
 
     def load_file_state(self, tensors: dict[str, Tensor]) -> None:
         """Load tensors under their file names. Raises ResodeError naming what does not fit."""
-        state = self.net.state_dict()
+        state = distinct(self.net.state_dict(keep_vars=True).items())
         names = {self.file_name(key): key for key in state}
         problems = describe_misfit({name: state[key] for name, key in names.items()}, tensors)
         if problems:
             raise ResodeError(problems)
-        self.net.load_state_dict({names[name]: value for name, value in tensors.items()})
+        # Not strict: the other names of a shared tensor are left out, and what fits was checked above.
+        self.net.load_state_dict({names[name]: value for name, value in tensors.items()}, strict=False)
 
     def parameter_groups(self) -> dict[str, str]:
         """Which part each parameter of `self.net` belongs to: a stage's name, '<stage> transition', 'stem' or 'head'.
@@ -219,6 +222,12 @@ def _build_stage(spec: StageSpec, children: dict[str, nn.Module]) -> OdeStage:
         else:
             rules[block.origin] = read_rule(module)
         blocks.append(module)
+    by_name = {block.name: module for block, module in zip(spec.blocks, blocks, strict=True)}
+    for block, module in zip(spec.blocks, blocks, strict=True):
+        if block.shares is not None:
+            if block.shares not in by_name or block.shares == block.name:
+                raise ResodeError(f"stage {spec.name}: block {block.name} shares the weights of {block.shares!r}")
+            share_layers(module, by_name[block.shares])
     return OdeStage(
         spec,
         transition={name: children[name] for name in spec.transition},

@@ -28,7 +28,7 @@ from .parts import Preprocessing, SourceSpec
 from .residual import FORMS
 from .stage import BlockSpec, StageSpec
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: blocks that share tensors, weights linear in depth
 METADATA_KEY = "resode"
 
 
@@ -187,8 +187,8 @@ def _parse(metadata: dict[str, Any]) -> tuple[ModelInfo, list[StageSpec]]:
         fields = dict(raw)
         fields["blocks"] = tuple(BlockSpec(**block) for block in fields["blocks"])
         fields["horizon"] = Fraction(fields["horizon"])
-        for name in ("transition", "source_blocks", "schedule"):
-            fields[name] = tuple(fields[name])
+        for name in ("transition", "source_blocks", "schedule", "blends"):
+            fields[name] = tuple(fields.get(name, ()))
         specs.append(StageSpec(**fields))
     return info, specs
 
@@ -197,7 +197,13 @@ def _check(spec: StageSpec, path: Path) -> None:
     n_blocks = len(spec.blocks)
     if any(not isinstance(b, int) or not 0 <= b < n_blocks for b in spec.schedule):
         raise ResodeError(f"{path}: stage {spec.name}: schedule out of range of its {n_blocks} blocks")
-    if set(spec.schedule) != set(range(n_blocks)):
+    if spec.blends and (
+        len(spec.blends) != spec.depth
+        or any(not 0 <= w < 1 or w and b + 1 >= n_blocks for b, w in zip(spec.schedule, spec.blends, strict=True))
+    ):
+        raise ResodeError(f"{path}: stage {spec.name}: weights linear in depth reach beyond its {n_blocks} blocks")
+    used = set(spec.schedule) | {b + 1 for b, w in zip(spec.schedule, spec.blends, strict=False) if w}
+    if used != set(range(n_blocks)):
         raise ResodeError(f"{path}: stage {spec.name}: a block is not in the schedule")
     if spec.scheme not in SCHEMES:
         raise ResodeError(f"{path}: stage {spec.name}: unknown forward rule {spec.scheme!r}")

@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
+from torch import nn
 
 from .data import Batch
 from .errors import ResodeError
 from .model import OdeResNet
 
 
+def batch_norms(model: nn.Module) -> Iterator[nn.modules.batchnorm._BatchNorm]:
+    """Every BatchNorm that keeps statistics."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+            yield module
+
+
 def recalibrate(model: OdeResNet, data: Iterable[Batch], *, device: torch.device | str = "cpu") -> int:
     """Set every BatchNorm's running statistics to the average over the batches; returns their number of images.
 
-    A block that serves several steps averages over all of them. Weights stay as they are.
-    Raises ResodeError if the model has no BatchNorm with running statistics.
+    A block that serves several steps averages over all of them. Where weights are linear in depth, the
+    knots' statistics are moved, less and less from batch to batch, until those of the steps fit.
+    Weights stay as they are. Raises ResodeError if the model has no BatchNorm with running statistics.
     """
-    norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
-    norms = [m for m in norms if m.track_running_stats and m.running_mean is not None]
+    norms = list(batch_norms(model))
     if not norms:
         raise ResodeError("the model has no BatchNorm statistics to re-estimate")
     momenta = [norm.momentum for norm in norms]
     modes = [(module, module.training) for module in model.modules()]
-    images = 0
+    knots = {
+        id(norm)
+        for stage in model.stages.values()
+        if stage.spec.blends
+        for block in stage.blocks
+        for norm in batch_norms(block)
+    }
+    images = seen = 0
     model.eval()
     try:
         for norm in norms:
@@ -33,6 +48,10 @@ def recalibrate(model: OdeResNet, data: Iterable[Batch], *, device: torch.device
         with torch.no_grad():
             for batch in data:
                 if len(batch.labels) > 1:
+                    seen += 1
+                    for norm in norms:
+                        if id(norm) in knots:
+                            norm.momentum = 1 / seen
                     model(batch.images.to(device))
                     images += len(batch.labels)
     finally:

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import UsageError
-from .ode import Residual
+from .ode import Residual, version
+from .sharing import tensors_of
 
 Form = Literal["exact", "pre"]
 FORMS: tuple[Form, ...] = ("exact", "pre")
@@ -86,6 +87,53 @@ class BlockResidual(Residual):
         if h == 1.0 and self.activation != LINEAR and self.form == "exact":
             return ACTIVATIONS[self.activation](x + self.branch(self.module, x))
         return torch.add(x, self(x), alpha=h)
+
+
+class BlendedResidual(Residual):
+    """r of a block whose parameters and statistics lie between those of two others, (1 − w) θ_0 + w θ_1.
+
+    Its gradient goes to both in these shares. Statistics that a norm updates are handed on to both so that
+    the blend moves as far as the norm moved it, and they as little as possible (the minimum-norm solution).
+    """
+
+    def __init__(self, lower: BlockResidual, upper: BlockResidual, weight: float) -> None:
+        self.lower, self.upper, self.weight = lower, upper, weight
+        self.module = nn.ModuleList([lower.module, upper.module])  # all that the engine looks after
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._blended(x, lambda residual: residual(x))
+
+    def step(self, x: Tensor, h: float) -> Tensor:
+        """x + h r(x)."""
+        return self._blended(x, lambda residual: residual.step(x, h))
+
+    def _blended(self, x: Tensor, run: Callable[[BlockResidual], Tensor]) -> Tensor:
+        lower, upper = tensors_of(self.lower.module), tensors_of(self.upper.module)
+        tensors = {
+            name: torch.lerp(a, upper[name], self.weight) if a.is_floating_point() else a for name, a in lower.items()
+        }
+        buffers = [name for name, _ in self.lower.module.named_buffers() if lower[name].is_floating_point()]
+        before = {name: (version(tensors[name]), tensors[name].clone()) for name in buffers}
+        call = _Call(self.lower, run)
+        result: Tensor = torch.func.functional_call(call, {f"module.{n}": t for n, t in tensors.items()})
+        with torch.no_grad():
+            for name, (written, old) in before.items():
+                if version(tensors[name]) != written:
+                    share = (tensors[name] - old) / ((1 - self.weight) ** 2 + self.weight**2)
+                    lower[name].add_(share, alpha=1 - self.weight)
+                    upper[name].add_(share, alpha=self.weight)
+        return result
+
+
+class _Call(nn.Module):
+    """A residual function as a module's forward, which is what `functional_call` calls."""
+
+    def __init__(self, residual: BlockResidual, run: Callable[[BlockResidual], Tensor]) -> None:
+        super().__init__()
+        self.module, self.residual, self.run = residual.module, residual, run
+
+    def forward(self) -> Tensor:
+        return self.run(self.residual)
 
 
 def check_form(form: Form, activation: str, block: str) -> None:

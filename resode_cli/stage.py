@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -11,18 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from .compilation import Compilation, CompiledResidual
-from .errors import ResodeError
-from .ode import SCHEMES, Adjoint, Field, Monitor, Residual, solve
+from .errors import ResodeError, UsageError
+from .ode import SCHEMES, Adjoint, Evaluator, Field, Monitor, Residual, solve, trajectory
 from .parts import BlockRule
-from .residual import ACTIVATIONS, BlockResidual, Form, check_form
+from .residual import ACTIVATIONS, BlendedResidual, BlockResidual, Form, check_form
 
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """One distinct block: its name in the file, and the source block whose structure it has."""
+    """One distinct block: its name in the file, and the source block whose structure it has.
+
+    shares: name of the block whose parameters it holds, all but those of norms, instead of its own.
+    """
 
     name: str
     origin: str
+    shares: str | None = None
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,8 @@ class StageSpec:
     blocks: the distinct blocks.
     schedule: which distinct block step n uses; its length is the depth N.
     horizon: T; a fraction, so that T/N is the same number however it was reached.
+    blends: where weights are linear in depth, the share w_n in which step n has the weights of block
+        schedule[n] + 1; those of block schedule[n] make up the rest. Else empty.
     scheme: forward rule. form: of the residual functions.
     """
 
@@ -48,6 +55,7 @@ class StageSpec:
     horizon: Fraction
     scheme: str = "euler"
     form: Form = "exact"
+    blends: tuple[float, ...] = ()
 
     @property
     def depth(self) -> int:
@@ -60,10 +68,25 @@ class StageSpec:
 
     @property
     def kind(self) -> str:
-        """How the steps share blocks: untied, tied, or runs of equal weights."""
+        """How the steps share weights: untied, tied, tied+norms, linear in depth, or runs of equal weights."""
+        if self.blends:
+            return "linear"
+        if len({block.shares or block.name for block in self.blocks}) == 1 < len(self.blocks):
+            return "tied+norms"
         if self.schedule == tuple(range(self.depth)):
             return "untied"
         return "tied" if len(set(self.schedule)) == 1 else "runs"
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A look at the states x_n of the given steps, 0 to N, as they pass.
+
+    see: gets n and x_n, and returns the state to go on with: x_n itself, or for instance a detached one.
+    """
+
+    steps: tuple[int, ...]
+    see: Callable[[int, Tensor], Tensor]
 
 
 class OdeStage(nn.Module):
@@ -76,6 +99,8 @@ class OdeStage(nn.Module):
     adjoint: the method of the backward pass; see `resode_cli.ode.METHODS`.
     monitor: what the last passes did (drift, evaluations).
     compilation: the compiled residual functions, if the steps run compiled.
+    tap: sees states as they pass; without a tap the steps are one run of the engine, with one they are
+        cut into runs where it looks.
     """
 
     def __init__(
@@ -97,6 +122,7 @@ class OdeStage(nn.Module):
         self.adjoint = Adjoint("backprop")
         self.monitor = Monitor()
         self.compilation: Compilation | None = None
+        self.tap: Tap | None = None
 
     def _add(self, name: str, module: nn.Module) -> None:
         if hasattr(self, name):
@@ -127,16 +153,31 @@ class OdeStage(nn.Module):
     def field(self) -> Field:
         """What the engine runs: the residual functions, compiled if the stage is, and the schedule."""
         residuals: tuple[Residual, ...] = self.residuals()
+        schedule = self.spec.schedule
+        if self.spec.blends:
+            residuals, schedule = self._blended(), tuple(range(self.spec.depth))
         if self.compilation is not None:
             replayed = self.adjoint.method != "backprop"
             residuals = tuple(CompiledResidual(r, self.compilation, replayed=replayed) for r in residuals)
-        return Field(residuals, self.spec.schedule, self.spec.step_size)
+        return Field(residuals, schedule, self.spec.step_size)
+
+    def _blended(self) -> tuple[Residual, ...]:
+        """Each step's residual function, where weights are linear in depth."""
+        knots = self.residuals()
+        steps = zip(self.spec.schedule, self.spec.blends, strict=True)
+        return tuple(BlendedResidual(knots[b], knots[b + 1], w) if w else knots[b] for b, w in steps)
 
     def compile_branch(self, **options: Any) -> None:
         """Run the steps' residual functions compiled from now on; `options` are torch.compile's.
 
-        Call it once depth, form and modes are settled. Raises UsageError for options that cannot be.
+        Call it once depth, form and modes are settled. Raises UsageError for options that cannot be, and
+        for weights that are linear in depth.
         """
+        if self.spec.blends:
+            raise UsageError(
+                f"stage {self.spec.name} has weights linear in depth, which cannot be compiled; leave out --compile,"
+                " or give every step its own weights with `resode untie`"
+            )
         self.compilation = Compilation(options)
 
     def use_scheme(self, scheme: str) -> None:
@@ -152,9 +193,25 @@ class OdeStage(nn.Module):
         if getattr(self, "_is_replica", False):
             raise ResodeError("nn.DataParallel is not supported; use DistributedDataParallel")
         x = self.enter(x)
-        plan = self.adjoint.plan(self.spec.depth, self.spec.scheme)
-        x = solve(self.field(), SCHEMES[self.spec.scheme], plan, x, monitor=self.monitor)
+        x = self._solve(self.field(), x) if self.tap is None else self._tapped(self.tap, x)
         return self.leave(x)
+
+    def _solve(self, field: Field, x: Tensor) -> Tensor:
+        plan = self.adjoint.plan(field.depth, self.spec.scheme)
+        return solve(field, SCHEMES[self.spec.scheme], plan, x, monitor=self.monitor)
+
+    def _tapped(self, tap: Tap, x: Tensor) -> Tensor:
+        """The same, stopping for the tap. A rule that looks beyond its step is then recorded by autograd."""
+        field, scheme, here = self.field(), SCHEMES[self.spec.scheme], 0
+        for n in (*tap.steps, self.spec.depth):
+            if scheme.evaluations == 1:
+                x = self._solve(replace(field, schedule=field.schedule[here:n]), x)
+            else:
+                x = deque([x, *trajectory(Evaluator(field), scheme, x, here, n)], maxlen=1).pop()
+            here = n
+            if n in tap.steps:
+                x = tap.see(n, x)
+        return x
 
     def enter(self, x: Tensor) -> Tensor:
         """x_0: the transition's output, in float32 even under autocast."""

@@ -1,29 +1,28 @@
 """Rewrite a stage's steps: tie, untie, deepen. All of it is on the schedule and the distinct blocks.
 
-N: depth; T: horizon; h = T/N: step size; σ: schedule.
+N: depth; T: horizon; h = T/N: step size; σ: schedule; θ_n: weights of step n.
 """
 
 from __future__ import annotations
 
 import copy
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import replace
-from fractions import Fraction
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .errors import ResodeError, UsageError, unknown
-from .parts import BlockRule
-from .stage import BlockSpec, OdeStage, StageSpec
+from .depth_weights import DEPTH_WEIGHTS, mean_block, named, rebuilt, step_blocks, tied_with_norms, weights_at
+from .errors import UsageError, unknown
+from .stage import BlockSpec, OdeStage
 
 MODES = ("replicate", "interpolate", "identity")
 RULES = ("mean", "first", "middle", "last")
 
 
-def tie(stage: OdeStage, *, rule: str = "mean") -> OdeStage:
+def tie(stage: OdeStage, *, rule: str = "mean", norms: bool = False) -> OdeStage:
     """One block for all steps: the mean of the steps' weights, or the first, middle or last step's.
+
+    norms: let every step keep the norms it had, statistics included; the rest is shared.
 
     N, T and h stay. A tied stage is returned as it is.
     """
@@ -32,32 +31,38 @@ def tie(stage: OdeStage, *, rule: str = "mean") -> OdeStage:
     spec = stage.spec
     if len(spec.blocks) <= 1:
         return stage
-    chosen = {"first": 0, "middle": spec.depth // 2, "last": spec.depth - 1}.get(rule, 0)
-    b = spec.schedule[chosen]
-    module = copy.deepcopy(stage.blocks[b])
-    name = spec.blocks[b].name
-    if rule == "mean":
-        states = [stage.blocks[k].state_dict() for k in spec.schedule]
-        module.load_state_dict(_mean(states, [1 / spec.depth] * spec.depth, spec.name))
-        name = "mean"
+    chosen = {"first": 0, "middle": spec.depth // 2, "last": spec.depth - 1}.get(rule)
+    steps = step_blocks(stage)
+    module = copy.deepcopy(steps[chosen]) if chosen is not None else mean_block(stage, steps)
+    if norms:
+        return tied_with_norms(stage, module, steps)
+    b = spec.schedule[chosen or 0]
+    name = "mean" if chosen is None else spec.blocks[b].name
     blocks = (BlockSpec(name, spec.blocks[b].origin),)
-    return _rebuilt(stage, replace(spec, blocks=blocks, schedule=(0,) * spec.depth), [module], [stage.rules[b]])
+    tied = replace(spec, blocks=blocks, schedule=(0,) * spec.depth, blends=())
+    return rebuilt(stage, tied, [module], [stage.rules[b]])
 
 
 def untie(stage: OdeStage) -> OdeStage:
     """Copy blocks until every step has its own. The function stays the same."""
     spec = stage.spec
-    modules, rules, origins, used = [], [], [], set()
-    for b in spec.schedule:
-        modules.append(copy.deepcopy(stage.blocks[b]) if b in used else stage.blocks[b])
-        rules.append(stage.rules[b])
-        origins.append(spec.blocks[b].origin)
-        used.add(b)
-    spec = replace(spec, blocks=_named(origins), schedule=tuple(range(spec.depth)))
-    return _rebuilt(stage, spec, modules, rules)
+    if spec.kind == "untied":
+        return stage
+    if spec.blends or any(block.shares for block in spec.blocks):
+        modules = [copy.deepcopy(module) for module in step_blocks(stage)]  # one by one: nothing stays shared
+    else:
+        used: set[int] = set()
+        modules = []
+        for b in spec.schedule:
+            modules.append(copy.deepcopy(stage.blocks[b]) if b in used else stage.blocks[b])
+            used.add(b)
+    rules = [stage.rules[b] for b in spec.schedule]
+    blocks = named([spec.blocks[b].origin for b in spec.schedule])
+    untied = replace(spec, blocks=blocks, schedule=tuple(range(spec.depth)), blends=())
+    return rebuilt(stage, untied, modules, rules)
 
 
-def deepen(stage: OdeStage, blocks: int, *, mode: str = "replicate") -> OdeStage:
+def deepen(stage: OdeStage, blocks: int, *, mode: str = "replicate", depth_weights: str | None = None) -> OdeStage:
     """Take a stage to `blocks` steps.
 
     replicate: each step becomes a run of steps of its block; T stays, so h shrinks: a finer
@@ -67,10 +72,19 @@ def deepen(stage: OdeStage, blocks: int, *, mode: str = "replicate") -> OdeStage
     identity: steps whose last norm (or last convolution) is zero are inserted; h stays, so T grows
         with N and the function stays exactly the same.
 
+    depth_weights: how the steps share weights afterwards, with the first two modes; None: as they
+    come out of the mode, but linear in depth stays linear.
+
+    replicate: one block per run. linear: the weights that 'interpolate' gives, of which only those at the
+    midpoints (the knots) are held and trained. tied: their mean. tied+norms: the same, but every step
+    keeps the norms it has. free: each step its own.
+
     Raises UsageError for fewer steps than there are, or where a mode cannot do what it says.
     """
     if mode not in MODES:
         raise unknown("mode", mode, MODES)
+    if depth_weights is not None and depth_weights not in DEPTH_WEIGHTS:
+        raise unknown("depth weights", depth_weights, DEPTH_WEIGHTS)
     spec = stage.spec
     if blocks < 1:
         raise UsageError(f"--blocks {blocks}: must be 1 or more")
@@ -78,33 +92,32 @@ def deepen(stage: OdeStage, blocks: int, *, mode: str = "replicate") -> OdeStage
         raise UsageError(f"stage {spec.name} has no steps to deepen; pick others with --stage")
     if blocks < spec.depth:
         raise UsageError(f"stage {spec.name} has {spec.depth} steps already, more than --blocks {blocks}")
+    if mode == "identity":
+        if depth_weights not in (None, "free"):
+            raise UsageError(
+                f"--mode identity inserts blocks of their own; --depth-weights {depth_weights} shares them"
+            )
+        return stage if blocks == spec.depth else _with_identities(stage, blocks)
+    if mode == "interpolate" and depth_weights == "replicate":
+        raise UsageError("--mode interpolate gives every step other weights; --depth-weights replicate shares them")
+    linear = mode == "interpolate" or depth_weights == "linear" or (depth_weights is None and bool(spec.blends))
+    deep = weights_at(stage, blocks) if linear else _replicated(stage, blocks)
+    if depth_weights in ("tied", "tied+norms"):
+        return tie(deep, norms=depth_weights == "tied+norms")
+    if depth_weights == "free" or (mode == "interpolate" and depth_weights is None and blocks > spec.depth):
+        return untie(deep)
+    return deep
+
+
+def _replicated(stage: OdeStage, blocks: int) -> OdeStage:
+    spec = stage.spec
     if blocks == spec.depth:
         return stage
-    if mode == "replicate":
-        schedule = tuple(spec.schedule[n * spec.depth // blocks] for n in range(blocks))
-        return _rebuilt(stage, replace(spec, schedule=schedule), list(stage.blocks), stage.rules)
-    return _interpolated(stage, blocks) if mode == "interpolate" else _with_identities(stage, blocks)
-
-
-def _interpolated(stage: OdeStage, blocks: int) -> OdeStage:
-    spec = stage.spec
-    modules, rules, origins = [], [], []
-    for n in range(blocks):
-        # The midpoint of step n of N' in units of the old steps, relative to the old midpoints.
-        place = Fraction(2 * n + 1, 2 * blocks) * spec.depth - Fraction(1, 2)
-        place = min(max(place, Fraction(0)), Fraction(spec.depth - 1))
-        below = int(place)
-        above = min(below + 1, spec.depth - 1)
-        weight = float(place - below)
-        b = spec.schedule[below if weight < 0.5 else above]
-        module = copy.deepcopy(stage.blocks[b])
-        states = [stage.blocks[spec.schedule[k]].state_dict() for k in (below, above)]
-        module.load_state_dict(_mean(states, [1 - weight, weight], spec.name))
-        modules.append(module)
-        rules.append(stage.rules[b])
-        origins.append(spec.blocks[b].origin)
-    spec = replace(spec, blocks=_named(origins), schedule=tuple(range(blocks)))
-    return _rebuilt(stage, spec, modules, rules)
+    if spec.blends:  # a run needs one block
+        stage = untie(stage)
+        spec = stage.spec
+    schedule = tuple(spec.schedule[n * spec.depth // blocks] for n in range(blocks))
+    return rebuilt(stage, replace(spec, schedule=schedule), list(stage.blocks), stage.rules)
 
 
 def _with_identities(stage: OdeStage, blocks: int) -> OdeStage:
@@ -132,7 +145,7 @@ def _with_identities(stage: OdeStage, blocks: int) -> OdeStage:
         specs.append(BlockSpec(name, origin))
     horizon = spec.horizon * blocks / spec.depth
     spec = replace(spec, blocks=tuple(specs), schedule=tuple(schedule), horizon=horizon)
-    return _rebuilt(stage, spec, modules, rules)
+    return rebuilt(stage, spec, modules, rules)
 
 
 def _zeroed(stage: OdeStage, b: int) -> nn.Module:
@@ -177,36 +190,3 @@ def _is_zero(stage: OdeStage, b: int, module: nn.Module) -> bool:
         return False
     finally:
         module.train(training)
-
-
-def _mean(states: Sequence[dict[str, Tensor]], weights: Sequence[float], stage: str) -> dict[str, Tensor]:
-    """Weighted mean of state dicts; integer entries (counters) are the first one's."""
-    result = {}
-    for name, value in states[0].items():
-        present = [state[name] for state in states if name in state and state[name].shape == value.shape]
-        if len(present) < len(states):
-            raise ResodeError(f"stage {stage}: blocks differ in {name!r}, so their weights cannot be averaged")
-        if value.is_floating_point():
-            terms = torch.stack([v.double() * w for v, w in zip(present, weights, strict=True)])
-            result[name] = terms.sum(0).to(value.dtype)
-        else:
-            result[name] = value
-    return result
-
-
-def _named(origins: Sequence[str]) -> tuple[BlockSpec, ...]:
-    """Blocks called after the source block they come from: '3', '3+1', '3+2', …"""
-    seen: Counter[str] = Counter()
-    blocks = []
-    for origin in origins:
-        copies = seen[origin]
-        seen[origin] += 1
-        blocks.append(BlockSpec(f"{origin}+{copies}" if copies else origin, origin))
-    return tuple(blocks)
-
-
-def _rebuilt(stage: OdeStage, spec: StageSpec, modules: Sequence[nn.Module], rules: Sequence[BlockRule]) -> OdeStage:
-    transition = dict(zip(spec.transition, stage.transition, strict=True))
-    rebuilt = OdeStage(spec, transition=transition, blocks=modules, rules=rules)
-    rebuilt.adjoint = stage.adjoint
-    return rebuilt.train(stage.training)

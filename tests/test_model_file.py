@@ -229,7 +229,7 @@ def test_a_source_file_that_has_changed_since_is_refused(tiny_file: Path, saved:
 
 def test_metadata_says_what_the_file_is(saved: Path):
     metadata = read_metadata(saved)
-    assert metadata["format"] == 1
+    assert metadata["format"] == 2
     assert [stage["name"] for stage in metadata["stages"]] == ["layer1", "layer2", "layer3"]
     assert metadata["num_classes"] == 5 and metadata["preprocessing"]["size"] == 16
 

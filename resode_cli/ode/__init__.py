@@ -1,13 +1,14 @@
 """The numerics: schemes, backward plans and the one autograd.Function. Torch only; knows no ResNet."""
 
 from .adjoint import solve
-from .field import Field, RandomState, Residual
+from .field import Evaluator, Field, RandomState, Residual
 from .memory import kept_bytes
 from .methods import METHODS, REVERSALS, Adjoint, required_scheme
 from .monitor import Monitor
 from .plans import Carry, Plan, Prediction, StepPlan
-from .reentry import fixed_buffers
+from .reentry import fixed_buffers, version
 from .schemes import EULER, HEUN, SCHEMES, Scheme
+from .sweep import trajectory
 
 __all__ = [
     "EULER",
@@ -17,6 +18,7 @@ __all__ = [
     "SCHEMES",
     "Adjoint",
     "Carry",
+    "Evaluator",
     "Field",
     "Monitor",
     "Plan",
@@ -29,4 +31,6 @@ __all__ = [
     "kept_bytes",
     "required_scheme",
     "solve",
+    "trajectory",
+    "version",
 ]

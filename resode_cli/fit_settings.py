@@ -1,0 +1,61 @@
+"""The settings of a fit: what a user may choose, and what is allowed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .errors import UsageError, unknown
+
+PHASES = ("blocks", "stages", "logits", "refine")
+BATCH_NORM = ("recalibrate", "keep", "batch")
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """phases: in this order. steps: of each; the last, 'refine', takes `refine_steps`.
+
+    images: to use, held-out ones included. batch_size: images per step.
+
+    lr: largest, of Adam; a warm-up over a tenth of a phase, then a cosine to 0. clip_grad: largest norm.
+    temperature: of the logits. states: weight of the states' mean e_k beside the logits.
+    smooth, contract: weights of the penalties; see `penalties`.
+    bn: 'recalibrate' re-estimates the statistics on the student's own states, then freezes them; 'keep'
+        freezes the source's; 'batch' re-estimates them and trains with those of the batch.
+    substeps: steps per source block in all phases but 'refine'; 0: full depth from the start.
+    """
+
+    phases: tuple[str, ...] = ("blocks", "logits", "refine")
+    steps: int = 150
+    refine_steps: int = 30
+    images: int = 4000
+    batch_size: int = 64
+    lr: float = 3e-4
+    clip_grad: float = 5.0
+    temperature: float = 2.0
+    states: float = 0.0
+    smooth: float = 0.0
+    contract: float = 0.0
+    bn: str = "recalibrate"
+    substeps: int = 2
+    augment: bool = True
+    seed: int = 0
+    workers: int = 0
+    adjoint: str = "backprop"
+
+    def __post_init__(self) -> None:
+        for phase in self.phases:
+            if phase not in PHASES:
+                raise unknown("fit phase", phase, PHASES)
+        if list(self.phases) != sorted(set(self.phases), key=PHASES.index) or not self.phases:
+            raise UsageError(f"--fit-phases {','.join(self.phases)}: name some of {', '.join(PHASES)}, in this order")
+        if self.bn not in BATCH_NORM:
+            raise unknown("fit BatchNorm mode", self.bn, BATCH_NORM)
+        for name in ("steps", "refine_steps", "smooth", "contract", "states", "substeps"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"--fit-{name.replace('_', '-')} {getattr(self, name)}: must be 0 or more")
+        for name in ("images", "batch_size", "lr", "temperature", "clip_grad"):
+            if getattr(self, name) <= 0:
+                raise UsageError(f"--fit-{name.replace('_', '-')} {getattr(self, name)}: must be above 0")
+
+    def steps_of(self, phase: str) -> int:
+        return self.refine_steps if phase == "refine" and self.steps else self.steps
