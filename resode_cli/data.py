@@ -114,19 +114,22 @@ def open_data(
     images: int | None = None,
     skip_corrupt: bool = False,
     root: Path = DEFAULT_ROOT,
+    labelled: bool = True,
 ) -> ImageData:
     """One split of `name`: 'digits', a torchvision data set, or a folder of train and test (or val) folders.
 
     images: take this many, evenly spaced through the split, so that sorted classes are all seen.
+    labelled: False takes any folder of images, however they are sorted into it; all labels are then 0.
     root: where torchvision data sets are downloaded to.
     Raises UsageError for a name or folder that does not exist, ResodeError for one without the split.
     """
+    samples: Any
     if name == "digits":
         samples, classes = _Digits(split), [str(d) for d in range(10)]
     elif name in _TORCHVISION:
         samples, classes = _torchvision(name, split, root.expanduser())
     elif Path(name).is_dir():
-        samples, classes = _folder(Path(name), split)
+        samples, classes = _folder(Path(name), split) if labelled else _unlabelled(Path(name), split)
     elif "/" in name or Path(name).suffix or Path(name).exists():
         raise UsageError(f"data folder {name!r} does not exist, or is not a folder")
     else:
@@ -245,6 +248,28 @@ def _folder(path: Path, split: Split) -> tuple[Any, list[str]]:
     except FileNotFoundError as error:
         raise ResodeError(f"{folder}: {str(error).splitlines()[0]}") from error
     return samples, samples.classes
+
+
+class _Unlabelled:
+    """Image files as (PIL image, 0)."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.samples = [(str(file), 0) for file in files]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        path, label = self.samples[i]
+        return datasets.folder.default_loader(path), label
+
+
+def _unlabelled(path: Path, split: Split) -> tuple[_Unlabelled, list[str]]:
+    folder = next((path / name for name in SPLIT_FOLDERS[split] if (path / name).is_dir()), path)
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in datasets.folder.IMG_EXTENSIONS)
+    if not files:
+        raise ResodeError(f"{folder} holds no images ({', '.join(datasets.folder.IMG_EXTENSIONS)})")
+    return _Unlabelled(files), ["unlabelled"]
 
 
 def _torchvision(name: str, split: Split, root: Path) -> tuple[Any, list[str]]:

@@ -12,9 +12,10 @@ phase pays for depth.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,10 +23,12 @@ from torch import Tensor
 
 from .data import Batch, ImageData, batches
 from .errors import ResodeError
+from .fit_results import Figures, FitCallbacks, FitResult, FitStep, PhaseCost, PhaseResult
 from .fit_settings import FitSettings
 from .fit_states import StateLosses, check_states, recorded
+from .memory_budget import free_bytes
 from .model import OdeResNet
-from .ode import Adjoint
+from .ode import Adjoint, fixed_buffers, peak_kept_bytes
 from .optimization import create_optimizer, create_scheduler
 from .penalties import penalty
 from .recalibrate import batch_norms, recalibrate
@@ -34,73 +37,13 @@ from .teacher import Teacher, distillation_loss
 from .transfer import deepen
 
 RECALIBRATED = 1000  # images over which BatchNorm statistics are averaged
+PROBED = 8  # images on which time and memory are predicted
+WEIGHT_COPIES = 4  # weights, gradients, and Adam's two
+SHARE = 0.5  # of the free memory that plain backprop may take before exact checkpoints take its place
 CHECKED = 256  # images that are not trained on, on which a phase must have been of use
 SETTLED = 1e-3  # of √e_k: states that need no fit
 AGREED = 1e-6  # of the distillation loss
 WINDOW, PATIENCE, GAIN = 25, 4, 0.002  # an early stop: so many windows of steps in which the loss gains less than this
-
-
-@dataclass(frozen=True)
-class Figures:
-    """On held-out images. distillation: the loss of `logits`; agreement: of the top-1 with the teacher's.
-
-    states: √e_k by stage, k = 0 … D; empty where the teacher's states are not known. penalty: weighted.
-    """
-
-    distillation: float
-    agreement: float
-    states: dict[str, list[float]]
-    penalty: float = 0.0
-
-    @property
-    def state_error(self) -> float:
-        """The mean of e_k."""
-        errors = [e**2 for stage in self.states.values() for e in stage]
-        return sum(errors) / max(len(errors), 1)
-
-
-@dataclass(frozen=True)
-class PhaseResult:
-    """ended: 'done', 'early' (no more gain), 'interrupted', 'settled' (nothing to fit) or 'reverted' (of no use)."""
-
-    phase: str
-    depths: dict[str, int]
-    steps: int
-    seconds: float
-    before: Figures
-    after: Figures
-    ended: str
-
-
-@dataclass(frozen=True)
-class FitResult:
-    """recalibrated: whether re-estimated BatchNorm statistics were of use, and kept."""
-
-    phases: tuple[PhaseResult, ...]
-    recalibrated: bool
-    seconds: float
-    interrupted: bool
-
-
-@dataclass(frozen=True)
-class FitStep:
-    """One step, for a progress bar. loss: of the phase. errors: √e_k by stage, where states are matched."""
-
-    phase: str
-    step: int
-    total: int
-    loss: float
-    errors: dict[str, list[float]]
-
-
-@dataclass(frozen=True)
-class FitCallbacks:
-    """What a caller wants to hear; on_saved: after every phase, when the model is worth keeping."""
-
-    on_step: Callable[[FitStep], None] = lambda step: None
-    on_phase: Callable[[PhaseResult], None] = lambda result: None
-    on_message: Callable[[str], None] = lambda message: None
-    should_stop: Callable[[], bool] = lambda: False
 
 
 @dataclass(frozen=True)
@@ -109,6 +52,12 @@ class FitData:
 
     train: ImageData
     plain: ImageData
+
+
+def held_out(count: int) -> list[int]:
+    """Which of so many images are not trained on: an eighth, but not too many, evenly spaced."""
+    held = min(CHECKED, max(count // 8, 1))
+    return [i * count // held for i in range(held)]
 
 
 def fit(
@@ -157,9 +106,8 @@ class _Fit:
         needed = {"blocks", "stages"} & set(settings.phases) or settings.states or settings.contract
         self.source = check_states(model, teacher) if needed else None
         count = len(data.plain)
-        held = min(CHECKED, max(count // 8, 1))
-        self.held_out = [i * count // held for i in range(held)]
-        kept = set(self.held_out) if count > held else set()
+        self.held_out = held_out(count)
+        kept = set(self.held_out) if count > 1 else set()
         self.trained = [i for i in range(count) if i not in kept]
 
     def run(self) -> FitResult:
@@ -169,13 +117,16 @@ class _Fit:
         self.model.eval()
         if self.settings.steps:
             self._deepen(self.coarse)
+            costs = self._costs()
+            self.callbacks.on_costs(costs)
             recalibrated = self._recalibrate()
-            for phase in self.settings.phases:
+            for cost in costs:
                 if self.interrupted:
                     break
-                self._deepen(self.depths if phase == "refine" else self.coarse)
-                results.append(self._phase(phase))
-                self.callbacks.on_phase(results[-1])
+                self._deepen(cost.depths)
+                self.model.use_adjoint(Adjoint(cost.adjoint))
+                results.append(self._phase(cost.phase))
+                self.callbacks.on_phase(results[-1], self._finished())
         self._deepen(self.depths)
         self.model.eval()
         return FitResult(tuple(results), recalibrated, time.perf_counter() - began, self.interrupted)
@@ -184,7 +135,55 @@ class _Fit:
         for name, blocks in depths.items():
             stage = self.model.stages[name]
             self.model.replace_stage(name, deepen(stage, blocks, depth_weights=self.depth_weights))
-        self.model.use_adjoint(Adjoint(self.settings.adjoint))
+
+    def _finished(self) -> OdeResNet:
+        """A copy of final depth."""
+        mine, self.model = self.model, copy.deepcopy(self.model)
+        try:
+            self._deepen(self.depths)
+            return self.model.eval()
+        finally:
+            self.model = mine
+
+    def _costs(self) -> list[PhaseCost]:
+        """Predicted from one step of each phase on a few images."""
+        mine, costs = self.model, []
+        few = min(PROBED, self.settings.batch_size, len(self.held_out))
+        batch = next(self._batches(self.data.plain, self.held_out[:few]))
+        if not len(batch.labels):
+            raise ResodeError("no image could be read")
+        scale = self.settings.batch_size / len(batch.labels)
+        weights = sum(p.nbytes for p in self.model.parameters())
+        try:
+            self.model = copy.deepcopy(mine)
+            for phase in self.settings.phases:
+                self._deepen(self.depths if phase == "refine" else self.coarse)
+                depths = {name: stage.spec.depth for name, stage in self.model.stages.items() if stage.spec.depth}
+                for adjoint in ("backprop", "checkpoint"):
+                    self.model.use_adjoint(Adjoint(adjoint))
+                    seconds, kept = self._probe(phase, batch.images.to(self.device))
+                    total = int(kept * scale) + WEIGHT_COPIES * weights
+                    if total < SHARE * free_bytes(self.device):
+                        break
+                steps = self.settings.steps_of(phase)
+                costs.append(PhaseCost(phase, depths, steps, seconds * scale * steps, total, adjoint))
+        finally:
+            self.model = mine
+        return costs
+
+    def _probe(self, phase: str, images: Tensor) -> tuple[float, int]:
+        """Seconds of a step, the second one, and the bytes that it keeps at most."""
+        with fixed_buffers([self.model]):
+            self._train_mode()
+            with peak_kept_bytes(self.model.parameters()) as count:
+                self._backward(phase, images)
+            began = time.perf_counter()
+            self._backward(phase, images)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+        self.model.zero_grad(set_to_none=True)
+        states = sum(t.nbytes for targets in self._targets(images)[0].values() for t in targets)
+        return time.perf_counter() - began, count() + states
 
     def _recalibrate(self) -> bool:
         if self.settings.bn == "keep" or not any(True for _ in batch_norms(self.model)):

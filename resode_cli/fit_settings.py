@@ -40,7 +40,6 @@ class FitSettings:
     augment: bool = True
     seed: int = 0
     workers: int = 0
-    adjoint: str = "backprop"
 
     def __post_init__(self) -> None:
         for phase in self.phases:

@@ -203,7 +203,7 @@ class OdeStage(nn.Module):
     def _tapped(self, tap: Tap, x: Tensor) -> Tensor:
         """The same, stopping for the tap. A rule that looks beyond its step is then recorded by autograd."""
         field, scheme, here = self.field(), SCHEMES[self.spec.scheme], 0
-        for n in (*tap.steps, self.spec.depth):
+        for n in sorted({*tap.steps, self.spec.depth}):
             if scheme.evaluations == 1:
                 x = self._solve(replace(field, schedule=field.schedule[here:n]), x)
             else:

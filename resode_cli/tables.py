@@ -30,6 +30,13 @@ def size(count: float) -> str:
     return f"{count:.3g} GiB"
 
 
+def duration(seconds: float) -> str:
+    """Seconds, or minutes and seconds."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def finite(value: Any) -> Any:
     """The same with every figure that is not finite replaced by None, which JSON can say."""
     if isinstance(value, float):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ResodeError, UsageError
+from .interrupt import stop_on_interrupt
 from .options import (
     DATA_ROOT,
     AnchorsOption,
@@ -172,7 +170,7 @@ def finetune_command(
         output.note(f"resuming at step {state.progress['step']}")
     done = state.progress["step"] if state is not None else 0
     total = settings.steps(len(train))
-    with _stop_on_interrupt(output) as should_stop, training(output, total, done) as on_step:
+    with stop_on_interrupt(output) as should_stop, training(output, total, done) as on_step:
         callbacks = Callbacks(
             on_step=on_step,
             on_message=output.note,
@@ -222,22 +220,3 @@ def _check_folder(out: Path, *, resume: bool, force: bool) -> None:
     if existing and force and not resume:
         for name in existing:
             (out / name).unlink()
-
-
-@contextmanager
-def _stop_on_interrupt(output: Output) -> Iterator[Callable[[], bool]]:
-    """Ctrl-C, or a polite kill, ends the run after the step in progress and saves it; a second one ends it at once."""
-    stopping: list[int] = []
-
-    def ask(number: int, frame: object) -> None:
-        if stopping:
-            raise KeyboardInterrupt
-        stopping.append(number)
-        output.note("stopping after this step; press Ctrl-C again to stop without saving")
-
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(stopping)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -75,6 +75,9 @@ MemoryBudgetOption = Annotated[
     str | None,
     typer.Option("--memory-budget", help="Of a training step, e.g. 8GiB, for 'auto'. Default: what is free."),
 ]
+GradientsOption = Annotated[
+    bool, typer.Option("--gradients/--no-gradients", help="Report the gradient errors of reversals, before and after.")
+]
 DATA_ROOT = Path("~/.cache/resode")
 
 

@@ -6,11 +6,20 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from ..tables import number, size
 
 if TYPE_CHECKING:
+    from ..fit_results import FitStep
     from ..run_folder import StepRecord
     from .output import Output
 
@@ -68,4 +77,36 @@ def training(output: Output, total: int, done: int) -> Iterator[Callable[[StepRe
 
     with progress:
         task = progress.add_task("", total=total, completed=done, epoch="–", figures="")
+        yield show
+
+
+@contextmanager
+def fitting(output: Output) -> Iterator[Callable[[FitStep], None]]:
+    """A bar over the training steps of a fit's phases, with the loss and the state error of each stage's last block."""
+    quiet = not output.aside.is_terminal
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=output.aside,
+        disable=quiet,
+        transient=True,
+    )
+    tasks: dict[str, TaskID] = {}
+
+    def show(step: FitStep) -> None:
+        figures = f"loss {step.loss:.4f}"
+        if step.errors:
+            worst = " ".join(f"{sum(e) / len(e):.3f}/{e[-1]:.3f}" for e in step.errors.values())
+            figures += f" state error (mean/last) {worst}"
+        if step.phase not in tasks:
+            tasks[step.phase] = progress.add_task(step.phase, total=step.total, figures="")
+        progress.update(tasks[step.phase], completed=step.step, figures=figures)
+        if quiet and (step.step % LINE_EVERY == 0 or step.step == step.total):
+            output.note(f"{step.phase} {step.step}/{step.total} {figures}")
+
+    with progress:
         yield show

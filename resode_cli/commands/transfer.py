@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..errors import UsageError, unknown
+from .fit_options import (
+    ContractOption,
+    FitAugmentOption,
+    FitBatchNormOption,
+    FitBatchSizeOption,
+    FitImagesOption,
+    FitLrOption,
+    FitOption,
+    FitPhasesOption,
+    FitRefineStepsOption,
+    FitStatesOption,
+    FitStepsOption,
+    FitSubstepsOption,
+    FormOption,
+    SeedOption,
+    SmoothOption,
+    TeacherOption,
+    TemperatureOption,
+    request,
+)
 from .options import (
     DATA_ROOT,
     BatchSizeOption,
@@ -15,6 +35,7 @@ from .options import (
     DataRootOption,
     DeviceOption,
     ForceOption,
+    GradientsOption,
     ImagesOption,
     JsonOption,
     ModelArgument,
@@ -25,23 +46,44 @@ from .options import (
     SourceOption,
     StageOption,
     WorkersOption,
-    check_safetensors,
 )
-from .output import Output, start
+from .output import start
+from .rewrite import Rewrite
 
 if TYPE_CHECKING:
-    from ..data import ImageData
     from ..model import OdeResNet
     from ..stage import OdeStage
 
+TIED = ("tied", "tied+norms")
+
 
 def tie_command(
+    ctx: typer.Context,
     model: ModelArgument,
     out: OutputOption,
     rule: Annotated[
         str, typer.Option("--rule", help="The shared block: 'mean' of the steps' weights, 'first', 'middle' or 'last'.")
     ] = "mean",
+    depth_weights: Annotated[
+        str,
+        typer.Option("--depth-weights", help="'tied': one block; 'tied+norms': the same, but each step its own norms."),
+    ] = "tied",
     stage: StageOption = None,
+    fit: FitOption = None,
+    fit_phases: FitPhasesOption = "blocks,logits",
+    fit_steps: FitStepsOption = 150,
+    fit_images: FitImagesOption = 4000,
+    fit_batch_size: FitBatchSizeOption = 64,
+    fit_lr: FitLrOption = 3e-4,
+    fit_bn: FitBatchNormOption = "recalibrate",
+    fit_states: FitStatesOption = 0.0,
+    fit_augment: FitAugmentOption = True,
+    temperature: TemperatureOption = 2.0,
+    smooth: SmoothOption = 0.0,
+    contract: ContractOption = 0.0,
+    teacher: TeacherOption = None,
+    form: FormOption = None,
+    seed: SeedOption = 0,
     data: OptionalDataOption = None,
     images: ImagesOption = None,
     batch_size: BatchSizeOption = 100,
@@ -49,18 +91,40 @@ def tie_command(
     workers: WorkersOption = 0,
     skip_corrupt: SkipCorruptOption = False,
     data_root: DataRootOption = DATA_ROOT,
+    gradients: GradientsOption = False,
     source: SourceOption = None,
     recipe: RecipeOption = None,
     force: ForceOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Share one block among all steps of a stage. Changes the function."""
+    """Share one block among all steps of a stage. Changes the function; --fit repairs it."""
     start()
     from ..transfer import tie
 
-    rewrite = _Rewrite("tie", model, out, source, force, json, {"rule": rule})
+    if depth_weights not in TIED:
+        raise unknown("depth weights", depth_weights, TIED)
+    wanted = request(ctx)
+    if wanted is None and form is not None:
+        raise UsageError("--form changes the function; add --fit DATA, or use it with `resode convert`")
+    rewrite = Rewrite(
+        "tie",
+        model,
+        out,
+        source=source,
+        force=force,
+        json=json,
+        settings={"rule": rule, "depth_weights": depth_weights},
+        gradients=gradients or wanted is not None,
+    )
     rewrite.measure_on(data, images, batch_size, device, workers, skip_corrupt, data_root)
-    rewrite.stages(stage, lambda old: tie(old, rule=rule))
+
+    def change(old: OdeStage) -> OdeStage:
+        return tie(old, rule=rule, norms=depth_weights == "tied+norms")
+
+    if wanted is None:
+        rewrite.stages(stage, change)
+    else:
+        rewrite.fitted(wanted, stage, change)
 
 
 def untie_command(
@@ -74,6 +138,7 @@ def untie_command(
     workers: WorkersOption = 0,
     skip_corrupt: SkipCorruptOption = False,
     data_root: DataRootOption = DATA_ROOT,
+    gradients: GradientsOption = False,
     source: SourceOption = None,
     recipe: RecipeOption = None,
     force: ForceOption = False,
@@ -83,12 +148,13 @@ def untie_command(
     start()
     from ..transfer import untie
 
-    rewrite = _Rewrite("untie", model, out, source, force, json, {})
+    rewrite = Rewrite("untie", model, out, source=source, force=force, json=json, settings={}, gradients=gradients)
     rewrite.measure_on(data, images, batch_size, device, workers, skip_corrupt, data_root)
     rewrite.stages(stage, untie)
 
 
 def deepen_command(
+    ctx: typer.Context,
     model: ModelArgument,
     blocks: Annotated[int, typer.Option("--blocks", help="Steps of each stage afterwards.")],
     out: OutputOption,
@@ -100,7 +166,32 @@ def deepen_command(
             " 'identity': insert steps that do nothing yet (keeps the function).",
         ),
     ] = "replicate",
+    depth_weights: Annotated[
+        str | None,
+        typer.Option(
+            "--depth-weights",
+            help="How steps share weights: 'replicate' (a run of equal ones per source block), 'linear' (between"
+            " knots), 'tied', 'tied+norms' (each step its own norms) or 'free'. Default: as --mode leaves them.",
+        ),
+    ] = None,
     stage: StageOption = None,
+    fit: FitOption = None,
+    fit_phases: FitPhasesOption = "blocks,logits,refine",
+    fit_steps: FitStepsOption = 150,
+    fit_refine_steps: FitRefineStepsOption = 30,
+    fit_substeps: FitSubstepsOption = 2,
+    fit_images: FitImagesOption = 4000,
+    fit_batch_size: FitBatchSizeOption = 64,
+    fit_lr: FitLrOption = 3e-4,
+    fit_bn: FitBatchNormOption = "recalibrate",
+    fit_states: FitStatesOption = 0.0,
+    fit_augment: FitAugmentOption = True,
+    temperature: TemperatureOption = 2.0,
+    smooth: SmoothOption = 0.0,
+    contract: ContractOption = 0.0,
+    teacher: TeacherOption = None,
+    form: FormOption = None,
+    seed: SeedOption = 0,
     data: OptionalDataOption = None,
     images: ImagesOption = None,
     batch_size: BatchSizeOption = 100,
@@ -108,18 +199,48 @@ def deepen_command(
     workers: WorkersOption = 0,
     skip_corrupt: SkipCorruptOption = False,
     data_root: DataRootOption = DATA_ROOT,
+    gradients: GradientsOption = False,
     source: SourceOption = None,
     recipe: RecipeOption = None,
     force: ForceOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Take stages to more steps. Without --stage: all that have any."""
+    """Take stages to more steps. Without --stage: all that have any. With --fit: and keep what the network knows."""
     start()
     from ..transfer import deepen
 
-    rewrite = _Rewrite("deepen", model, out, source, force, json, {"blocks": blocks, "mode": mode})
+    wanted = request(ctx)
+    if wanted is None and form is not None:
+        raise UsageError("--form changes the function; add --fit DATA, or use it with `resode convert`")
+    if wanted is not None and mode != "replicate":
+        raise UsageError(f"--fit starts from equal weights in a block's run of steps, not from --mode {mode}")
+    rewrite = Rewrite(
+        "deepen",
+        model,
+        out,
+        source=source,
+        force=force,
+        json=json,
+        settings={"blocks": blocks, "mode": mode, "depth_weights": depth_weights},
+        gradients=gradients or wanted is not None,
+    )
     rewrite.measure_on(data, images, batch_size, device, workers, skip_corrupt, data_root)
-    rewrite.stages(stage, lambda old: deepen(old, blocks, mode=mode))
+
+    def change(old: OdeStage) -> OdeStage:
+        return deepen(old, blocks, mode=mode, depth_weights=depth_weights)
+
+    if wanted is None:
+        rewrite.stages(stage, change)
+        return
+    wanted = replace(wanted, form=form or "auto")
+    own = {name: picked.spec.depth for name, picked in rewrite.pick(stage).items()}
+    for picked in rewrite.pick(stage).values():
+        change(picked)  # refuses what cannot be before anything is computed
+    coarse = {name: min(depth * fit_substeps, blocks) if fit_substeps else blocks for name, depth in own.items()}
+    depths = dict.fromkeys(own, blocks)
+    rewrite.fitted(
+        wanted, stage, change, deepening={"coarse": coarse, "depths": depths, "depth_weights": depth_weights}
+    )
 
 
 def recalibrate_command(
@@ -135,6 +256,7 @@ def recalibrate_command(
     workers: WorkersOption = 0,
     skip_corrupt: SkipCorruptOption = False,
     data_root: DataRootOption = DATA_ROOT,
+    gradients: GradientsOption = False,
     source: SourceOption = None,
     recipe: RecipeOption = None,
     force: ForceOption = False,
@@ -145,7 +267,16 @@ def recalibrate_command(
     from ..data import batches, open_data
     from ..recalibrate import recalibrate
 
-    rewrite = _Rewrite("recalibrate", model, out, source, force, json, {"data": data, "images": images})
+    rewrite = Rewrite(
+        "recalibrate",
+        model,
+        out,
+        source=source,
+        force=force,
+        json=json,
+        settings={"data": data, "images": images},
+        gradients=gradients,
+    )
     train = open_data(
         data, rewrite.model.info.preprocessing, "train", images=images, skip_corrupt=skip_corrupt, root=data_root
     )
@@ -160,121 +291,3 @@ def recalibrate_command(
 
 
 _STRIDE = 97
-
-
-class _Rewrite:
-    """Load, measure, change, measure again, save, print."""
-
-    def __init__(
-        self,
-        command: str,
-        model: Path,
-        out: Path,
-        source: str | None,
-        force: bool,
-        json: bool,
-        settings: dict[str, Any],
-    ) -> None:
-        from .. import model_file
-        from ..model import as_device
-
-        self.command, self.path, self.out, self.settings = command, model, out, settings
-        self.output = Output(json_mode=json)
-        model_file.check_output(check_safetensors(out), force=force)
-        self.model = model_file.load(model, source=source)
-        self.data: ImageData | None = None
-        self.device = as_device("cpu")
-
-    def measure_on(
-        self,
-        data: str | None,
-        images: int | None,
-        batch_size: int,
-        device: str,
-        workers: int,
-        skip_corrupt: bool,
-        data_root: Path,
-    ) -> None:
-        """Measure on the test split of `data`; on fixed random images without any."""
-        from ..data import check_classes, open_data
-        from ..model import as_device
-
-        self.device = as_device(device)
-        self.model.to(self.device)
-        self.batch_size, self.workers = batch_size, workers
-        if data is not None:
-            self.data = open_data(
-                data, self.model.info.preprocessing, "test", images=images, skip_corrupt=skip_corrupt, root=data_root
-            )
-            check_classes(self.data, self.model.info.num_classes, self.model.info.class_names)
-
-    def stages(self, names: list[str] | None, change: Callable[[OdeStage], OdeStage]) -> None:
-        """Replace the stages called `names`, or all that have steps."""
-        picked = self.model.pick(names)
-        if not names:
-            picked = {name: stage for name, stage in picked.items() if stage.spec.depth}
-        self.settings["stages"] = list(picked)
-
-        def change_all(model: OdeResNet) -> None:
-            for name, stage in picked.items():
-                model.replace_stage(name, change(stage))
-
-        self.whole(change_all)
-
-    def whole(self, change: Callable[[OdeResNet], None]) -> None:
-        from .. import model_file
-        from ..conversion import compare_logits, random_batch
-        from ..data import batches
-        from ..evaluate import evaluate
-        from ..report import evaluation_json, evaluation_line, stage_rows, stage_table, verification_line
-        from ..tables import finite
-        import torch  # isort: skip
-
-        batch = random_batch(self.model.info.preprocessing, 4).to(self.device)
-
-        def logits() -> torch.Tensor:
-            with torch.no_grad():
-                return self.model(batch).cpu()
-
-        def accuracy() -> Any:
-            if self.data is None:
-                return None
-            self.output.note(f"evaluating on {len(self.data):,} images of {self.data.name}")
-            return evaluate(self.model, batches(self.data, self.batch_size, workers=self.workers), device=self.device)
-
-        rows_before, logits_before, before = stage_rows(self.model), logits(), accuracy()
-        change(self.model)
-        self.model.eval()
-        rows, after = stage_rows(self.model), accuracy()
-        logits_after = logits()
-        same = torch.equal(logits_before, logits_after)
-        verification = compare_logits(logits_before, logits_after, batch="random images", kept=same)
-        verified = verification.record()
-        self.model.info = self.model.info.with_command(self.command, **self.settings, verified=verified)
-        model_file.save(self.model, self.out)
-
-        self.output.show(stage_table(rows, title=f"{self.command}: {self.path} → {self.out}"))
-        for old, new in zip(rows_before, rows, strict=True):
-            if (old.steps, old.blocks) != (new.steps, new.blocks):
-                self.output.show(
-                    f"{new.stage}: {old.steps} → {new.steps} steps, {old.blocks} → {new.blocks} distinct blocks,"
-                    f" h {old.step_size:.4g} → {new.step_size:.4g}, {old.parameters:,} → {new.parameters:,} parameters"
-                )
-        document: dict[str, Any] = {
-            "out": str(self.out),
-            "stages": [vars(row) for row in rows],
-            "verified": verified,
-        }
-        if before is not None and after is not None:
-            agreement = before.agreement(after)
-            self.output.show(f"before: {evaluation_line(before)}")
-            self.output.show(f"after:  {evaluation_line(after)}; top-1 agreement with before {agreement:.2%}")
-            document |= {
-                "before": evaluation_json(before),
-                "after": evaluation_json(after),
-                "top1_agreement": agreement,
-            }
-        else:
-            self.output.show(f"verified {verification_line(verified)}")
-        self.output.note(f"wrote {self.out}")
-        self.output.json(finite(document))

@@ -2,7 +2,7 @@
 
 from .adjoint import solve
 from .field import Evaluator, Field, RandomState, Residual
-from .memory import kept_bytes
+from .memory import kept_bytes, peak_kept_bytes
 from .methods import METHODS, REVERSALS, Adjoint, required_scheme
 from .monitor import Monitor
 from .plans import Carry, Plan, Prediction, StepPlan
@@ -29,6 +29,7 @@ __all__ = [
     "StepPlan",
     "fixed_buffers",
     "kept_bytes",
+    "peak_kept_bytes",
     "required_scheme",
     "solve",
     "trajectory",

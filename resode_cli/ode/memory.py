@@ -1,7 +1,8 @@
-"""Bytes that a computation graph keeps for its backward pass, counted exactly."""
+"""Bytes that computation graphs keep for their backward passes, counted exactly."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -33,3 +34,44 @@ def kept_bytes(exclude: Iterable[Tensor], *, enabled: bool = True) -> Iterator[C
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield lambda: sum(sizes.values())
     alive.clear()
+
+
+@contextmanager
+def peak_kept_bytes(exclude: Iterable[Tensor]) -> Iterator[Callable[[], int]]:
+    """The same where graphs come and go inside the block: the most that is kept at a time."""
+    meter = _Meter({t.untyped_storage().data_ptr() for t in exclude})
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: _Kept(tensor, meter), lambda kept: kept.tensor):
+        yield lambda: meter.peak
+
+
+class _Meter:
+    def __init__(self, ignored: set[int]) -> None:
+        self.ignored = ignored
+        self.holders: Counter[int] = Counter()
+        self.now = self.peak = 0
+
+    def take(self, address: int, size: int) -> None:
+        if address not in self.ignored:
+            self.holders[address] += 1
+            if self.holders[address] == 1:
+                self.now += size
+                self.peak = max(self.peak, self.now)
+
+    def release(self, address: int, size: int) -> None:
+        if address not in self.ignored:
+            self.holders[address] -= 1
+            if self.holders[address] == 0:
+                self.now -= size
+
+
+class _Kept:
+    """A saved tensor, counted for as long as its graph holds it."""
+
+    def __init__(self, tensor: Tensor, meter: _Meter) -> None:
+        storage = tensor.untyped_storage()
+        self.tensor, self.meter = tensor, meter
+        self.address, self.size = storage.data_ptr(), storage.nbytes()
+        meter.take(self.address, self.size)
+
+    def __del__(self) -> None:
+        self.meter.release(self.address, self.size)

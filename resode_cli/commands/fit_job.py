@@ -1,0 +1,146 @@
+"""One fit, as `deepen` and `tie` run it: its teacher, its images, its progress."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .interrupt import stop_on_interrupt
+from .output import Output
+from .progress import fitting
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ..fit_results import FitResult
+    from ..fit_settings import FitSettings
+    from ..model import OdeResNet
+
+FIGURES_IMAGES = 256  # held out of the fit, on which networks are compared
+
+
+@dataclass(frozen=True)
+class FitRequest:
+    """What to fit on, to what, and how. form: of the fitted stages; None: as it is; 'auto': `pre` where that can be."""
+
+    data: str
+    teacher: str | None
+    form: str | None
+    settings: FitSettings
+
+
+class FitJob:
+    def __init__(
+        self,
+        request: FitRequest,
+        model: OdeResNet,
+        path: Path,
+        device: torch.device,
+        *,
+        root: Path,
+        skip_corrupt: bool,
+    ) -> None:
+        from ..data import open_data
+        from ..fit import FitData
+        from ..teacher import open_teacher, own_teacher
+
+        self.request, self.model, self.device = request, model, device
+        settings, pre = request.settings, model.info.preprocessing
+        given = request.teacher
+        teacher = own_teacher(model, str(path)) if given is None else open_teacher(given, model)
+        self.teacher = teacher.to(device)
+
+        def images(augment: bool) -> Any:
+            return open_data(
+                request.data,
+                pre,
+                "train",
+                augment=augment,
+                seed=settings.seed,
+                images=settings.images,
+                skip_corrupt=skip_corrupt,
+                root=root,
+                labelled=False,
+            )
+
+        self.data = FitData(images(settings.augment), images(False))
+
+    def images(self) -> Tensor:
+        """Images that are held out of the fit."""
+        import torch
+
+        from ..comparison import spread
+        from ..data import batches
+        from ..fit import held_out
+
+        order = spread(held_out(len(self.data.plain)), FIGURES_IMAGES)
+        found = [b.images for b in batches(self.data.plain, 64, order=order) if len(b.labels)]
+        return torch.cat(found)
+
+    def reference(self, images: Tensor) -> Tensor:
+        import torch
+
+        return torch.cat([self.teacher.logits(part.to(self.device)).cpu() for part in torch.split(images, 64)])
+
+    def network(self) -> OdeResNet:
+        """What the student is compared with: the teacher, or else the model as it was."""
+        from ..model import OdeResNet
+
+        net = self.teacher.net
+        return net if isinstance(net, OdeResNet) else copy.deepcopy(self.model)
+
+    def into_form(self, names: Sequence[str]) -> None:
+        """Bring stages into the form that was asked for."""
+        from ..residual import ACTIVATIONS, check_form
+
+        for name in names:
+            stage = self.model.stages[name]
+            form = self.request.form
+            if form == "auto":
+                form = "pre" if stage.activation in ACTIVATIONS else stage.spec.form
+            if form is not None:
+                check_form(form, stage.activation, name)  # type: ignore[arg-type]
+                stage.spec = replace(stage.spec, form=form)  # type: ignore[arg-type]
+
+    def record(self) -> dict[str, Any]:
+        """For the model's history."""
+        return {"data": self.request.data, "teacher": self.teacher.name, **asdict(self.request.settings)}
+
+    def run(self, output: Output, deepening: Mapping[str, Any], save: Callable[[OdeResNet], None]) -> FitResult:
+        """Fit, with a bar; `save` gets the model after every phase."""
+        from ..fit import PROBED, fit
+        from ..fit_results import FitCallbacks
+        from ..report_fit import block_table, cost_table, phase_line
+
+        output.note(f"teacher: {self.teacher.name}; {len(self.data.plain):,} images of {self.request.data}")
+        with ExitStack() as stack:
+            should_stop = stack.enter_context(stop_on_interrupt(output))
+            bar = stack.enter_context(fitting(output))
+
+            def ended(phase: Any, model: OdeResNet) -> None:
+                output.note(phase_line(phase))
+                save(model)
+
+            callbacks = FitCallbacks(
+                on_step=bar,
+                on_costs=lambda costs: output.aside.print(cost_table(costs, images=PROBED)),
+                on_phase=ended,
+                should_stop=should_stop,
+            )
+            result = fit(
+                self.model,
+                self.teacher,
+                self.data,
+                settings=self.request.settings,
+                device=self.device,
+                callbacks=callbacks,
+                **deepening,
+            )
+        if result.phases and result.phases[-1].after.states:
+            output.show(block_table(result.phases[-1]))
+        return result

@@ -1,0 +1,110 @@
+"""The options of a fit, which `deepen` and `tie` share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ..errors import UsageError
+from .fit_job import FitRequest
+
+FitOption = Annotated[
+    str | None,
+    typer.Option("--fit", help="Fit to the source network on these images (a data set or a folder); no labels needed."),
+]
+FitPhasesOption = Annotated[
+    str,
+    typer.Option(
+        "--fit-phases",
+        help="Of 'blocks' (each block's states), 'stages' (each stage's), 'logits' (end to end),"
+        " 'refine' (the same at full depth).",
+    ),
+]
+FitStepsOption = Annotated[int, typer.Option("--fit-steps", help="Training steps of each phase; 0: no fit.")]
+FitRefineStepsOption = Annotated[int, typer.Option("--fit-refine-steps", help="Training steps of 'refine'.")]
+FitImagesOption = Annotated[int, typer.Option("--fit-images", help="Images to fit on, evenly spaced.")]
+FitBatchSizeOption = Annotated[int, typer.Option("--fit-batch-size", help="Images per training step.")]
+FitLrOption = Annotated[float, typer.Option("--fit-lr", help="Largest learning rate, of Adam.")]
+FitSubstepsOption = Annotated[
+    int, typer.Option("--fit-substeps", help="Steps per source block before 'refine'; 0: full depth throughout.")
+]
+FitBatchNormOption = Annotated[
+    str,
+    typer.Option("--fit-bn", help="BatchNorm statistics: 'recalibrate' (once, then frozen), 'keep' or 'batch'."),
+]
+FitStatesOption = Annotated[
+    float, typer.Option("--fit-states", help="Weight of the states beside the logits, end to end.")
+]
+FitAugmentOption = Annotated[
+    bool, typer.Option("--fit-augment/--no-fit-augment", help="Random crops, and mirror images where fit.")
+]
+TemperatureOption = Annotated[float, typer.Option("--temperature", help="Of the logits that are distilled.")]
+SmoothOption = Annotated[
+    float, typer.Option("--smooth", help="Weight of a penalty on differences between neighbouring blocks' weights.")
+]
+ContractOption = Annotated[
+    float, typer.Option("--contract", help="Weight of a penalty on the contraction h‖J‖, which makes steps reversible.")
+]
+TeacherOption = Annotated[
+    str | None,
+    typer.Option("--teacher", help="Model file or SOURCE to learn from. Default: the model before the change."),
+]
+FormOption = Annotated[
+    str | None,
+    typer.Option("--form", help="'exact' or 'pre' (default with --fit, where the blocks allow it), else as it is."),
+]
+SeedOption = Annotated[int, typer.Option("--seed", help="Of the fit: order and augmentation of images.")]
+
+# What a fit alone reads: given without --fit, it would be ignored.
+NAMES = (
+    "fit_phases",
+    "fit_steps",
+    "fit_refine_steps",
+    "fit_images",
+    "fit_batch_size",
+    "fit_lr",
+    "fit_substeps",
+    "fit_bn",
+    "fit_states",
+    "fit_augment",
+    "temperature",
+    "smooth",
+    "contract",
+    "teacher",
+    "seed",
+)
+
+
+def request(ctx: typer.Context) -> FitRequest | None:
+    """The fit that a command's options ask for; None without --fit.
+
+    Raises UsageError for an option of a fit without one.
+    """
+    from ..fit_settings import FitSettings
+
+    given = ctx.params
+    if given["fit"] is None:
+        for name in NAMES:
+            origin = ctx.get_parameter_source(name) if name in given else None
+            if origin is not None and origin.name != "DEFAULT":
+                raise UsageError(f"--{name.replace('_', '-')} is a setting of a fit; add --fit DATA")
+        return None
+    settings = FitSettings(
+        phases=tuple(part.strip() for part in given["fit_phases"].split(",")),
+        steps=given["fit_steps"],
+        refine_steps=given.get("fit_refine_steps", 0),
+        images=given["fit_images"],
+        batch_size=given["fit_batch_size"],
+        lr=given["fit_lr"],
+        temperature=given["temperature"],
+        states=given["fit_states"],
+        smooth=given["smooth"],
+        contract=given["contract"],
+        bn=given["fit_bn"],
+        substeps=given.get("fit_substeps", 0),
+        augment=given["fit_augment"],
+        seed=given["seed"],
+        workers=given["workers"],
+    )
+    return FitRequest(given["fit"], given["teacher"], given["form"], settings)
