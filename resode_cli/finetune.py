@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import model_file, run_folder
@@ -22,10 +21,12 @@ from .errors import ResodeError, UsageError
 from .evaluate import Evaluation, evaluate
 from .guard import Guard, GuardState
 from .model import OdeResNet, freeze_batch_norm
+from .objective import Objective
 from .ode import RandomState, fixed_buffers
 from .optimization import create_optimizer, create_scheduler
 from .run_folder import StepRecord
 from .settings import AMP, Settings
+from .teacher import Teacher
 
 CALIBRATION_IMAGES = 32
 
@@ -83,8 +84,9 @@ def finetune(
     device: torch.device,
     callbacks: Callbacks | None = None,
     resume: run_folder.State | None = None,
+    teacher: Teacher | None = None,
 ) -> FinetuneResult:
-    """Minimise the cross-entropy on `train`; write best, last, log and state files to the folder `out`.
+    """Minimise the `Objective` on `train`; write best, last, log and state files to the folder `out`.
 
     The order of images and their augmentation follow from the seed, so a resumed run repeats what
     the uninterrupted one would have done, bit for bit on one device.
@@ -92,7 +94,7 @@ def finetune(
     Raises ResodeError if the loss stops being finite, on drift past the tolerance with 'stop', and if
     the memory budget is too small.
     """
-    return _Run(model, train, test, out, settings, device, callbacks or Callbacks(), resume).run()
+    return _Run(model, train, test, out, settings, device, callbacks or Callbacks(), resume, teacher).run()
 
 
 class _Run:
@@ -106,12 +108,14 @@ class _Run:
         device: torch.device,
         callbacks: Callbacks,
         resume: run_folder.State | None,
+        teacher: Teacher | None,
     ) -> None:
         self.model, self.train, self.test, self.out = model.to(device), train, test, out
         self.settings, self.device, self.callbacks = settings, device, callbacks
         self.per_epoch, self.total = settings.per_epoch(len(train)), settings.steps(len(train))
         self.progress = Progress()
         self.last_step_at = 0.0
+        self.objective = Objective(model, None if teacher is None else teacher.to(device), settings)
         self.stage_names = [name for name, stage in model.stages.items() if stage.spec.depth]
         self._choose_parameters()
         if resume is None:
@@ -312,8 +316,7 @@ class _Run:
     def _forward_backward(self, images: Tensor, labels: Tensor) -> tuple[float, float, dict[str, dict[str, float]]]:
         """Loss and accuracy on a batch, the monitor's figures, and .grad set."""
         with self._autocast():
-            logits = self.model(images)
-        loss = F.cross_entropy(logits.float(), labels)
+            loss, logits = self.objective(images, labels)
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(self.scaler.scale(loss))
         # One transfer per step: the loss, the accuracy and every stage's figures together.

@@ -32,6 +32,8 @@ class Settings:
     drift_tolerance: of ‖x̃ − x‖ / ‖x‖, where 'auto' does not know better; on_drift: past it move the stage
         to anchors (exact gradients, more memory) and take the step again, warn once per stage, or stop.
     compile: run the branches compiled. channels_last: keep images and states in that memory format.
+    teacher: a model file or a source; distill: weight of its logits against the labels', which have the rest,
+        at a temperature; teacher_states: weight of its stages' outputs. See `Objective`.
     log_every, save_every: steps. eval_every: epochs.
     """
 
@@ -64,6 +66,10 @@ class Settings:
     workers: int = 0
     compile: bool = False
     channels_last: bool = False
+    teacher: str | None = None
+    distill: float = 0.5
+    temperature: float = 2.0
+    teacher_states: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -82,6 +88,12 @@ class Settings:
             raise UsageError(f"--lr {self.lr}: must be above 0")
         if self.grad_tol <= 0:
             raise UsageError(f"--grad-tol {self.grad_tol:g}: must be above 0")
+        if not 0 <= self.distill <= 1:
+            raise UsageError(f"--distill {self.distill:g}: must be from 0 (labels alone) to 1 (teacher alone)")
+        if self.temperature <= 0:
+            raise UsageError(f"--temperature {self.temperature:g}: must be above 0")
+        if self.teacher_states < 0:
+            raise UsageError(f"--teacher-states {self.teacher_states:g}: must be 0 or more")
         if self.memory_budget is not None:
             parse_bytes(self.memory_budget)
         self.adjoint_choice()

@@ -27,6 +27,7 @@ LEVELS = [
     {"depth_weights"},
     {"model_file", "transfer", "recalibrate", "evaluate", "conversion"},
     {"teacher"},
+    {"objective"},
     {"fit_states", "fit_results"},
     {"penalties"},
     {"fit"},

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ResodeError, UsageError
+from .fit_options import TeacherOption, TemperatureOption
 from .interrupt import stop_on_interrupt
 from .options import (
     DATA_ROOT,
@@ -86,6 +87,14 @@ def finetune_command(
         str,
         typer.Option("--on-drift", help="Past it: 'anchors' (exact stage, step redone), 'warn' or 'stop'."),
     ] = "anchors",
+    teacher: TeacherOption = None,
+    distill: Annotated[
+        float, typer.Option("--distill", help="Weight of the teacher's logits; the labels have the rest.")
+    ] = 0.5,
+    temperature: TemperatureOption = 2.0,
+    teacher_states: Annotated[
+        float, typer.Option("--teacher-states", help="Weight of the outputs of the teacher's stages.")
+    ] = 0.0,
     log_every: Annotated[int, typer.Option("--log-every", help="Steps per row of log.csv.")] = 20,
     save_every: Annotated[int, typer.Option("--save-every", help="Steps between saves of the state.")] = 100,
     eval_every: Annotated[int, typer.Option("--eval-every", help="Epochs between evaluations.")] = 1,
@@ -112,6 +121,7 @@ def finetune_command(
     from ..report_calibration import calibration_table
     from ..settings import Settings
     from ..tables import size
+    from ..teacher import open_teacher
     from .progress import training
 
     output = Output(json_mode=json)
@@ -145,7 +155,12 @@ def finetune_command(
         workers=workers,
         compile=compile,
         channels_last=channels_last,
+        teacher=teacher,
+        distill=distill,
+        temperature=temperature,
+        teacher_states=teacher_states,
     )
+    _check_teacher(ctx, chosen)
     _check_folder(out, resume=resume, force=force)
     where = as_device(device)
     state = run_folder.load_state(out) if resume else None
@@ -168,6 +183,7 @@ def finetune_command(
     if state is not None:
         check_resumable(state, train, settings)
         output.note(f"resuming at step {state.progress['step']}")
+    learned_from = open_teacher(settings.teacher, loaded) if settings.teacher is not None else None
     done = state.progress["step"] if state is not None else 0
     total = settings.steps(len(train))
     with stop_on_interrupt(output) as should_stop, training(output, total, done) as on_step:
@@ -178,7 +194,15 @@ def finetune_command(
             should_stop=should_stop,
         )
         result = finetune(
-            loaded, train, test, out=out, settings=settings, device=where, callbacks=callbacks, resume=state
+            loaded,
+            train,
+            test,
+            out=out,
+            settings=settings,
+            device=where,
+            callbacks=callbacks,
+            resume=state,
+            teacher=learned_from,
         )
     if result.before is not None:
         output.show(f"before: {evaluation_line(result.before)}")
@@ -192,6 +216,15 @@ def finetune_command(
     if result.interrupted:
         output.note(f"interrupted at step {result.steps} of {result.total_steps}; --resume goes on from there")
         raise typer.Exit(130)
+
+
+def _check_teacher(ctx: typer.Context, chosen: Settings) -> None:
+    """Raises UsageError for a setting of the teacher without one."""
+    for name in ("distill", "temperature", "teacher_states"):
+        origin = ctx.get_parameter_source(name)
+        given = origin is not None and origin.name != "DEFAULT"
+        if given and chosen.teacher is None and not ctx.params["resume"]:
+            raise UsageError(f"--{name.replace('_', '-')} is a setting of the teacher; add --teacher MODEL")
 
 
 def _resumed(ctx: typer.Context, chosen: Settings, saved: dict[str, Any]) -> Settings:

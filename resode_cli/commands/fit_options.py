@@ -48,7 +48,7 @@ ContractOption = Annotated[
 ]
 TeacherOption = Annotated[
     str | None,
-    typer.Option("--teacher", help="Model file or SOURCE to learn from. Default: the model before the change."),
+    typer.Option("--teacher", help="Model file or SOURCE to learn from. Default of --fit: the model as it was."),
 ]
 FormOption = Annotated[
     str | None,
