@@ -49,12 +49,16 @@ class FitSettings:
             raise UsageError(f"--fit-phases {','.join(self.phases)}: name some of {', '.join(PHASES)}, in this order")
         if self.bn not in BATCH_NORM:
             raise unknown("fit BatchNorm mode", self.bn, BATCH_NORM)
-        for name in ("steps", "refine_steps", "smooth", "contract", "states", "substeps"):
+        for name in ("steps", "refine_steps", "states", "substeps", "smooth", "contract"):
             if getattr(self, name) < 0:
-                raise UsageError(f"--fit-{name.replace('_', '-')} {getattr(self, name)}: must be 0 or more")
+                raise UsageError(f"{_flag(name)} {getattr(self, name)}: must be 0 or more")
         for name in ("images", "batch_size", "lr", "temperature", "clip_grad"):
             if getattr(self, name) <= 0:
-                raise UsageError(f"--fit-{name.replace('_', '-')} {getattr(self, name)}: must be above 0")
+                raise UsageError(f"{_flag(name)} {getattr(self, name)}: must be above 0")
 
     def steps_of(self, phase: str) -> int:
         return self.refine_steps if phase == "refine" and self.steps else self.steps
+
+
+def _flag(name: str) -> str:
+    return f"--{name}" if name in ("smooth", "contract", "temperature") else f"--fit-{name.replace('_', '-')}"

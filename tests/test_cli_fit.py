@@ -1,0 +1,146 @@
+"""`deepen --fit`, `tie --fit` and the report of every rewrite, as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from resode_cli import load
+from resode_cli.app import main
+
+QUICK = ["--fit-steps", "3", "--fit-refine-steps", "2", "--fit-images", "40", "--fit-batch-size", "8"]
+
+
+@pytest.fixture
+def net(tmp_path: Path, tiny_file: Path) -> Path:
+    out = tmp_path / "net.safetensors"
+    assert main(["convert", f"{tiny_file}:make", "--no-pretrained", "--input-size", "16", "-o", str(out)]) == 0
+    return out
+
+
+@pytest.fixture
+def pictures(make_folder) -> Path:
+    return make_folder(classes=tuple("abcde"), each=8)
+
+
+def document(capsys, arguments: list[str]) -> dict:
+    capsys.readouterr()
+    assert main([*arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_deepen_fits_saves_and_reports(net: Path, pictures: Path, tmp_path: Path, capsys):
+    out = tmp_path / "deep.safetensors"
+    arguments = ["deepen", str(net), "--blocks", "7", "--fit", str(pictures), "--data", str(pictures), *QUICK]
+    found = document(capsys, [*arguments, "-o", str(out)])
+    assert [phase["phase"] for phase in found["fit"]["phases"]] == ["blocks", "logits", "refine"]
+    names = [column["name"] for column in found["figures"]]
+    assert names == ["source", "unfitted", "fitted"]
+    source, unfitted, fitted = found["figures"]
+    assert source["agreement"] == 1.0 and source["logit_distance"] == 0.0 and source["gradient_errors"] == {}
+    assert source["evaluations"] == 7 and unfitted["evaluations"] == fitted["evaluations"] == 21
+    assert set(fitted["gradient_errors"]) == {"multistep", "pc", "pc, 1 correction", "euler"}
+    assert fitted["gradient_errors"] != unfitted["gradient_errors"]
+    assert source["top1"] == found["before"]["top1"] and fitted["top1"] == found["after"]["top1"]
+    model = load(out)
+    assert {stage.spec.form for stage in model.stages.values()} == {"pre"}
+    assert {stage.spec.depth for stage in model.stages.values()} == {7}
+    history = model.info.history[-1]
+    assert (
+        history["command"] == "deepen" and history["fit"]["teacher"] == str(net) and not history["fit"]["interrupted"]
+    )
+
+
+def test_no_fit_steps_are_replication(net: Path, pictures: Path, tmp_path: Path):
+    one, other = tmp_path / "one.safetensors", tmp_path / "other.safetensors"
+    base = ["deepen", str(net), "--blocks", "6"]
+    fit = ["--fit", str(pictures), "--fit-steps", "0", "--form", "exact"]
+    assert main([*base, *fit, "--no-gradients", "-o", str(one)]) == 0
+    assert main([*base, "-o", str(other)]) == 0
+    first, second = load(one).file_state(), load(other).file_state()
+    assert first.keys() == second.keys() and all(torch.equal(t, second[k]) for k, t in first.items())
+
+
+def test_tie_fits_with_norms_of_each_step(net: Path, pictures: Path, tmp_path: Path, capsys):
+    out = tmp_path / "tied.safetensors"
+    arguments = ["tie", str(net), "--depth-weights", "tied+norms", "--fit", str(pictures), "-o", str(out)]
+    found = document(capsys, [*arguments, *QUICK[:2], *QUICK[4:]])
+    assert {row["weights"] for row in found["stages"]} == {"tied+norms"}
+    assert [phase["phase"] for phase in found["fit"]["phases"]] == ["blocks", "logits"]
+    assert found["figures"][2]["parameters"] < found["figures"][0]["parameters"]
+
+
+def test_every_rewrite_reports_size_cost_and_distance(net: Path, tmp_path: Path, capsys):
+    out = tmp_path / "deep.safetensors"
+    found = document(capsys, ["deepen", str(net), "--blocks", "6", "--gradients", "-o", str(out)])
+    before, after = found["figures"]
+    assert (before["evaluations"], after["evaluations"]) == (7, 18)
+    assert before["parameters"] == after["parameters"]
+    assert 0 < after["logit_distance"] and set(after["gradient_errors"]["pc"]) == {"layer1", "layer2", "layer3"}
+    assert main(["untie", str(out), "-o", str(tmp_path / "untied.safetensors")]) == 0
+    shown = capsys.readouterr().out
+    assert "branch evaluations per image" in shown and "logits identical" in shown
+
+
+def test_a_deepened_linear_network_reports_no_more_parameters(net: Path, tmp_path: Path, capsys):
+    out = tmp_path / "linear.safetensors"
+    found = document(capsys, ["deepen", str(net), "--blocks", "9", "--depth-weights", "linear", "-o", str(out)])
+    assert {row["weights"] for row in found["stages"]} == {"linear"}
+    assert found["figures"][0]["parameters"] == found["figures"][1]["parameters"]
+    assert main(["info", str(out)]) == 0
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["deepen", "NET", "--blocks", "6", "--fit-steps", "5"], "--fit-steps is a setting of a fit; add --fit DATA"),
+        (["deepen", "NET", "--blocks", "6", "--smooth", "1"], "--smooth is a setting of a fit"),
+        (["deepen", "NET", "--blocks", "6", "--form", "pre"], "--form changes the function"),
+        (["deepen", "NET", "--blocks", "6", "--fit", "nowhere/"], "data folder 'nowhere/' does not exist"),
+        (["deepen", "NET", "--blocks", "6", "--fit", "DATA", "--mode", "identity"], "not from --mode identity"),
+        (["deepen", "NET", "--blocks", "2", "--fit", "DATA"], "has 3 steps already"),
+        (["deepen", "NET", "--blocks", "6", "--fit", "DATA", "--fit-phases", "block"], "unknown fit phase 'block'"),
+        (["deepen", "NET", "--blocks", "6", "--depth-weights", "lin"], "unknown depth weights 'lin'"),
+        (["deepen", "NET", "--blocks", "6", "--fit", "DATA", "--teacher", "cifar:resnet20"], "brings no weights"),
+        (["tie", "NET", "--depth-weights", "linear"], "unknown depth weights 'linear'"),
+        (["tie", "NET", "--fit", "DATA", "--teacher", "gone.safetensors"], "'gone.safetensors' does not exist"),
+        (["finetune", "NET", "--data", "DATA", "--distill", "0.3"], "--distill is a setting of the teacher"),
+        (["finetune", "NET", "--data", "DATA", "--teacher", "NET", "--distill", "2"], "--distill 2: must be from 0"),
+    ],
+)
+def test_a_mistake_is_one_line(net: Path, pictures: Path, tmp_path: Path, capsys, arguments, message):
+    given = [{"NET": str(net), "DATA": str(pictures)}.get(a, a) for a in arguments]
+    out = tmp_path / ("out" if given[0] == "finetune" else "out.safetensors")
+    capsys.readouterr()
+    assert main([*given, "-o", str(out)]) != 0
+    error = capsys.readouterr().err.strip()
+    assert message in error and error.count("\n") == 0 and not out.exists()
+
+
+def test_ctrl_c_keeps_what_is_fitted_so_far(net: Path, pictures: Path, tmp_path: Path):
+    out = tmp_path / "deep.safetensors"
+    arguments = ["deepen", str(net), "--blocks", "8", "--fit", str(pictures), "-o", str(out)]
+    arguments += ["--fit-steps", "100000", "--fit-images", "40", "--fit-batch-size", "8", "--no-gradients"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "resode_cli", *arguments], stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stderr is not None
+        lines = iter(process.stderr.readline, "")
+        assert any(line.startswith("blocks 20/") for line in lines)
+        time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+        assert process.wait(60) == 130
+    assert "holds what was fitted so far" in rest and "Traceback" not in rest
+    model = load(out)
+    assert {stage.spec.depth for stage in model.stages.values()} == {8}
+    assert model.info.history[-1]["fit"]["interrupted"]
