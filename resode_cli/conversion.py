@@ -21,6 +21,7 @@ from .stage import BlockSpec, StageSpec
 # step is not computed as the block itself (smooth activations). Random deep networks amplify
 # rounding, so this is far above one unit in the last place and far below any wrong formula.
 ROUNDING = 1e-3
+VERIFIED = 4  # random images
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Verification:
 
 
 def convert(
-    source: Source, *, scheme: str = "euler", form: Form = "exact", images: int = 4
+    source: Source, *, scheme: str = "euler", form: Form = "exact", images: int = VERIFIED
 ) -> tuple[OdeResNet, Verification]:
     """Convert `source`, whose network is used up, and compare logits on a fixed random batch.
 

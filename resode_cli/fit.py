@@ -248,7 +248,8 @@ class _Fit:
             if self.callbacks.should_stop():
                 self.interrupted = True
                 return step + 1, "interrupted"
-            if patience.exhausted(loss):
+            # Before, the rate is high, and a loss that stays where it is says nothing.
+            if step >= total // 2 and patience.exhausted(loss):
                 return step + 1, "early"
         return total, "done"
 

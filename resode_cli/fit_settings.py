@@ -14,7 +14,7 @@ BATCH_NORM = ("recalibrate", "keep", "batch")
 class FitSettings:
     """phases: in this order. steps: of each; the last, 'refine', takes `refine_steps`.
 
-    images: to use, held-out ones included. batch_size: images per step.
+    images: to use, held-out ones included; None: all. More cost nothing: a step reads `batch_size` of them.
 
     lr: largest, of Adam; a warm-up over a tenth of a phase, then a cosine to 0. clip_grad: largest norm.
     temperature: of the logits. states: weight of the states' mean e_k beside the logits.
@@ -27,7 +27,7 @@ class FitSettings:
     phases: tuple[str, ...] = ("blocks", "logits", "refine")
     steps: int = 150
     refine_steps: int = 30
-    images: int = 4000
+    images: int | None = None
     batch_size: int = 64
     lr: float = 3e-4
     clip_grad: float = 5.0
@@ -53,8 +53,9 @@ class FitSettings:
             if getattr(self, name) < 0:
                 raise UsageError(f"{_flag(name)} {getattr(self, name)}: must be 0 or more")
         for name in ("images", "batch_size", "lr", "temperature", "clip_grad"):
-            if getattr(self, name) <= 0:
-                raise UsageError(f"{_flag(name)} {getattr(self, name)}: must be above 0")
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UsageError(f"{_flag(name)} {value}: must be above 0")
 
     def steps_of(self, phase: str) -> int:
         return self.refine_steps if phase == "refine" and self.steps else self.steps

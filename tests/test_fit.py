@@ -241,9 +241,9 @@ def test_an_interrupt_ends_the_phase_and_leaves_the_final_depth(pair, pictures: 
 
 def test_a_loss_that_stops_falling_ends_the_phase(pair, pictures: FitData):
     student, teacher = pair
-    settings = replace(FAST, phases=("logits",), steps=1000, lr=1e-12)
-    result = run(student, teacher, pictures, settings)
-    assert result.phases[0].steps < 300
+    settings = replace(FAST, phases=("logits",), steps=400, lr=1e-12)
+    (phase,) = run(student, teacher, pictures, settings).phases
+    assert 300 <= phase.steps < 400
 
 
 def test_statistics_are_kept_or_re_estimated_as_asked(build_tiny, pictures: FitData):

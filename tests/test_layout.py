@@ -32,7 +32,7 @@ LEVELS = [
     {"penalties"},
     {"fit"},
     {"bench", "bench_worker", "bench_workload", "check_grad", "run_folder", "finetune"},
-    {"comparison"},
+    {"comparison", "forecast"},
     {"report_calibration"},
     {"report", "report_bench", "report_fit", "plot", "plot_bench"},
     {"commands"},

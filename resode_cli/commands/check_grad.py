@@ -70,12 +70,13 @@ def check_grad_command(
     from .. import model_file
     from ..adjoint_choice import choose_adjoints
     from ..check_grad import StageAdjoints, SweepRow, calibrated, check_gradients, sweep_depths
+    from ..forecast import forecast_gradients
     from ..memory_budget import free_bytes, parse_bytes
     from ..model import as_device
     from ..ode import Adjoint
     from ..report import gradient_json, gradient_table, sweep_json, sweep_table
     from ..report_calibration import calibration_json, calibration_table
-    from ..tables import finite, number
+    from ..tables import duration, finite, number, size
 
     output = Output(json_mode=json)
     choices = choose_adjoints(adjoint, anchors=anchors, corrections=corrections, snapshots=snapshots)
@@ -95,6 +96,10 @@ def check_grad_command(
     if data is None:
         output.note("no --data: measured on a fixed batch of random noise with random labels")
     inputs, labels = inputs.to(where), labels.to(where)
+    forecast = forecast_gradients(loaded, inputs, [c.fixed if c.fixed is not None else Adjoint("pc") for c in choices])
+    wide = f" at each of {len(depths)} depths" if depths is not None else ""
+    tuned = ", and calibration" if any(c.fixed is None for c in choices) else ""
+    output.note(f"predicted{wide}: {duration(forecast.seconds)}{tuned}, {size(forecast.bytes)} of memory at most")
     methods: list[Adjoint | StageAdjoints] = []
     calibrations = []
     with output.aside.status("calibrating") as status:

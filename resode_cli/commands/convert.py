@@ -61,9 +61,10 @@ def convert_command(
 
     from .. import model_file
     from ..adapters.sources import open_source
-    from ..conversion import check_rule, convert
+    from ..conversion import VERIFIED, check_rule, convert, random_batch
+    from ..forecast import forecast_inference
     from ..report import stage_rows, stage_table, verification_line
-    from ..tables import finite
+    from ..tables import duration, finite, size
 
     output = Output(json_mode=json)
     model_file.check_output(check_safetensors(out), force=force)
@@ -90,6 +91,10 @@ def convert_command(
     )
     for note in opened.notes:
         output.note(f"note: {note}")
+    image = random_batch(opened.preprocessing, 1)
+    forecast = forecast_inference(opened.net.eval(), image, 2 * VERIFIED)
+    if forecast is not None:
+        output.note(f"predicted: {duration(forecast.seconds)}, {size(forecast.bytes)} of memory")
     model, verification = convert(opened, scheme=scheme, form="pre" if form == "pre" else "exact")
     verified = verification.record()
     model.info = model.info.with_command(

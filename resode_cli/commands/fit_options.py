@@ -23,7 +23,9 @@ FitPhasesOption = Annotated[
 ]
 FitStepsOption = Annotated[int, typer.Option("--fit-steps", help="Training steps of each phase; 0: no fit.")]
 FitRefineStepsOption = Annotated[int, typer.Option("--fit-refine-steps", help="Training steps of 'refine'.")]
-FitImagesOption = Annotated[int, typer.Option("--fit-images", help="Images to fit on, evenly spaced.")]
+FitImagesOption = Annotated[
+    int | None, typer.Option("--fit-images", help="Fit on this many images, evenly spaced; all by default.")
+]
 FitBatchSizeOption = Annotated[int, typer.Option("--fit-batch-size", help="Images per training step.")]
 FitLrOption = Annotated[float, typer.Option("--fit-lr", help="Largest learning rate, of Adam.")]
 FitSubstepsOption = Annotated[
