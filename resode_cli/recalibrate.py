@@ -42,18 +42,23 @@ def recalibrate(model: OdeResNet, data: Iterable[Batch], *, device: torch.device
     model.eval()
     try:
         for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # cumulative average
+            if id(norm) not in knots:
+                norm.reset_running_stats()
+                norm.momentum = None  # cumulative average
             norm.train()
         with torch.no_grad():
             for batch in data:
                 if len(batch.labels) > 1:
                     seen += 1
+                    lowest = []
                     for norm in norms:
                         if id(norm) in knots:
-                            norm.momentum = 1 / seen
+                            norm.momentum = 1 / (1 + seen)
+                            lowest.append((norm, norm.running_var / 2))
                     model(batch.images.to(device))
                     images += len(batch.labels)
+                    for norm, bound in lowest:  # a line through variances may go below 0 at its ends
+                        norm.running_var.copy_(torch.maximum(norm.running_var, bound))
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import UsageError
-from .ode import Residual, version
+from .ode import Residual
 from .sharing import tensors_of
 
 Form = Literal["exact", "pre"]
@@ -112,17 +112,29 @@ class BlendedResidual(Residual):
         tensors = {
             name: torch.lerp(a, upper[name], self.weight) if a.is_floating_point() else a for name, a in lower.items()
         }
-        buffers = [name for name, _ in self.lower.module.named_buffers() if lower[name].is_floating_point()]
-        before = {name: (version(tensors[name]), tensors[name].clone()) for name in buffers}
+        # Not by their versions, which F.batch_norm leaves as they are.
+        before = {
+            name: tensors[name].clone() for name in _updated(self.lower.module) if lower[name].is_floating_point()
+        }
         call = _Call(self.lower, run)
         result: Tensor = torch.func.functional_call(call, {f"module.{n}": t for n, t in tensors.items()})
         with torch.no_grad():
-            for name, (written, old) in before.items():
-                if version(tensors[name]) != written:
-                    share = (tensors[name] - old) / ((1 - self.weight) ** 2 + self.weight**2)
-                    lower[name].add_(share, alpha=1 - self.weight)
-                    upper[name].add_(share, alpha=self.weight)
+            for name, old in before.items():
+                share = (tensors[name] - old) / ((1 - self.weight) ** 2 + self.weight**2)
+                # Unseen by autograd, as F.batch_norm does it: nothing in train mode reads them backward.
+                lower[name].data.add_(share, alpha=1 - self.weight)
+                upper[name].data.add_(share, alpha=self.weight)
         return result
+
+
+def _updated(module: nn.Module) -> list[str]:
+    """The buffers of submodules in train mode, which may write to them."""
+    return [
+        f"{prefix}.{name}" if prefix else name
+        for prefix, part in module.named_modules()
+        if part.training
+        for name, _ in part.named_buffers(recurse=False)
+    ]
 
 
 class _Call(nn.Module):
