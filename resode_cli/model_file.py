@@ -199,7 +199,8 @@ def _check(spec: StageSpec, path: Path) -> None:
         raise ResodeError(f"{path}: stage {spec.name}: schedule out of range of its {n_blocks} blocks")
     if spec.blends and (
         len(spec.blends) != spec.depth
-        or any(not isinstance(w, (int, float)) or not 0 <= w < 1 or w and b + 1 >= n_blocks for b, w in zip(spec.schedule, spec.blends, strict=True))
+        or not all(isinstance(w, (int, float)) and 0 <= w < 1 for w in spec.blends)
+        or any(w and b + 1 >= n_blocks for b, w in zip(spec.schedule, spec.blends, strict=True))
     ):
         raise ResodeError(f"{path}: stage {spec.name}: weights linear in depth reach beyond its {n_blocks} blocks")
     used = set(spec.schedule) | {b + 1 for b, w in zip(spec.schedule, spec.blends, strict=False) if w}
