@@ -54,11 +54,12 @@ def recalibrate(model: OdeResNet, data: Iterable[Batch], *, device: torch.device
                     for norm in norms:
                         if id(norm) in knots:
                             norm.momentum = 1 / (1 + seen)
-                            lowest.append((norm, norm.running_var / 2))
+                            if norm.running_var is not None:
+                                lowest.append((norm.running_var, norm.running_var / 2))
                     model(batch.images.to(device))
                     images += len(batch.labels)
-                    for norm, bound in lowest:  # a line through variances may go below 0 at its ends
-                        norm.running_var.copy_(torch.maximum(norm.running_var, bound))
+                    for variance, bound in lowest:  # a line through variances may go below 0 at its ends
+                        variance.clamp_(min=bound)
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
