@@ -14,9 +14,9 @@ from torch import Tensor
 from resode_cli import model_file
 from resode_cli.data import open_data
 from resode_cli.errors import ResodeError, UsageError
-from resode_cli.fit import FitData, fit, held_out
 from resode_cli.fit_results import FitCallbacks, FitResult, PhaseCost, PhaseResult
 from resode_cli.fit_settings import FitSettings
+from resode_cli.fitting import FitData, fit, held_out
 from resode_cli.model import OdeResNet
 from resode_cli.penalties import contraction, roughness
 from resode_cli.teacher import Teacher, own_teacher
@@ -267,7 +267,7 @@ def test_statistics_are_kept_or_re_estimated_as_asked(build_tiny, pictures: FitD
 def test_exact_checkpoints_take_over_where_memory_is_short(pair, pictures: FitData, monkeypatch):
     student, teacher = pair
     costs: list[PhaseCost] = []
-    monkeypatch.setattr("resode_cli.fit.free_bytes", lambda device: 1)
+    monkeypatch.setattr("resode_cli.fitting.free_bytes", lambda device: 1)
     run(student, teacher, pictures, callbacks=FitCallbacks(on_costs=costs.extend))
     assert {cost.adjoint for cost in costs} == {"checkpoint"}
     assert {stage.adjoint.method for stage in student.stages.values()} == {"checkpoint"}

@@ -30,7 +30,7 @@ LEVELS = [
     {"objective"},
     {"fit_states", "fit_results"},
     {"penalties"},
-    {"fit"},
+    {"fitting"},
     {"bench", "bench_worker", "bench_workload", "check_grad", "run_folder", "finetune"},
     {"comparison", "forecast"},
     {"report_calibration"},

@@ -46,7 +46,7 @@ class FitJob:
         skip_corrupt: bool,
     ) -> None:
         from ..data import open_data
-        from ..fit import FitData
+        from ..fitting import FitData
         from ..teacher import open_teacher, own_teacher
 
         self.request, self.model, self.device = request, model, device
@@ -76,7 +76,7 @@ class FitJob:
 
         from ..comparison import spread
         from ..data import batches
-        from ..fit import held_out
+        from ..fitting import held_out
 
         order = spread(held_out(len(self.data.plain)), FIGURES_IMAGES)
         found = [b.images for b in batches(self.data.plain, 64, order=order) if len(b.labels)]
@@ -113,8 +113,8 @@ class FitJob:
 
     def run(self, output: Output, deepening: Mapping[str, Any], save: Callable[[OdeResNet], None]) -> FitResult:
         """Fit, with a bar; `save` gets the model after every phase."""
-        from ..fit import PROBED, fit
         from ..fit_results import FitCallbacks
+        from ..fitting import PROBED, fit
         from ..report_fit import block_table, cost_table, phase_line
 
         output.note(f"teacher: {self.teacher.name}; {len(self.data.plain):,} images of {self.request.data}")
