@@ -17,7 +17,8 @@ class FitSettings:
     images: to use, held-out ones included; None: all. More cost nothing: a step reads `batch_size` of them.
 
     lr: largest, of Adam; a warm-up over a tenth of a phase, then a cosine to 0. clip_grad: largest norm.
-    temperature: of the logits. states: weight of the states' mean e_k beside the logits.
+    temperature: of the logits. states: weight of the states' mean e_k beside the logits, which tell much more of
+        an image than ten logits do.
     smooth, contract: weights of the penalties; see `penalties`.
     bn: 'recalibrate' re-estimates the statistics on the student's own states, then freezes them; 'keep'
         freezes the source's; 'batch' re-estimates them and trains with those of the batch.
@@ -26,17 +27,17 @@ class FitSettings:
 
     phases: tuple[str, ...] = ("blocks", "logits", "refine")
     steps: int = 150
-    refine_steps: int = 30
+    refine_steps: int = 60
     images: int | None = None
     batch_size: int = 64
-    lr: float = 3e-4
+    lr: float = 5e-4
     clip_grad: float = 5.0
     temperature: float = 2.0
-    states: float = 0.0
+    states: float = 250.0
     smooth: float = 0.0
     contract: float = 0.0
     bn: str = "recalibrate"
-    substeps: int = 2
+    substeps: int = 4
     augment: bool = True
     seed: int = 0
     workers: int = 0

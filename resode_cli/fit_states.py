@@ -36,7 +36,10 @@ def check_states(student: OdeResNet, teacher: Teacher) -> OdeResNet:
     """
     net = teacher.net
     if not isinstance(net, OdeResNet):
-        raise UsageError(f"the states of teacher {teacher.name} are not known; convert it first, or fit to logits")
+        raise UsageError(
+            f"the states of teacher {teacher.name} are not known: convert it first,"
+            " or fit to its logits (--fit-phases logits --fit-states 0)"
+        )
     theirs = {name: stage.spec.depth for name, stage in net.stages.items()}
     for name, stage in student.stages.items():
         if (theirs.get(name, 0) > 0) != (stage.spec.depth > 0):
