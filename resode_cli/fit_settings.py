@@ -17,8 +17,8 @@ class FitSettings:
     images: to use, held-out ones included; None: all. More cost nothing: a step reads `batch_size` of them.
 
     lr: largest, of Adam; a warm-up over a tenth of a phase, then a cosine to 0. clip_grad: largest norm.
-    temperature: of the logits. states: weight of the states' mean e_k beside the logits, which tell much more of
-        an image than ten logits do.
+    temperature: of the logits. states: weight of the states' mean e_k beside the logits: more of it keeps the
+        student closer to the source, less of it leaves it free to do better.
     smooth, contract: weights of the penalties; see `penalties`.
     bn: 'recalibrate' re-estimates the statistics on the student's own states, then freezes them; 'keep'
         freezes the source's; 'batch' re-estimates them and trains with those of the batch.
@@ -26,19 +26,19 @@ class FitSettings:
     """
 
     phases: tuple[str, ...] = ("blocks", "logits", "refine")
-    steps: int = 150
+    steps: int = 200
     refine_steps: int = 60
     images: int | None = None
     batch_size: int = 64
-    lr: float = 5e-4
+    lr: float = 4e-4
     clip_grad: float = 5.0
     temperature: float = 2.0
-    states: float = 250.0
+    states: float = 0.0
     smooth: float = 0.0
     contract: float = 0.0
     bn: str = "recalibrate"
-    substeps: int = 4
-    augment: bool = True
+    substeps: int = 2
+    augment: bool = False
     seed: int = 0
     workers: int = 0
 

@@ -38,7 +38,7 @@ def check_states(student: OdeResNet, teacher: Teacher) -> OdeResNet:
     if not isinstance(net, OdeResNet):
         raise UsageError(
             f"the states of teacher {teacher.name} are not known: convert it first,"
-            " or fit to its logits (--fit-phases logits --fit-states 0)"
+            " or fit to its logits (--fit-phases logits)"
         )
     theirs = {name: stage.spec.depth for name, stage in net.stages.items()}
     for name, stage in student.stages.items():

@@ -39,7 +39,11 @@ FitStatesOption = Annotated[
     float, typer.Option("--fit-states", help="Weight of the states beside the logits, end to end.")
 ]
 FitAugmentOption = Annotated[
-    bool, typer.Option("--fit-augment/--no-fit-augment", help="Random crops, and mirror images where fit.")
+    bool,
+    typer.Option(
+        "--fit-augment/--no-fit-augment",
+        help="Random crops, and mirror images where fit: for many passes over few images.",
+    ),
 ]
 TemperatureOption = Annotated[float, typer.Option("--temperature", help="Of the logits that are distilled.")]
 SmoothOption = Annotated[
