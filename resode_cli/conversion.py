@@ -14,7 +14,7 @@ from .errors import ResodeError, unknown
 from .model import ModelInfo, OdeResNet, assemble
 from .ode import SCHEMES
 from .parts import Preprocessing, Source, StageParts
-from .residual import FORMS, GENERIC, LINEAR, Form
+from .residual import GENERIC, LINEAR, Form, as_form
 from .stage import BlockSpec, StageSpec
 
 # Largest difference of logits, relative to their largest magnitude, that rounding explains where a
@@ -79,8 +79,7 @@ def check_rule(scheme: str, form: str) -> None:
     """Raises UsageError for a forward rule or form that does not exist."""
     if scheme not in SCHEMES:
         raise unknown("scheme", scheme, SCHEMES)
-    if form not in FORMS:
-        raise unknown("form", form, FORMS)
+    form = as_form(form)
 
 
 def _changes_function(model: OdeResNet, name: str) -> bool:

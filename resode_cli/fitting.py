@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .data import Batch, ImageData, batches
-from .errors import ResodeError
+from .errors import ResodeError, UsageError
 from .fit_results import Figures, FitCallbacks, FitResult, FitStep, PhaseCost, PhaseResult
 from .fit_settings import FitSettings
 from .fit_states import StateLosses, check_states, recorded
@@ -37,6 +37,7 @@ from .teacher import Teacher, distillation_loss
 from .transfer import deepen
 
 RECALIBRATED = 1000  # images over which BatchNorm statistics are averaged
+FEWEST = 3  # images: one is held out, and statistics need two
 PROBED = 8  # images on which time and memory are predicted
 WEIGHT_COPIES = 4  # weights, gradients, and Adam's two
 SHARE = 0.5  # of the free memory that plain backprop may take before exact checkpoints take its place
@@ -78,7 +79,8 @@ def fit(
     depth_weights: as for `deepen`, which brings the stages to these depths.
 
     Every phase is judged on images held out of it, and undone if it made things worse. At the end the
-    model has its final depth, however far the fit came. Raises UsageError for a teacher that does not match.
+    model has its final depth, however far the fit came. Raises UsageError for a teacher that does not match, or
+    hardly any images.
     """
     return _Fit(model, teacher, data, settings, device, coarse, depths, depth_weights, callbacks).run()
 
@@ -107,17 +109,21 @@ class _Fit:
         self.source = check_states(model, teacher) if needed else None
         count = len(data.plain)
         self.held_out = held_out(count)
-        kept = set(self.held_out) if count > 1 else set()
+        if count < FEWEST:
+            raise UsageError(f"{data.plain.name} has {count} images for the fit; {FEWEST} are the fewest, many better")
+        kept = set(self.held_out)
         self.trained = [i for i in range(count) if i not in kept]
+        self.batch_size = min(settings.batch_size, len(self.trained))
 
     def run(self) -> FitResult:
         began = time.perf_counter()
         results: list[PhaseResult] = []
         recalibrated = False
         self.model.eval()
-        if self.settings.steps:
+        phases = [phase for phase in self.settings.phases if self.settings.steps_of(phase)]
+        if phases:
             self._deepen(self.coarse)
-            costs = self._costs()
+            costs = self._costs(phases)
             self.callbacks.on_costs(costs)
             recalibrated = self._recalibrate()
             for cost in costs:
@@ -145,18 +151,18 @@ class _Fit:
         finally:
             self.model = mine
 
-    def _costs(self) -> list[PhaseCost]:
+    def _costs(self, phases: Sequence[str]) -> list[PhaseCost]:
         """Predicted from one step of each phase on a few images."""
         mine, costs = self.model, []
-        few = min(PROBED, self.settings.batch_size, len(self.held_out))
+        few = min(PROBED, self.batch_size, len(self.held_out))
         batch = next(self._batches(self.data.plain, self.held_out[:few]))
         if not len(batch.labels):
             raise ResodeError("no image could be read")
-        scale = self.settings.batch_size / len(batch.labels)
+        scale = self.batch_size / len(batch.labels)
         weights = sum(p.nbytes for p in self.model.parameters())
         try:
             self.model = copy.deepcopy(mine)
-            for phase in self.settings.phases:
+            for phase in phases:
                 self._deepen(self.depths if phase == "refine" else self.coarse)
                 depths = {name: stage.spec.depth for name, stage in self.model.stages.items() if stage.spec.depth}
                 for adjoint in ("backprop", "checkpoint"):
@@ -193,10 +199,14 @@ class _Fit:
         order = [self.trained[i] for i in order[:RECALIBRATED]]
         recalibrate(self.model, self._batches(self.data.plain, order), device=self.device)
         after = self._check()
-        if after.distillation < before.distillation or self.settings.bn == "batch":
-            return True
-        self._restore(backup)
-        return False
+        kept = after.distillation < before.distillation or self.settings.bn == "batch"
+        if not kept:
+            self._restore(backup)
+        self.callbacks.on_message(
+            f"BatchNorm statistics, estimated again: distillation loss {before.distillation:.3g} →"
+            f" {after.distillation:.3g}" + ("" if kept else " (undone: it made things worse)")
+        )
+        return kept
 
     def _phase(self, phase: str) -> PhaseResult:
         began = time.perf_counter()
@@ -334,7 +344,7 @@ class _Fit:
     def _stream(self) -> Iterator[Batch]:
         """Training batches without end, each epoch in an order of its own."""
         while True:
-            epoch = self.seen // max(len(self.trained) // self.settings.batch_size, 1)
+            epoch = self.seen // (len(self.trained) // self.batch_size)
             self.data.train.epoch = epoch
             order = torch.randperm(len(self.trained), generator=self._generator(epoch)).tolist()
             for batch in self._batches(self.data.train, [self.trained[i] for i in order], drop_last=True):
@@ -343,8 +353,7 @@ class _Fit:
                     yield batch
 
     def _batches(self, data: ImageData, order: Sequence[int], *, drop_last: bool = False) -> Iterator[Batch]:
-        settings = self.settings
-        return batches(data, settings.batch_size, order=order, workers=settings.workers, drop_last=drop_last)
+        return batches(data, self.batch_size, order=order, workers=self.settings.workers, drop_last=drop_last)
 
     def _generator(self, number: int) -> torch.Generator:
         return torch.Generator().manual_seed(self.settings.seed * 1_000_003 + 7919 * (number + 1))

@@ -61,7 +61,7 @@ def phase_line(result: PhaseResult) -> str:
 
 
 def block_table(result: PhaseResult) -> Table:
-    """The state error after each source block, before and after the phases so far."""
+    """The state error after each source block, at the end of a phase."""
     table = plain_table("relative error of the state after each source block, on held-out images")
     table.add_column("stage")
     table.add_column("after block")

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import UsageError
+from .errors import UsageError, unknown
 from .ode import Residual
 from .sharing import tensors_of
 
@@ -146,6 +146,14 @@ class _Call(nn.Module):
 
     def forward(self) -> Tensor:
         return self.run(self.residual)
+
+
+def as_form(name: str) -> Form:
+    """Raises UsageError for a form that there is none of."""
+    for form in FORMS:
+        if form == name:
+            return form
+    raise unknown("form", name, FORMS)
 
 
 def check_form(form: Form, activation: str, block: str) -> None:

@@ -52,23 +52,27 @@ def _channels(values: Sequence[float], images: Tensor) -> Tensor:
     return images.new_tensor(values).view(1, -1, 1, 1)
 
 
-def own_teacher(model: OdeResNet, name: str) -> Teacher:
+def own_teacher(model: OdeResNet, path: str) -> Teacher:
     """A model as it stands; in exact form where its weights are still those of the network it was converted from.
 
     The `pre` form of such weights is another, worse function; what it stands for is the source.
     """
-    net = copy.deepcopy(model)
+    net, name = copy.deepcopy(model), path
     commands = {str(entry["command"]) for entry in model.info.history}
-    if commands <= KEEPS_WEIGHTS and not any(_is_fitted(entry) for entry in model.info.history):
+    if commands <= KEEPS_WEIGHTS and not any(_changes_weights(entry) for entry in model.info.history):
         for stage in net.stages.values():
             if stage.spec.form == "pre" and stage.activation in ACTIVATIONS:
-                name = f"the source of {name}, {model.info.source}"
                 stage.spec = replace(stage.spec, form="exact")
+                name = f"{path} in exact form, as {model.info.source} has it"
     return _frozen(net, name, model.info.preprocessing, model.info.preprocessing)
 
 
-def _is_fitted(entry: dict[str, object]) -> bool:
-    return entry.get("fit") is not None or entry.get("mode", "replicate") == "interpolate"
+def _changes_weights(entry: dict[str, object]) -> bool:
+    return (
+        entry.get("fit") is not None
+        or entry.get("mode") == "interpolate"
+        or entry.get("depth_weights") in ("linear", "tied", "tied+norms")
+    )
 
 
 def open_teacher(given: str, model: OdeResNet) -> Teacher:

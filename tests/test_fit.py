@@ -230,6 +230,38 @@ def test_every_phase_runs_at_its_depth_after_a_prediction(pair, pictures: FitDat
     assert costs[0].bytes < costs[1].bytes < costs[2].bytes
 
 
+@pytest.mark.parametrize("count", [3, 7])
+def test_fewer_images_than_a_batch_are_one_batch(pair, pictures: FitData, count: int):
+    student, teacher = pair
+    few = copy.copy(pictures.plain)
+    few.indices = few.indices[:count]
+    result = run(student, teacher, FitData(few, few), replace(FAST, phases=("logits",), batch_size=64))
+    assert result.phases[0].steps == 12
+
+
+def test_hardly_any_images_are_refused(pair, pictures: FitData):
+    student, teacher = pair
+    few = copy.copy(pictures.plain)
+    few.indices = few.indices[:2]
+    with pytest.raises(UsageError, match="has 2 images for the fit; 3 are the fewest"):
+        run(student, teacher, FitData(few, few))
+
+
+def test_no_steps_of_refine_leave_it_out(pair, pictures: FitData):
+    student, teacher = pair
+    costs: list[PhaseCost] = []
+    result = run(
+        student,
+        teacher,
+        pictures,
+        replace(FAST, refine_steps=0),
+        depths=dict.fromkeys(student.stages, 6),
+        callbacks=FitCallbacks(on_costs=costs.extend),
+    )
+    assert [phase.phase for phase in result.phases] == [cost.phase for cost in costs] == ["blocks", "logits"]
+    assert {stage.spec.depth for stage in student.stages.values()} == {6}
+
+
 def test_an_interrupt_ends_the_phase_and_leaves_the_final_depth(pair, pictures: FitData):
     student, teacher = pair
     steps: list[int] = []
@@ -256,12 +288,16 @@ def test_statistics_are_kept_or_re_estimated_as_asked(build_tiny, pictures: FitD
         teacher = own_teacher(model, "tiny")
         for name, stage in model.stages.items():
             model.replace_stage(name, tie(stage))
-        run(student_of(model), teacher, pictures, replace(FAST, phases=("blocks",), bn=bn))
+        callbacks = FitCallbacks(on_message=messages.append)
+        run(student_of(model), teacher, pictures, replace(FAST, phases=("blocks",), bn=bn), callbacks=callbacks)
         return model.stages["layer1"].blocks[0].bn1.running_mean.clone()
 
+    messages: list[str] = []
     original = tie(start.stages["layer1"]).blocks[0].bn1.running_mean
     assert torch.equal(statistics("keep"), original)
+    assert not messages
     assert not torch.equal(statistics("batch"), original)
+    assert len(messages) == 1 and "estimated again: distillation loss" in messages[0]
 
 
 def test_exact_checkpoints_take_over_where_memory_is_short(pair, pictures: FitData, monkeypatch):

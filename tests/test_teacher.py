@@ -42,7 +42,10 @@ def test_a_teacher_is_a_frozen_copy(tiny: OdeResNet, images: Tensor):
     [
         ([entry("convert")], True),
         ([entry("convert"), entry("untie"), entry("deepen", mode="replicate")], True),
+        ([entry("convert"), entry("deepen", mode="replicate", depth_weights="free")], True),
         ([entry("convert"), entry("deepen", mode="interpolate")], False),
+        ([entry("convert"), entry("deepen", mode="replicate", depth_weights="tied")], False),
+        ([entry("convert"), entry("deepen", mode="replicate", depth_weights="linear")], False),
         ([entry("convert"), entry("deepen", fit={"steps": 5})], False),
         ([entry("convert"), entry("tie")], False),
         ([entry("convert"), entry("recalibrate")], False),
@@ -57,7 +60,7 @@ def test_a_pre_form_of_the_sources_own_weights_stands_for_the_source(build_tiny,
     assert not torch.allclose(source, own, rtol=1e-2)
     teacher = own_teacher(pre, "net")
     torch.testing.assert_close(teacher.logits(images), source if exact else own)
-    assert ("the source of net" in teacher.name) == exact
+    assert ("net in exact form" in teacher.name) == exact
     assert {stage.spec.form for stage in pre.stages.values()} == {"pre"}  # the student's form is its own
 
 

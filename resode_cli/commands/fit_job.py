@@ -96,7 +96,7 @@ class FitJob:
 
     def into_form(self, names: Sequence[str]) -> None:
         """Bring stages into the form that was asked for."""
-        from ..residual import ACTIVATIONS, check_form
+        from ..residual import ACTIVATIONS, as_form, check_form
 
         for name in names:
             stage = self.model.stages[name]
@@ -104,8 +104,8 @@ class FitJob:
             if form == "auto":
                 form = "pre" if stage.activation in ACTIVATIONS else stage.spec.form
             if form is not None:
-                check_form(form, stage.activation, name)  # type: ignore[arg-type]
-                stage.spec = replace(stage.spec, form=form)  # type: ignore[arg-type]
+                check_form(as_form(form), stage.activation, name)
+                stage.spec = replace(stage.spec, form=as_form(form))
 
     def record(self) -> dict[str, Any]:
         """For the model's history."""
@@ -130,6 +130,7 @@ class FitJob:
                 on_step=bar,
                 on_costs=lambda costs: output.aside.print(cost_table(costs, images=PROBED)),
                 on_phase=ended,
+                on_message=output.note,
                 should_stop=should_stop,
             )
             result = fit(

@@ -7,7 +7,12 @@ from typing import Annotated
 import typer
 
 from ..errors import UsageError
+from ..fit_settings import FitSettings
 from .fit_job import FitRequest
+
+FIT = FitSettings()  # the defaults
+PHASES = ",".join(FIT.phases)
+PHASES_OF_TIE = ",".join(phase for phase in FIT.phases if phase != "refine")
 
 FitOption = Annotated[
     str | None,
@@ -58,7 +63,7 @@ TeacherOption = Annotated[
 ]
 FormOption = Annotated[
     str | None,
-    typer.Option("--form", help="'exact' or 'pre' (default with --fit, where the blocks allow it), else as it is."),
+    typer.Option("--form", help="'exact' or 'pre'. Default: as it is; in `deepen --fit`, 'pre' where blocks allow."),
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="Of the fit: order and augmentation of images.")]
 
@@ -87,7 +92,7 @@ def request(ctx: typer.Context) -> FitRequest | None:
 
     Raises UsageError for an option of a fit without one.
     """
-    from ..fit_settings import FitSettings
+    from ..residual import as_form
 
     given = ctx.params
     if given["fit"] is None:
@@ -95,11 +100,15 @@ def request(ctx: typer.Context) -> FitRequest | None:
             origin = ctx.get_parameter_source(name) if name in given else None
             if origin is not None and origin.name != "DEFAULT":
                 raise UsageError(f"--{name.replace('_', '-')} is a setting of a fit; add --fit DATA")
+        if given["form"] is not None:
+            raise UsageError("--form changes the function; add --fit DATA, or use it with `resode convert`")
         return None
+    if given["form"] not in (None, "auto"):
+        as_form(given["form"])
     settings = FitSettings(
         phases=tuple(part.strip() for part in given["fit_phases"].split(",")),
         steps=given["fit_steps"],
-        refine_steps=given.get("fit_refine_steps", 0),
+        refine_steps=given.get("fit_refine_steps", FIT.refine_steps),
         images=given["fit_images"],
         batch_size=given["fit_batch_size"],
         lr=given["fit_lr"],

@@ -9,6 +9,9 @@ import typer
 
 from ..errors import UsageError, unknown
 from .fit_options import (
+    FIT,
+    PHASES,
+    PHASES_OF_TIE,
     ContractOption,
     FitAugmentOption,
     FitBatchNormOption,
@@ -70,20 +73,20 @@ def tie_command(
     ] = "tied",
     stage: StageOption = None,
     fit: FitOption = None,
-    fit_phases: FitPhasesOption = "blocks,logits",
-    fit_steps: FitStepsOption = 200,
-    fit_images: FitImagesOption = None,
-    fit_batch_size: FitBatchSizeOption = 64,
-    fit_lr: FitLrOption = 4e-4,
-    fit_bn: FitBatchNormOption = "recalibrate",
-    fit_states: FitStatesOption = 0.0,
-    fit_augment: FitAugmentOption = False,
-    temperature: TemperatureOption = 2.0,
-    smooth: SmoothOption = 0.0,
-    contract: ContractOption = 0.0,
+    fit_phases: FitPhasesOption = PHASES_OF_TIE,
+    fit_steps: FitStepsOption = FIT.steps,
+    fit_images: FitImagesOption = FIT.images,
+    fit_batch_size: FitBatchSizeOption = FIT.batch_size,
+    fit_lr: FitLrOption = FIT.lr,
+    fit_bn: FitBatchNormOption = FIT.bn,
+    fit_states: FitStatesOption = FIT.states,
+    fit_augment: FitAugmentOption = FIT.augment,
+    temperature: TemperatureOption = FIT.temperature,
+    smooth: SmoothOption = FIT.smooth,
+    contract: ContractOption = FIT.contract,
     teacher: TeacherOption = None,
     form: FormOption = None,
-    seed: SeedOption = 0,
+    seed: SeedOption = FIT.seed,
     data: OptionalDataOption = None,
     images: ImagesOption = None,
     batch_size: BatchSizeOption = 100,
@@ -104,8 +107,8 @@ def tie_command(
     if depth_weights not in TIED:
         raise unknown("depth weights", depth_weights, TIED)
     wanted = request(ctx)
-    if wanted is None and form is not None:
-        raise UsageError("--form changes the function; add --fit DATA, or use it with `resode convert`")
+    if wanted is not None and "refine" in wanted.settings.phases:
+        raise UsageError("--fit-phases refine is for deeper networks: here 'logits' already runs at full depth")
     rewrite = Rewrite(
         "tie",
         model,
@@ -176,22 +179,22 @@ def deepen_command(
     ] = None,
     stage: StageOption = None,
     fit: FitOption = None,
-    fit_phases: FitPhasesOption = "blocks,logits,refine",
-    fit_steps: FitStepsOption = 200,
-    fit_refine_steps: FitRefineStepsOption = 60,
-    fit_substeps: FitSubstepsOption = 2,
-    fit_images: FitImagesOption = None,
-    fit_batch_size: FitBatchSizeOption = 64,
-    fit_lr: FitLrOption = 4e-4,
-    fit_bn: FitBatchNormOption = "recalibrate",
-    fit_states: FitStatesOption = 0.0,
-    fit_augment: FitAugmentOption = False,
-    temperature: TemperatureOption = 2.0,
-    smooth: SmoothOption = 0.0,
-    contract: ContractOption = 0.0,
+    fit_phases: FitPhasesOption = PHASES,
+    fit_steps: FitStepsOption = FIT.steps,
+    fit_refine_steps: FitRefineStepsOption = FIT.refine_steps,
+    fit_substeps: FitSubstepsOption = FIT.substeps,
+    fit_images: FitImagesOption = FIT.images,
+    fit_batch_size: FitBatchSizeOption = FIT.batch_size,
+    fit_lr: FitLrOption = FIT.lr,
+    fit_bn: FitBatchNormOption = FIT.bn,
+    fit_states: FitStatesOption = FIT.states,
+    fit_augment: FitAugmentOption = FIT.augment,
+    temperature: TemperatureOption = FIT.temperature,
+    smooth: SmoothOption = FIT.smooth,
+    contract: ContractOption = FIT.contract,
     teacher: TeacherOption = None,
     form: FormOption = None,
-    seed: SeedOption = 0,
+    seed: SeedOption = FIT.seed,
     data: OptionalDataOption = None,
     images: ImagesOption = None,
     batch_size: BatchSizeOption = 100,
@@ -210,8 +213,6 @@ def deepen_command(
     from ..transfer import deepen
 
     wanted = request(ctx)
-    if wanted is None and form is not None:
-        raise UsageError("--form changes the function; add --fit DATA, or use it with `resode convert`")
     if wanted is not None and mode != "replicate":
         raise UsageError(f"--fit starts from equal weights in a block's run of steps, not from --mode {mode}")
     rewrite = Rewrite(
