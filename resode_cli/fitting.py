@@ -49,10 +49,15 @@ WINDOW, PATIENCE, GAIN = 25, 4, 0.002  # an early stop: so many windows of steps
 
 @dataclass(frozen=True)
 class FitData:
-    """The same images twice: as they are trained on, and without augmentation."""
+    """The same images twice: as they are trained on, and without augmentation. Raises UsageError for hardly any."""
 
     train: ImageData
     plain: ImageData
+
+    def __post_init__(self) -> None:
+        count = len(self.plain)
+        if count < FEWEST:
+            raise UsageError(f"{self.plain.name} has {count} images for the fit; {FEWEST} are the fewest, many better")
 
 
 def held_out(count: int) -> list[int]:
@@ -79,8 +84,7 @@ def fit(
     depth_weights: as for `deepen`, which brings the stages to these depths.
 
     Every phase is judged on images held out of it, and undone if it made things worse. At the end the
-    model has its final depth, however far the fit came. Raises UsageError for a teacher that does not match, or
-    hardly any images.
+    model has its final depth, however far the fit came. Raises UsageError for a teacher that does not match,.
     """
     return _Fit(model, teacher, data, settings, device, coarse, depths, depth_weights, callbacks).run()
 
@@ -109,8 +113,6 @@ class _Fit:
         self.source = check_states(model, teacher) if needed else None
         count = len(data.plain)
         self.held_out = held_out(count)
-        if count < FEWEST:
-            raise UsageError(f"{data.plain.name} has {count} images for the fit; {FEWEST} are the fewest, many better")
         kept = set(self.held_out)
         self.trained = [i for i in range(count) if i not in kept]
         self.batch_size = min(settings.batch_size, len(self.trained))

@@ -76,7 +76,11 @@ MemoryBudgetOption = Annotated[
     typer.Option("--memory-budget", help="Of a training step, e.g. 8GiB, for 'auto'. Default: what is free."),
 ]
 GradientsOption = Annotated[
-    bool, typer.Option("--gradients/--no-gradients", help="Report the gradient errors of reversals, before and after.")
+    bool | None,
+    typer.Option(
+        "--gradients/--no-gradients",
+        help="Report the gradient errors of reversals, before and after. Default: where there is a fit.",
+    ),
 ]
 DATA_ROOT = Path("~/.cache/resode")
 

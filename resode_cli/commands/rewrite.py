@@ -42,13 +42,13 @@ class Rewrite:
         force: bool,
         json: bool,
         settings: dict[str, Any],
-        gradients: bool = False,
+        gradients: bool | None = None,
     ) -> None:
         from .. import model_file
         from ..model import as_device
 
         self.command, self.path, self.out, self.settings = command, model, out, settings
-        self.gradients = gradients
+        self.gradients = bool(gradients)
         self.output = Output(json_mode=json)
         model_file.check_output(check_safetensors(out), force=force)
         self.model = model_file.load(model, source=source)

@@ -94,7 +94,7 @@ def tie_command(
     workers: WorkersOption = 0,
     skip_corrupt: SkipCorruptOption = False,
     data_root: DataRootOption = DATA_ROOT,
-    gradients: GradientsOption = False,
+    gradients: GradientsOption = None,
     source: SourceOption = None,
     recipe: RecipeOption = None,
     force: ForceOption = False,
@@ -117,7 +117,7 @@ def tie_command(
         force=force,
         json=json,
         settings={"rule": rule, "depth_weights": depth_weights},
-        gradients=gradients or wanted is not None,
+        gradients=wanted is not None if gradients is None else gradients,
     )
     rewrite.measure_on(data, images, batch_size, device, workers, skip_corrupt, data_root)
 
@@ -141,7 +141,7 @@ def untie_command(
     workers: WorkersOption = 0,
     skip_corrupt: SkipCorruptOption = False,
     data_root: DataRootOption = DATA_ROOT,
-    gradients: GradientsOption = False,
+    gradients: GradientsOption = None,
     source: SourceOption = None,
     recipe: RecipeOption = None,
     force: ForceOption = False,
@@ -202,7 +202,7 @@ def deepen_command(
     workers: WorkersOption = 0,
     skip_corrupt: SkipCorruptOption = False,
     data_root: DataRootOption = DATA_ROOT,
-    gradients: GradientsOption = False,
+    gradients: GradientsOption = None,
     source: SourceOption = None,
     recipe: RecipeOption = None,
     force: ForceOption = False,
@@ -223,7 +223,7 @@ def deepen_command(
         force=force,
         json=json,
         settings={"blocks": blocks, "mode": mode, "depth_weights": depth_weights},
-        gradients=gradients or wanted is not None,
+        gradients=wanted is not None if gradients is None else gradients,
     )
     rewrite.measure_on(data, images, batch_size, device, workers, skip_corrupt, data_root)
 
@@ -257,7 +257,7 @@ def recalibrate_command(
     workers: WorkersOption = 0,
     skip_corrupt: SkipCorruptOption = False,
     data_root: DataRootOption = DATA_ROOT,
-    gradients: GradientsOption = False,
+    gradients: GradientsOption = None,
     source: SourceOption = None,
     recipe: RecipeOption = None,
     force: ForceOption = False,
