@@ -16,7 +16,9 @@ class FitSettings:
 
     images: to use, held-out ones included; None: all. More cost nothing: a step reads `batch_size` of them.
 
-    lr: largest, of Adam; a warm-up over a tenth of a phase, then a cosine to 0. clip_grad: largest norm.
+    lr: largest, of Adam; a warm-up over a tenth of a phase, then a cosine to 0. A 'refine' of fewer steps than the
+        phases before it has a lower rate in proportion: it has less time to make up for what a high one upsets.
+    clip_grad: largest norm.
     temperature: of the logits. states: weight of the states' mean e_k beside the logits: more of it keeps the
         student closer to the source, less of it leaves it free to do better.
     smooth, contract: weights of the penalties; see `penalties`.
@@ -26,10 +28,10 @@ class FitSettings:
     """
 
     phases: tuple[str, ...] = ("blocks", "logits", "refine")
-    steps: int = 200
-    refine_steps: int = 60
+    steps: int = 400
+    refine_steps: int = 120
     images: int | None = None
-    batch_size: int = 64
+    batch_size: int = 32
     lr: float = 4e-4
     clip_grad: float = 5.0
     temperature: float = 2.0
@@ -60,6 +62,9 @@ class FitSettings:
 
     def steps_of(self, phase: str) -> int:
         return self.refine_steps if phase == "refine" and self.steps else self.steps
+
+    def lr_of(self, phase: str) -> float:
+        return self.lr * min(self.steps_of(phase) / self.steps, 1.0)
 
 
 def _flag(name: str) -> str:

@@ -240,7 +240,7 @@ class _Fit:
         settings, total = self.settings, self.settings.steps_of(phase)
         training = Settings(
             optimizer="adam",
-            lr=settings.lr,
+            lr=settings.lr_of(phase),
             weight_decay=0.0,
             schedule="cosine",
             warmup=max(total // 10, 1),

@@ -18,7 +18,9 @@ from resode_cli.fit_results import FitCallbacks, FitResult, PhaseCost, PhaseResu
 from resode_cli.fit_settings import FitSettings
 from resode_cli.fitting import FitData, fit, held_out
 from resode_cli.model import OdeResNet
+from resode_cli.optimization import create_optimizer
 from resode_cli.penalties import contraction, roughness
+from resode_cli.settings import Settings
 from resode_cli.teacher import Teacher, own_teacher
 from resode_cli.transfer import deepen, tie
 
@@ -315,6 +317,20 @@ def test_a_fitted_file_gives_the_same_logits(pair, pictures: FitData, images, tm
     loaded = model_file.load(tmp_path / "fitted.safetensors")
     with torch.no_grad():
         assert torch.equal(loaded(images), student(images))
+
+
+def test_a_short_refinement_has_a_lower_rate_and_a_long_one_no_higher(pair, pictures: FitData, monkeypatch):
+    student, teacher = pair
+    rates: list[float] = []
+
+    def watched(model: OdeResNet, training: Settings) -> torch.optim.Optimizer:
+        rates.append(training.lr)
+        return create_optimizer(model, training)
+
+    monkeypatch.setattr("resode_cli.fitting.create_optimizer", watched)
+    run(student, teacher, pictures)
+    assert rates == pytest.approx([FAST.lr, FAST.lr, FAST.lr * FAST.refine_steps / FAST.steps])
+    assert replace(FAST, refine_steps=40).lr_of("refine") == FAST.lr
 
 
 @pytest.mark.parametrize(

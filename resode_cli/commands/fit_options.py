@@ -32,7 +32,9 @@ FitImagesOption = Annotated[
     int | None, typer.Option("--fit-images", help="Fit on this many images, evenly spaced; all by default.")
 ]
 FitBatchSizeOption = Annotated[int, typer.Option("--fit-batch-size", help="Images per training step.")]
-FitLrOption = Annotated[float, typer.Option("--fit-lr", help="Largest learning rate, of Adam.")]
+FitLrOption = Annotated[
+    float, typer.Option("--fit-lr", help="Largest learning rate, of Adam; lower in a shorter 'refine'.")
+]
 FitSubstepsOption = Annotated[
     int, typer.Option("--fit-substeps", help="Steps per source block before 'refine'; 0: full depth throughout.")
 ]
