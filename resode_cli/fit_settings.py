@@ -69,3 +69,7 @@ class FitSettings:
 
 def _flag(name: str) -> str:
     return f"--{name}" if name in ("smooth", "contract", "temperature") else f"--fit-{name.replace('_', '-')}"
+
+
+# A tied stage has to learn anew what its blocks did, and starts from nothing that is near.
+TIE_SETTINGS = FitSettings(phases=("stages", "logits"), steps=1000, lr=2e-3)

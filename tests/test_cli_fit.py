@@ -75,7 +75,10 @@ def test_tie_fits_with_norms_of_each_step(net: Path, pictures: Path, tmp_path: P
     found = document(capsys, [*arguments, *QUICK[:2], *QUICK[4:], "--no-gradients"])
     assert [column["gradient_errors"] for column in found["figures"]] == [{}, {}, {}]
     assert {row["weights"] for row in found["stages"]} == {"tied+norms"}
-    assert [phase["phase"] for phase in found["fit"]["phases"]] == ["blocks", "logits"]
+    assert [phase["phase"] for phase in found["fit"]["phases"]] == ["stages", "logits"]
+    model = load(out)
+    assert {stage.spec.form for stage in model.stages.values()} == {"pre"}
+    assert model.info.history[-1]["fit"]["bn"] == "batch"
     assert found["figures"][2]["parameters"] < found["figures"][0]["parameters"]
 
 

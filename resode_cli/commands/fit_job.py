@@ -20,17 +20,18 @@ if TYPE_CHECKING:
     from ..fit_results import FitResult
     from ..fit_settings import FitSettings
     from ..model import OdeResNet
+    from ..residual import Form
 
 FIGURES_IMAGES = 256  # held out of the fit, on which networks are compared
 
 
 @dataclass(frozen=True)
 class FitRequest:
-    """What to fit on, to what, and how. form: of the fitted stages; None: as it is; 'auto': `pre` where that can be."""
+    """What to fit on, to what, and how. form: of the fitted stages; None: `pre` where that can be, else as it is."""
 
     data: str
     teacher: str | None
-    form: str | None
+    form: Form | None
     settings: FitSettings
 
 
@@ -96,16 +97,13 @@ class FitJob:
 
     def into_form(self, names: Sequence[str]) -> None:
         """Bring stages into the form that was asked for."""
-        from ..residual import ACTIVATIONS, as_form, check_form
+        from ..residual import ACTIVATIONS, check_form
 
         for name in names:
             stage = self.model.stages[name]
-            form = self.request.form
-            if form == "auto":
-                form = "pre" if stage.activation in ACTIVATIONS else stage.spec.form
-            if form is not None:
-                check_form(as_form(form), stage.activation, name)
-                stage.spec = replace(stage.spec, form=as_form(form))
+            form = self.request.form or ("pre" if stage.activation in ACTIVATIONS else stage.spec.form)
+            check_form(form, stage.activation, name)
+            stage.spec = replace(stage.spec, form=form)
 
     def record(self) -> dict[str, Any]:
         """For the model's history."""

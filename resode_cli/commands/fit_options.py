@@ -7,12 +7,11 @@ from typing import Annotated
 import typer
 
 from ..errors import UsageError
-from ..fit_settings import FitSettings
+from ..fit_settings import TIE_SETTINGS, FitSettings
 from .fit_job import FitRequest
 
-FIT = FitSettings()  # the defaults
-PHASES = ",".join(FIT.phases)
-PHASES_OF_TIE = ",".join(phase for phase in FIT.phases if phase != "refine")
+FIT, TIE = FitSettings(), TIE_SETTINGS  # the defaults
+PHASES, PHASES_OF_TIE = ",".join(FIT.phases), ",".join(TIE.phases)
 
 FitOption = Annotated[
     str | None,
@@ -39,8 +38,12 @@ FitSubstepsOption = Annotated[
     int, typer.Option("--fit-substeps", help="Steps per source block before 'refine'; 0: full depth throughout.")
 ]
 FitBatchNormOption = Annotated[
-    str,
-    typer.Option("--fit-bn", help="BatchNorm statistics: 'recalibrate' (once, then frozen), 'keep' or 'batch'."),
+    str | None,
+    typer.Option(
+        "--fit-bn",
+        help="BatchNorm statistics: 'recalibrate' (once, then frozen), 'keep' or 'batch'. Default: 'recalibrate';"
+        " 'batch' in `tie --depth-weights tied+norms`, whose steps have statistics of their own.",
+    ),
 ]
 FitStatesOption = Annotated[
     float, typer.Option("--fit-states", help="Weight of the states beside the logits, end to end.")
@@ -65,7 +68,7 @@ TeacherOption = Annotated[
 ]
 FormOption = Annotated[
     str | None,
-    typer.Option("--form", help="'exact' or 'pre'. Default: as it is; in `deepen --fit`, 'pre' where blocks allow."),
+    typer.Option("--form", help="'exact' or 'pre'. Default: as it is; with --fit, 'pre' where blocks allow."),
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="Of the fit: order and augmentation of images.")]
 
@@ -89,8 +92,8 @@ NAMES = (
 )
 
 
-def request(ctx: typer.Context) -> FitRequest | None:
-    """The fit that a command's options ask for; None without --fit.
+def request(ctx: typer.Context, *, bn: str) -> FitRequest | None:
+    """The fit that a command's options ask for; None without --fit. bn: without --fit-bn.
 
     Raises UsageError for an option of a fit without one.
     """
@@ -105,8 +108,6 @@ def request(ctx: typer.Context) -> FitRequest | None:
         if given["form"] is not None:
             raise UsageError("--form changes the function; add --fit DATA, or use it with `resode convert`")
         return None
-    if given["form"] not in (None, "auto"):
-        as_form(given["form"])
     settings = FitSettings(
         phases=tuple(part.strip() for part in given["fit_phases"].split(",")),
         steps=given["fit_steps"],
@@ -118,10 +119,11 @@ def request(ctx: typer.Context) -> FitRequest | None:
         states=given["fit_states"],
         smooth=given["smooth"],
         contract=given["contract"],
-        bn=given["fit_bn"],
+        bn=given["fit_bn"] or bn,
         substeps=given.get("fit_substeps", 0),
         augment=given["fit_augment"],
         seed=given["seed"],
         workers=given["workers"],
     )
-    return FitRequest(given["fit"], given["teacher"], given["form"], settings)
+    form = as_form(given["form"]) if given["form"] is not None else None
+    return FitRequest(given["fit"], given["teacher"], form, settings)

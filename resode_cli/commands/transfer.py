@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,6 +11,7 @@ from .fit_options import (
     FIT,
     PHASES,
     PHASES_OF_TIE,
+    TIE,
     ContractOption,
     FitAugmentOption,
     FitBatchNormOption,
@@ -74,19 +74,19 @@ def tie_command(
     stage: StageOption = None,
     fit: FitOption = None,
     fit_phases: FitPhasesOption = PHASES_OF_TIE,
-    fit_steps: FitStepsOption = FIT.steps,
-    fit_images: FitImagesOption = FIT.images,
-    fit_batch_size: FitBatchSizeOption = FIT.batch_size,
-    fit_lr: FitLrOption = FIT.lr,
-    fit_bn: FitBatchNormOption = FIT.bn,
-    fit_states: FitStatesOption = FIT.states,
-    fit_augment: FitAugmentOption = FIT.augment,
-    temperature: TemperatureOption = FIT.temperature,
-    smooth: SmoothOption = FIT.smooth,
-    contract: ContractOption = FIT.contract,
+    fit_steps: FitStepsOption = TIE.steps,
+    fit_images: FitImagesOption = TIE.images,
+    fit_batch_size: FitBatchSizeOption = TIE.batch_size,
+    fit_lr: FitLrOption = TIE.lr,
+    fit_bn: FitBatchNormOption = None,
+    fit_states: FitStatesOption = TIE.states,
+    fit_augment: FitAugmentOption = TIE.augment,
+    temperature: TemperatureOption = TIE.temperature,
+    smooth: SmoothOption = TIE.smooth,
+    contract: ContractOption = TIE.contract,
     teacher: TeacherOption = None,
     form: FormOption = None,
-    seed: SeedOption = FIT.seed,
+    seed: SeedOption = TIE.seed,
     data: OptionalDataOption = None,
     images: ImagesOption = None,
     batch_size: BatchSizeOption = 100,
@@ -106,7 +106,7 @@ def tie_command(
 
     if depth_weights not in TIED:
         raise unknown("depth weights", depth_weights, TIED)
-    wanted = request(ctx)
+    wanted = request(ctx, bn="batch" if depth_weights == "tied+norms" else TIE.bn)
     if wanted is not None and "refine" in wanted.settings.phases:
         raise UsageError("--fit-phases refine is for deeper networks: here 'logits' already runs at full depth")
     rewrite = Rewrite(
@@ -186,7 +186,7 @@ def deepen_command(
     fit_images: FitImagesOption = FIT.images,
     fit_batch_size: FitBatchSizeOption = FIT.batch_size,
     fit_lr: FitLrOption = FIT.lr,
-    fit_bn: FitBatchNormOption = FIT.bn,
+    fit_bn: FitBatchNormOption = None,
     fit_states: FitStatesOption = FIT.states,
     fit_augment: FitAugmentOption = FIT.augment,
     temperature: TemperatureOption = FIT.temperature,
@@ -212,7 +212,7 @@ def deepen_command(
     start()
     from ..transfer import deepen
 
-    wanted = request(ctx)
+    wanted = request(ctx, bn=FIT.bn)
     if wanted is not None and mode != "replicate":
         raise UsageError(f"--fit starts from equal weights in a block's run of steps, not from --mode {mode}")
     rewrite = Rewrite(
@@ -233,7 +233,6 @@ def deepen_command(
     if wanted is None:
         rewrite.stages(stage, change)
         return
-    wanted = replace(wanted, form=form or "auto")
     own = {name: picked.spec.depth for name, picked in rewrite.pick(stage).items()}
     for picked in rewrite.pick(stage).values():
         change(picked)  # refuses what cannot be before anything is computed
