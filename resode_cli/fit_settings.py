@@ -12,7 +12,8 @@ BATCH_NORM = ("recalibrate", "keep", "batch")
 
 @dataclass(frozen=True)
 class FitSettings:
-    """phases: in this order. steps: of each; the last, 'refine', takes `refine_steps`.
+    """phases: in this order. After 'blocks', 'logits' at a smaller depth was of no use on either of the CIFAR networks.
+    steps: of each; the last, 'refine', takes `refine_steps`.
 
     images: to use, held-out ones included; None: all. More cost nothing: a step reads `batch_size` of them.
 
@@ -27,7 +28,7 @@ class FitSettings:
     substeps: steps per source block in all phases but 'refine'; 0: full depth from the start.
     """
 
-    phases: tuple[str, ...] = ("blocks", "logits", "refine")
+    phases: tuple[str, ...] = ("blocks", "refine")
     steps: int = 400
     refine_steps: int = 120
     images: int | None = None

@@ -41,7 +41,7 @@ def test_deepen_fits_saves_and_reports(net: Path, pictures: Path, tmp_path: Path
     out = tmp_path / "deep.safetensors"
     arguments = ["deepen", str(net), "--blocks", "7", "--fit", str(pictures), "--data", str(pictures), *QUICK]
     found = document(capsys, [*arguments, "-o", str(out)])
-    assert [phase["phase"] for phase in found["fit"]["phases"]] == ["blocks", "logits", "refine"]
+    assert [phase["phase"] for phase in found["fit"]["phases"]] == ["blocks", "refine"]
     names = [column["name"] for column in found["figures"]]
     assert names == ["source", "unfitted", "fitted"]
     source, unfitted, fitted = found["figures"]

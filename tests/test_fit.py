@@ -25,7 +25,8 @@ from resode_cli.teacher import Teacher, own_teacher
 from resode_cli.transfer import deepen, tie
 
 CPU = torch.device("cpu")
-FAST = FitSettings(steps=12, refine_steps=4, images=48, batch_size=12, lr=3e-3, augment=False)
+ALL = ("blocks", "logits", "refine")
+FAST = FitSettings(phases=ALL, steps=12, refine_steps=4, images=48, batch_size=12, lr=3e-3, augment=False)
 
 
 @pytest.fixture
