@@ -79,7 +79,7 @@ def check_rule(scheme: str, form: str) -> None:
     """Raises UsageError for a forward rule or form that does not exist."""
     if scheme not in SCHEMES:
         raise unknown("scheme", scheme, SCHEMES)
-    form = as_form(form)
+    as_form(form)
 
 
 def _changes_function(model: OdeResNet, name: str) -> bool:

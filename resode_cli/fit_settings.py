@@ -12,8 +12,8 @@ BATCH_NORM = ("recalibrate", "keep", "batch")
 
 @dataclass(frozen=True)
 class FitSettings:
-    """phases: in this order. After 'blocks', 'logits' at a smaller depth was of no use on either of the CIFAR networks.
-    steps: of each; the last, 'refine', takes `refine_steps`.
+    """phases: in this order. After as many steps of 'blocks' as here, 'logits' at a smaller depth made both of the
+    CIFAR networks worse. steps: of each; the last, 'refine', takes `refine_steps`.
 
     images: to use, held-out ones included; None: all. More cost nothing: a step reads `batch_size` of them.
 

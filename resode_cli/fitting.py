@@ -84,7 +84,7 @@ def fit(
     depth_weights: as for `deepen`, which brings the stages to these depths.
 
     Every phase is judged on images held out of it, and undone if it made things worse. At the end the
-    model has its final depth, however far the fit came. Raises UsageError for a teacher that does not match,.
+    model has its final depth, however far the fit came. Raises UsageError for a teacher that does not match.
     """
     return _Fit(model, teacher, data, settings, device, coarse, depths, depth_weights, callbacks).run()
 
