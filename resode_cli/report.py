@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from .report_calibration import calibration_json
-from .tables import finite, number, plain_table, size
+from .tables import counted, finite, number, plain_table, size
 
 if TYPE_CHECKING:
     from .check_grad import GradientReport, SweepRow
@@ -102,7 +102,7 @@ def verification_line(verified: Mapping[str, Any]) -> str:
 def evaluation_line(evaluation: Evaluation) -> str:
     line = (
         f"top-1 {evaluation.top1:.2%}, top-5 {evaluation.top5:.2%}, loss {evaluation.loss:.4f}"
-        f" on {evaluation.images:,} images"
+        f" on {counted(evaluation.images, 'image')}"
     )
     return line + (f" ({len(evaluation.skipped)} corrupt files skipped)" if evaluation.skipped else "")
 
@@ -114,7 +114,7 @@ def evaluation_json(evaluation: Evaluation) -> dict[str, Any]:
 
 def gradient_table(report: GradientReport) -> Table:
     table = plain_table(
-        f"gradients against backprop: {report.images} images ({report.data}), BatchNorm {report.batch_norm}"
+        f"gradients against backprop: {counted(report.images, 'image')} ({report.data}), BatchNorm {report.batch_norm}"
     )
     table.add_column("method", no_wrap=True)
     table.add_column("stage")

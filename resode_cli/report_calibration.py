@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from .tables import finite, number, plain_table, size
+from .tables import counted, finite, number, plain_table, size
 
 if TYPE_CHECKING:
     from .calibrate import Calibration
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def calibration_table(calibration: Calibration) -> Table:
     """The decision for every stage and its figures; the caption gives the memory of a training step."""
     found = plain_table(
-        f"adjoint auto: gradient tolerance {calibration.tolerance:g}, calibrated on {calibration.images} images"
+        f"adjoint auto: gradient tolerance {calibration.tolerance:g}, calibrated on {counted(calibration.images, 'image')}"
     )
     found.add_column("stage", no_wrap=True)
     found.add_column("chosen")
@@ -34,7 +34,7 @@ def calibration_table(calibration: Calibration) -> Table:
             choice.reason,
         )
     found.caption = (
-        f"predicted for a step of {calibration.batch_size} images: {size(calibration.predicted_bytes)} of a budget of"
+        f"predicted for a step of {counted(calibration.batch_size, 'image')}: {size(calibration.predicted_bytes)} of a budget of"
         f" {size(calibration.budget)}; backprop {size(calibration.backprop_bytes)}"
         + (", which fits: --adjoint backprop takes less time" if calibration.backprop_fits else "")
     )

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from .comparison import NetworkFigures
 from .fit_results import FitResult, PhaseCost, PhaseResult
-from .tables import duration, finite, number, plain_table, size
+from .tables import counted, duration, finite, number, plain_table, size
 
 ENDED = {
     "done": "",
@@ -23,7 +23,7 @@ ENDED = {
 
 
 def cost_table(costs: Sequence[PhaseCost], *, images: int) -> Table:
-    table = plain_table(f"predicted, from one step of each phase on {images} images")
+    table = plain_table(f"predicted, from one step of each phase on {counted(images, 'image')}")
     for column in ("phase", "steps per stage"):
         table.add_column(column)
     for column in ("training steps", "time", "memory"):
@@ -50,7 +50,7 @@ def _joined(values: Any) -> str:
 
 def phase_line(result: PhaseResult) -> str:
     before, after = result.before, result.after
-    line = f"{result.phase}: {result.steps} steps in {duration(result.seconds)}"
+    line = f"{result.phase}: {counted(result.steps, 'step')} in {duration(result.seconds)}"
     if before.states:
         line += f", state error {number(math.sqrt(before.state_error))} → {number(math.sqrt(after.state_error))}"
     line += (
@@ -73,7 +73,7 @@ def block_table(result: PhaseResult) -> Table:
 
 def figures_table(columns: Sequence[NetworkFigures], *, reference: str) -> Table:
     """One column per network."""
-    table = plain_table(f"against {reference}, on {columns[0].images} images")
+    table = plain_table(f"against {reference}, on {counted(columns[0].images, 'image')}")
     table.add_column("")
     for column in columns:
         table.add_column(column.name, justify="right")

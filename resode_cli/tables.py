@@ -32,9 +32,15 @@ def size(count: float) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds, or minutes and seconds."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    if seconds >= 5400:
+        return f"{seconds / 3600:.1f} h"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{rest + 60 * minutes} s" if seconds < 90 else f"{minutes} min {rest:02} s"
+
+
+def counted(count: int, noun: str) -> str:
+    """'1 image', '5,000 images'."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def finite(value: Any) -> Any:
