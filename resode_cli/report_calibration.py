@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 def calibration_table(calibration: Calibration) -> Table:
     """The decision for every stage and its figures; the caption gives the memory of a training step."""
     found = plain_table(
-        f"adjoint auto: gradient tolerance {calibration.tolerance:g}, calibrated on {counted(calibration.images, 'image')}"
+        f"adjoint auto: gradient tolerance {calibration.tolerance:g}, calibrated on"
+        f" {counted(calibration.images, 'image')}"
     )
     found.add_column("stage", no_wrap=True)
     found.add_column("chosen")
@@ -34,8 +35,8 @@ def calibration_table(calibration: Calibration) -> Table:
             choice.reason,
         )
     found.caption = (
-        f"predicted for a step of {counted(calibration.batch_size, 'image')}: {size(calibration.predicted_bytes)} of a budget of"
-        f" {size(calibration.budget)}; backprop {size(calibration.backprop_bytes)}"
+        f"predicted for a step of {counted(calibration.batch_size, 'image')}: {size(calibration.predicted_bytes)}"
+        f" of a budget of {size(calibration.budget)}; backprop {size(calibration.backprop_bytes)}"
         + (", which fits: --adjoint backprop takes less time" if calibration.backprop_fits else "")
     )
     found.caption_justify = "left"

@@ -26,7 +26,9 @@ from resode_cli.transfer import deepen, tie
 
 CPU = torch.device("cpu")
 ALL = ("blocks", "logits", "refine")
-FAST = FitSettings(phases=ALL, steps=12, refine_steps=4, images=48, batch_size=12, lr=3e-3, augment=False)
+FAST = FitSettings(
+    phases=ALL, steps=12, refine_steps=4, images=48, batch_size=12, lr=3e-3, logits_lr=3e-3, augment=False
+)
 
 
 @pytest.fixture
@@ -105,7 +107,7 @@ def test_a_network_that_is_a_finer_discretisation_of_itself_is_left_alone(build_
 def test_a_phase_that_makes_things_worse_is_undone(pair, pictures: FitData):
     student, teacher = pair
     before = state(student)
-    result = run(student, teacher, pictures, replace(FAST, phases=("logits",), lr=30.0, bn="keep"))
+    result = run(student, teacher, pictures, replace(FAST, phases=("logits",), logits_lr=30.0, bn="keep"))
     (phase,) = result.phases
     assert phase.ended == "reverted" and phase.after == phase.before
     assert same(state(student), before)
@@ -276,7 +278,7 @@ def test_an_interrupt_ends_the_phase_and_leaves_the_final_depth(pair, pictures: 
 def test_a_loss_that_stops_falling_ends_the_phase(pair, pictures: FitData):
     student, teacher = pair
     every = len(pictures.plain) - len(held_out(len(pictures.plain)))  # in each batch: no noise
-    settings = replace(FAST, phases=("logits",), steps=400, batch_size=every, lr=1e-12)
+    settings = replace(FAST, phases=("logits",), steps=400, batch_size=every, logits_lr=1e-12)
     (phase,) = run(student, teacher, pictures, settings).phases
     # The first window is the lowest so far, and four more gain nothing.
     assert phase.steps == 200 + 5 * 25
@@ -320,7 +322,7 @@ def test_a_fitted_file_gives_the_same_logits(pair, pictures: FitData, images, tm
         assert torch.equal(loaded(images), student(images))
 
 
-def test_a_short_refinement_has_a_lower_rate_and_a_long_one_no_higher(pair, pictures: FitData, monkeypatch):
+def test_states_and_logits_have_rates_of_their_own(pair, pictures: FitData, monkeypatch):
     student, teacher = pair
     rates: list[float] = []
 
@@ -329,9 +331,8 @@ def test_a_short_refinement_has_a_lower_rate_and_a_long_one_no_higher(pair, pict
         return create_optimizer(model, training)
 
     monkeypatch.setattr("resode_cli.fitting.create_optimizer", watched)
-    run(student, teacher, pictures)
-    assert rates == pytest.approx([FAST.lr, FAST.lr, FAST.lr * FAST.refine_steps / FAST.steps])
-    assert replace(FAST, refine_steps=40).lr_of("refine") == FAST.lr
+    run(student, teacher, pictures, replace(FAST, logits_lr=1e-3))
+    assert rates == pytest.approx([FAST.lr, 1e-3, 1e-3])
 
 
 @pytest.mark.parametrize(
@@ -345,6 +346,7 @@ def test_a_short_refinement_has_a_lower_rate_and_a_long_one_no_higher(pair, pict
         ({"smooth": -0.5}, "--smooth -0.5"),
         ({"temperature": 0.0}, "--temperature 0"),
         ({"lr": 0.0}, "--fit-lr 0"),
+        ({"logits_lr": -1.0}, "--fit-logits-lr -1"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(change: dict, message: str):

@@ -32,8 +32,9 @@ FitImagesOption = Annotated[
 ]
 FitBatchSizeOption = Annotated[int, typer.Option("--fit-batch-size", help="Images per training step.")]
 FitLrOption = Annotated[
-    float, typer.Option("--fit-lr", help="Largest learning rate, of Adam; lower in a shorter 'refine'.")
+    float, typer.Option("--fit-lr", help="Largest learning rate, of Adam, where states are matched.")
 ]
+FitLogitsLrOption = Annotated[float, typer.Option("--fit-logits-lr", help="The same in 'logits' and 'refine'.")]
 FitSubstepsOption = Annotated[
     int, typer.Option("--fit-substeps", help="Steps per source block before 'refine'; 0: full depth throughout.")
 ]
@@ -80,6 +81,7 @@ NAMES = (
     "fit_images",
     "fit_batch_size",
     "fit_lr",
+    "fit_logits_lr",
     "fit_substeps",
     "fit_bn",
     "fit_states",
@@ -115,6 +117,7 @@ def request(ctx: typer.Context, *, bn: str) -> FitRequest | None:
         images=given["fit_images"],
         batch_size=given["fit_batch_size"],
         lr=given["fit_lr"],
+        logits_lr=given["fit_logits_lr"],
         temperature=given["temperature"],
         states=given["fit_states"],
         smooth=given["smooth"],
