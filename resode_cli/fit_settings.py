@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from .errors import UsageError, unknown
 
-PHASES = ("blocks", "stages", "logits", "refine")
-END_TO_END = ("logits", "refine")
+TO_STATES, END_TO_END = ("blocks", "stages"), ("logits", "refine")
+PHASES = TO_STATES + END_TO_END
 BATCH_NORM = ("recalibrate", "keep", "batch")
 
 

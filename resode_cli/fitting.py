@@ -24,7 +24,7 @@ from torch import Tensor
 from .data import Batch, ImageData, batches
 from .errors import ResodeError, UsageError
 from .fit_results import Figures, FitCallbacks, FitResult, FitStep, PhaseCost, PhaseResult
-from .fit_settings import FitSettings
+from .fit_settings import TO_STATES, FitSettings
 from .fit_states import StateLosses, check_states, recorded
 from .memory_budget import free_bytes
 from .model import OdeResNet
@@ -109,7 +109,7 @@ class _Fit:
         self.depth_weights = depth_weights
         self.interrupted = False
         self.seen = 0  # batches drawn so far
-        needed = {"blocks", "stages"} & set(settings.phases) or settings.states or settings.contract
+        needed = set(TO_STATES) & set(settings.phases) or settings.states or settings.contract
         self.source = check_states(model, teacher) if needed else None
         count = len(data.plain)
         self.held_out = held_out(count)
@@ -233,7 +233,7 @@ class _Fit:
     def _score(self, phase: str, figures: Figures) -> float:
         """What a phase lowers. NaN, which is not below anything, where it diverged."""
         state = figures.state_error
-        fitted = state if phase in ("blocks", "stages") else figures.distillation + self.settings.states * state
+        fitted = state if phase in TO_STATES else figures.distillation + self.settings.states * state
         return fitted + figures.penalty
 
     def _optimise(self, phase: str) -> tuple[int, str]:
@@ -279,7 +279,7 @@ class _Fit:
         terms: list[Tensor] = []
         errors: dict[str, list[float]] = {}
         loss = 0.0
-        if phase in ("blocks", "stages") or settings.states:
+        if phase in TO_STATES or settings.states:
             cut = phase if phase in ("blocks", "stages") else ""
             losses = StateLosses(self.model, targets, cut=cut, backward=True)
             with losses.watching():

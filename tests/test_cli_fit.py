@@ -119,6 +119,14 @@ def test_a_deepened_linear_network_reports_no_more_parameters(net: Path, tmp_pat
         (["tie", "NET", "--form", "bogus"], "--form changes the function"),
         (["tie", "NET", "--fit", "DATA", "--form", "bogus"], "unknown form 'bogus'"),
         (["tie", "NET", "--fit", "DATA", "--fit-phases", "refine"], "'logits' already runs at full depth"),
+        (
+            ["tie", "NET", "--fit", "DATA", "--fit-phases", "logits", "--fit-lr", "1e-3"],
+            "--fit-lr is read in blocks and stages; --fit-phases has logits",
+        ),
+        (
+            ["deepen", "NET", "--blocks", "6", "--fit", "DATA", "--fit-phases", "blocks", "--fit-refine-steps", "5"],
+            "--fit-refine-steps is read in refine; --fit-phases has blocks",
+        ),
         (["tie", "NET", "--fit", "DATA", "--teacher", "gone.safetensors"], "'gone.safetensors' does not exist"),
         (["finetune", "NET", "--data", "DATA", "--distill", "0.3"], "--distill is a setting of the teacher"),
         (["finetune", "NET", "--data", "DATA", "--teacher", "NET", "--distill", "2"], "--distill 2: must be from 0"),

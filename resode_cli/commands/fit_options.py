@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..errors import UsageError
-from ..fit_settings import TIE_SETTINGS, FitSettings
+from ..fit_settings import END_TO_END, TIE_SETTINGS, TO_STATES, FitSettings
 from .fit_job import FitRequest
 
 FIT, TIE = FitSettings(), TIE_SETTINGS  # the defaults
@@ -93,11 +93,20 @@ NAMES = (
     "seed",
 )
 
+# What some phases alone read.
+READ_BY = {
+    "fit_lr": TO_STATES,
+    "fit_logits_lr": END_TO_END,
+    "fit_states": END_TO_END,
+    "fit_refine_steps": ("refine",),
+}
+
 
 def request(ctx: typer.Context, *, bn: str) -> FitRequest | None:
     """The fit that a command's options ask for; None without --fit. bn: without --fit-bn.
 
-    Raises UsageError for an option of a fit without one.
+    Raises UsageError for an option of a fit without one, and for a flag that none of its phases reads. A recipe's
+    value is no flag: flags may choose other phases than the recipe's.
     """
     from ..residual import as_form
 
@@ -128,5 +137,12 @@ def request(ctx: typer.Context, *, bn: str) -> FitRequest | None:
         seed=given["seed"],
         workers=given["workers"],
     )
+    for name, phases in READ_BY.items():
+        origin = ctx.get_parameter_source(name) if name in given else None
+        if origin is not None and origin.name == "COMMANDLINE" and not set(phases) & set(settings.phases):
+            raise UsageError(
+                f"--{name.replace('_', '-')} is read in {' and '.join(phases)}; --fit-phases has"
+                f" {','.join(settings.phases)}"
+            )
     form = as_form(given["form"]) if given["form"] is not None else None
     return FitRequest(given["fit"], given["teacher"], form, settings)
