@@ -26,7 +26,12 @@ class FitSettings:
         student closer to the source, less of it leaves it free to do better.
     smooth, contract: weights of the penalties; see `penalties`.
     bn: 'recalibrate' re-estimates the statistics on the student's own states, then freezes them; 'keep'
-        freezes the source's; 'batch' re-estimates them and trains with those of the batch.
+        freezes the source's; 'batch' re-estimates them and trains with those of the batch. With the recipes of
+        the CIFAR networks these ended at 80.76, 80.70 and 77.84 % (ResNet-20 at 36 steps; 81.02 % before) and at
+        82.56, 83.06 and 82.30 % (ResNet-56 at 100; 83.02 %), 5,000 images, so half a point is a standard error;
+        'recalibrate' and 'keep' agree with the source on 88.7 and 88.7, 91.9 and 92.0 % of them, and in the
+        largest error of `multistep` the first is ahead (0.015 against 0.021 on the ResNet-56). 'tied+norms', whose
+        norms do the work, wants 'batch'.
     substeps: steps per source block in all phases but 'refine'; 0: full depth from the start.
     """
 
