@@ -6,13 +6,12 @@ import copy
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .adapters.block_rules import read_rule
+from .adapters.reading import read_rule, runs_its_children
 from .errors import ResodeError, UsageError, first_few, unknown
 from .ode import Adjoint
 from .parts import BlockRule, Preprocessing, SourceSpec
@@ -179,33 +178,24 @@ def assemble(net: nn.Module, specs: Sequence[StageSpec], info: ModelInfo) -> Ode
     twice = [name for name, count in Counter(spec.name for spec in specs).items() if count > 1]
     if twice:
         raise ResodeError(f"two stages are called {twice[0]}")
-    for container_path, group in groupby(specs, key=lambda spec: spec.container):
+    for spec in specs:
         try:
-            container = net.get_submodule(container_path)
+            container = net.get_submodule(spec.container)
         except AttributeError as error:
-            raise ResodeError(f"the source network has no {container_path!r}") from error
+            raise ResodeError(f"the source network has no {spec.container!r}") from error
         children = dict(container.named_children())
-        stages = [(spec, _build_stage(spec, children)) for spec in group]
-        covered = [name for spec, _ in stages for name in (*spec.transition, *dict.fromkeys(spec.source_blocks))]
-        if len(stages) == 1 and isinstance(container, nn.Sequential) and set(covered) == set(children):
-            spec, stage = stages[0]
-            paths[spec.name] = container_path
-            net = _with_submodule(net, container_path, stage)
+        stage = _build_stage(spec, children)
+        first, *others = (*spec.transition, *dict.fromkeys(spec.source_blocks))
+        is_whole = {first, *others} == set(children) and not isinstance(container, nn.ModuleList)
+        if is_whole and runs_its_children(container):
+            paths[spec.name] = spec.container
+            net = _with_submodule(net, spec.container, stage)
             continue
-        rebuilt: dict[str, nn.Module] = {}
-        starts = {(*spec.transition, *spec.source_blocks)[0]: (spec, stage) for spec, stage in stages}
-        for name, child in children.items():
-            if name in starts:
-                spec, stage = starts[name]
-                paths[spec.name] = f"{container_path}.{name}".lstrip(".")
-                rebuilt[name] = stage
-            elif name not in covered:
-                rebuilt[name] = child
-        # Children keep their names, in a list too: iterating over it does not mind.
-        replacement = nn.Sequential() if isinstance(container, nn.Sequential) else nn.ModuleList()
-        for name, child in rebuilt.items():
-            replacement.add_module(name, child)
-        net = _with_submodule(net, container_path, replacement)
+        # The stage takes the first one's place. The others stay, emptied, for what counts or indexes them.
+        paths[spec.name] = f"{spec.container}.{first}".lstrip(".")
+        container.register_module(first, stage)
+        for name in others:
+            container.register_module(name, nn.Identity())
     return OdeResNet(net, paths, info)
 
 

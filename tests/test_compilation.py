@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resode_cli import model_file
-from resode_cli.adapters.block_rules import read_rule
+from resode_cli.adapters.reading import read_rule
 from resode_cli.errors import ResodeError, UsageError
 from resode_cli.model import OdeResNet
 from resode_cli.ode import SCHEMES, Adjoint

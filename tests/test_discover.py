@@ -11,7 +11,7 @@ from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
 from resode_cli.adapters.discover import find_stages
-from resode_cli.conversion import convert, stage_specs
+from resode_cli.conversion import stage_specs
 from resode_cli.errors import ResodeError
 from resode_cli.model import assemble
 from resode_cli.parts import Preprocessing, Source, SourceSpec
@@ -197,7 +197,7 @@ def test_a_network_without_residual_steps_is_refused_with_the_reason(images):
     net = nn.Sequential(
         nn.Conv2d(3, CHANNELS, 3, padding=1), Plain(), Plain(), nn.Flatten(), nn.Linear(CHANNELS * 256, 5)
     )
-    with pytest.raises(ResodeError, match="Sequential has no residual steps.*adds to its own input"):
+    with pytest.raises(ResodeError, match="Sequential has no residual steps.*adds a branch to its input"):
         find_stages(net, images)
 
 
@@ -207,11 +207,54 @@ def test_a_block_that_runs_twice_is_not_a_step(images):
         find_stages(Net([shared, Plain(), shared], container=nn.ModuleList), images)
 
 
-@pytest.mark.parametrize("network", [KeepsEveryState, Indexes], ids=lambda network: network.__name__)
-def test_a_network_that_reads_states_between_its_steps_is_refused_not_changed(network, randomise):
-    net = randomise(network([Step(), Step()], container=nn.ModuleList))
-    with pytest.raises(ResodeError):
-        convert(as_source(net))
+def test_states_that_are_read_elsewhere_too_are_no_stage(images):
+    net = KeepsEveryState([Step(), Step()], container=nn.ModuleList)
+    with pytest.raises(ResodeError, match=r"layers.0 \(Step\) is in a chain whose states are read by KeepsEveryState"):
+        find_stages(net, images)
+
+
+def test_a_chain_is_cut_where_one_state_is_read_elsewhere_too(assert_same_after_conversion):
+    class ReadsTheMiddle(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            states = [self.stem(x)]
+            for layer in self.layers:
+                states.append(layer(states[-1]))
+            return self.head((states[2] + states[-1]).mean(dim=(2, 3)))
+
+    net = ReadsTheMiddle([Step() for _ in range(5)], container=nn.ModuleList)
+    assert assert_same_after_conversion(net) == {"layers": ((), ("0", "1")), "layers#2": ((), ("2", "3", "4"))}
+
+
+def test_a_list_that_is_indexed_keeps_its_length(assert_same_after_conversion):
+    net = Indexes([Step(), Step(), Plain()], container=nn.ModuleList)
+    assert assert_same_after_conversion(net) == {"layers": ((), ("0", "1"))}
+
+
+def test_steps_that_are_attributes_are_a_stage(assert_same_after_conversion):
+    class Attributes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.second, self.first = Step(), Step()  # not in the order in which they run
+            self.stem, self.head = nn.Conv2d(3, CHANNELS, 3, padding=1), nn.Linear(CHANNELS, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.second(self.first(self.stem(x))).mean(dim=(2, 3)))
+
+    assert assert_same_after_conversion(Attributes()) == {"net": ((), ("first", "second"))}
+
+
+def test_a_container_with_more_in_its_forward_keeps_it(assert_same_after_conversion):
+    class Gated(nn.Module):
+        """Covers its steps with more than they are."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = Step(), Step()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x)) * x
+
+    assert assert_same_after_conversion(Net([Gated()])) == {"layers.0": ((), ("a", "b"))}
 
 
 def test_finding_stages_leaves_the_network_as_it_was(images, randomise):

@@ -19,7 +19,7 @@ LEVELS = [
     {"adjoint_choice", "compilation", "residual", "parts", "recipe", "fit_settings"},
     {"settings"},
     {"optimization"},
-    {"adapters.block_rules", "adapters.discover", "adapters.cifar", "adapters.stems", "stage"},
+    {"adapters.reading", "adapters.watch", "adapters.discover", "adapters.cifar", "adapters.stems", "stage"},
     {"model"},
     {"adapters", "data", "candidates", "probe"},
     {"calibrate"},

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resode_cli.adapters.block_rules import read_rule
 from resode_cli.adapters.cifar import CifarBlock
+from resode_cli.adapters.reading import read_rule
 from resode_cli.errors import UsageError
 from resode_cli.residual import ACTIVATIONS, BlockResidual, activation_name, check_form
 

@@ -1,24 +1,29 @@
-"""Find the stages of a network: containers whose children are residual steps.
+"""Find the stages of a network: chains of residual steps, on the live model.
 
-Decided block by block, from the shortcut. Blocks of a known class (block_rules.py) are read from
-their attributes. Blocks of any other class are put to a test: with all its parameters set to zero,
-a block that adds a branch to its own input returns that input, or its activation.
+The network runs once, watched. Block by block, from the outside in, a module that makes a state of a state is
+read (reading.py): whether it adds a branch to its own input is decided from its own forward. Children of one
+module that hand a state on from one to the next are a chain. A chain is cut where a state in it is read by
+something else too, since that state must stay in reach.
+
+A block whose forward cannot be traced is put to a test instead: with all its parameters set to zero, a block
+that adds a branch to its own input returns that input, or its activation.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ResodeError
-from ..parts import StageParts
-from ..residual import ACTIVATIONS
-from .block_rules import has_identity_shortcut, is_known
+from ..parts import BlockRule, StageParts
+from ..residual import ACTIVATIONS, GENERIC, BlockResidual
+from .reading import Reading, is_plain_sequence, read, runs_its_children, whole
+from .watch import watch
 
 _AFTER_ADDITION: tuple[Callable[[Tensor], Tensor], ...] = (
     lambda z: z,
@@ -32,93 +37,156 @@ _AFTER_ADDITION: tuple[Callable[[Tensor], Tensor], ...] = (
 
 
 def find_stages(net: nn.Module, example: Tensor) -> list[StageParts]:
-    """The stages of `net`, in order. Raises ResodeError, naming the reason, if there is no step."""
-    known = [m for m in net.modules() if is_known(m)]
-    is_step = has_identity_shortcut if known else _StepTest(net, example)
-    stages = list(_stages(net, lambda block: (not known or is_known(block)) and is_step(block)))
+    """The stages of `net`, in order. Raises ResodeError, naming the reason, if there is no step.
+
+    example: a batch of images that the network runs on.
+    """
+    search = _Search(net, example)
+    stages = list(search.stages())
     if not any(stage.blocks for stage in stages):
-        raise ResodeError(
-            f"{type(net).__name__} has no residual steps to convert: no nn.Sequential or nn.ModuleList"
-            " in it holds a shape-preserving block that adds to its own input"
-        )
+        raise ResodeError(f"{type(net).__name__} has no residual steps to convert: {search.reason()}")
     return stages
 
 
-def is_container(module: nn.Module) -> bool:
-    """Whether calling, or iterating over, the module means running its children one after the other."""
-    plain_sequence = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
-    return plain_sequence or isinstance(module, nn.ModuleList)
-
-
-def _stages(net: nn.Module, is_step: Callable[[nn.Module], bool]) -> Iterator[StageParts]:
-    inside: list[str] = []  # paths of blocks and containers already accounted for
-    for path, container in net.named_modules():
-        if not is_container(container) or any(path.startswith(done + ".") for done in inside):
-            continue
-        children = dict(container.named_children())
-        steps = {name for name, child in children.items() if not is_container(child) and is_step(child)}
-        all_known = bool(children) and all(is_known(child) for child in children.values())
-        if not steps and not all_known:
-            continue
-        inside += [f"{path}.{name}".lstrip(".") for name in steps]
-        yield from _split(path, list(children), steps)
-
-
-def _split(path: str, names: list[str], steps: set[str]) -> Iterator[StageParts]:
-    """Cut a container's children into stages: transition blocks, then steps. A tail stays as it is."""
-    transition: list[str] = []
-    blocks: list[str] = []
-    for name in names:
-        if name in steps:
-            blocks.append(name)
-            continue
-        if blocks:
-            yield StageParts(path, tuple(transition), tuple(blocks))
-            transition, blocks = [], []
-        transition.append(name)
-    if blocks or not steps:
-        yield StageParts(path, tuple(transition), tuple(blocks))
-
-
-@dataclass
-class _Seen:
-    calls: int = 0
-    shape: torch.Size | None = None  # of the only tensor that went in, if it came out in the same shape
-
-
-class _StepTest:
-    """Whether a block of an unknown class maps a state to a state and adds to its own input."""
+class _Search:
+    """What is known of a network's modules: which are steps, and why others are not."""
 
     def __init__(self, net: nn.Module, example: Tensor) -> None:
-        self.seen: dict[nn.Module, _Seen] = {}
-        blocks = [child for m in net.modules() if is_container(m) for child in m.children() if not is_container(child)]
-        hooks = [block.register_forward_hook(self._record, with_kwargs=True) for block in blocks]
-        training = net.training
-        net.eval()
+        self.net = net
+        self.seen = watch(net, example)
+        self.paths = {module: path for path, module in net.named_modules()}
+        self.refused: dict[str, Reading] = {}  # by path, as `reused`
+        self.reused: dict[str, Reading] = {}
+        self.steps: set[nn.Module] = set()
+        self._visit(net)
+        self.classes = {type(step) for step in self.steps}
+
+    def _visit(self, module: nn.Module) -> bool:
+        """Find the steps inside a module; returns whether there are any."""
+        found = False
+        for child in module.children():
+            reading = self._read(child)
+            inside = reading.rule is None and self._visit(child)
+            if reading.opaque and not inside and self._passes_zero_test(child):
+                reading = Reading(BlockRule(whole, GENERIC))
+            if reading.rule is not None:
+                reading = self._verified(child, reading.rule)
+            if reading.rule is not None:
+                self.steps.add(child)
+            elif reading.reason:
+                self.refused[self.paths[child]] = reading
+            found = found or inside or reading.rule is not None
+        return found
+
+    def _read(self, module: nn.Module) -> Reading:
+        call = self.seen.of(module)
+        is_block = any(True for _ in module.children()) and any(True for _ in module.parameters())
+        if is_plain_sequence(module) or not is_block:
+            return Reading(None)
+        if not call.keeps_shape:
+            return Reading(None)
+        if call.further:
+            return Reading(None, f"takes further tensors ({', '.join(call.further)})", near=True)
+        return read(module)
+
+    def _random_state(self, block: nn.Module) -> Tensor:
+        state = self.seen.of(block).into
+        assert state is not None
+        return torch.randn(state.shape, generator=torch.Generator().manual_seed(0)).to(state)
+
+    def _verified(self, block: nn.Module, rule: BlockRule) -> Reading:
+        """The rule, if it gives what the block gives and leaves the state alone."""
+        x = self._random_state(block)
+        kept, training = x.clone(), {m: m.training for m in block.modules()}
+        block.eval()
         try:
             with torch.no_grad():
-                net(example)
+                found = BlockResidual(block, rule.branch, rule.activation).step(x, 1.0)
+                expected = block(kept.clone())
         finally:
-            net.train(training)
-            for hook in hooks:
-                hook.remove()
+            for module, mode in training.items():
+                module.training = mode
+        if not torch.equal(x, kept):
+            return Reading(None, "writes to its input", near=True)
+        if not torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())):
+            return Reading(None, "does more than its own forward says", near=True)
+        return Reading(rule)
 
-    def _record(self, block: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], out: object) -> None:
-        seen = self.seen.setdefault(block, _Seen())
-        seen.calls += 1
-        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and isinstance(out, Tensor):
-            seen.shape = out.shape if args[0].shape == out.shape else None
-
-    def __call__(self, block: nn.Module) -> bool:
-        seen = self.seen.get(block)
-        has_branch = any(True for _ in block.parameters()) and any(True for _ in block.children())
-        if seen is None or seen.calls != 1 or seen.shape is None or not has_branch:
+    def _passes_zero_test(self, block: nn.Module) -> bool:
+        if not self.seen.of(block).keeps_shape:
             return False
         probe = copy.deepcopy(block).eval()
+        x = self._random_state(block)
         with torch.no_grad():
             for parameter in probe.parameters():
                 parameter.zero_()
-            dtype = next(probe.parameters()).dtype
-            x = torch.randn(seen.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
             result = probe(x.clone())
-            return any(torch.allclose(result, a(x), rtol=1e-5, atol=1e-6) for a in _AFTER_ADDITION)
+        return any(torch.allclose(result, a(x), rtol=1e-5, atol=1e-6) for a in _AFTER_ADDITION)
+
+    def stages(self) -> list[StageParts]:
+        """In the order in which they run."""
+        order = {module: i for i, module in enumerate(self.seen.calls)}
+        found = [
+            (order[parent.get_submodule((*part.transition, *part.blocks)[0])], part)
+            for path, parent in self.net.named_modules()
+            for part in self._stages_of(path, parent)
+        ]
+        return [part for _, part in sorted(found, key=lambda item: item[0])]
+
+    def _stages_of(self, path: str, parent: nn.Module) -> Iterator[StageParts]:
+        """The stages among a module's children. What follows the last step stays where it is."""
+        children = {name: child for name, child in parent.named_children() if child in self.seen.calls}
+        if not any(child in self.steps for child in children.values()):
+            # Blocks of a class whose others are steps: a stage too, without any.
+            if children and {type(child) for child in children.values()} <= self.classes and runs_its_children(parent):
+                yield StageParts(path, tuple(children), ())
+            return
+        in_order = runs_its_children(parent)
+        for chain in self._chains(children):
+            if len(chain.blocks) == 1 and chain.reader is not None:
+                reason = f"is in a chain whose states are read by {type(chain.reader).__name__} too"
+                block = f"{path}.{chain.blocks[0]}".lstrip(".")
+                self.reused[block] = Reading(None, reason, near=True)
+            elif chain.blocks:
+                yield StageParts(path, tuple(chain.transition) if in_order else (), tuple(chain.blocks))
+
+    def _chains(self, children: dict[str, nn.Module]) -> list[_Chain]:
+        """Children that hand a state on, each to the next alone: any that are no steps, then steps."""
+        calls = list(self.seen.calls)
+        makers: dict[int, str] = {}  # which child made a tensor
+        ending: dict[str, _Chain] = {}
+        chains: list[_Chain] = []
+        for name, child in sorted(children.items(), key=lambda item: calls.index(item[1])):
+            call, is_step = self.seen.of(child), child in self.steps
+            maker = makers.get(id(call.into), "")
+            chain, cut = ending.get(maker), None
+            if chain is not None and (reader := self.seen.read_elsewhere(children[maker], child)) is not None:
+                if is_step and type(children[maker]) is type(child):
+                    chain.reader = cut = reader
+                chain = None
+            if chain is None or (chain.blocks and not is_step):
+                chain = _Chain(reader=cut)
+                chains.append(chain)
+            (chain.blocks if is_step else chain.transition).append(name)
+            ending[name] = chain
+            if call.out is not None:
+                makers[id(call.out)] = name
+        return chains
+
+    def reason(self) -> str:
+        """Why there is no step, of the blocks that come nearest to one."""
+        near: dict[tuple[type, str], str] = {}
+        for path, reading in {**self.reused, **self.refused}.items():
+            if reading.near:
+                near.setdefault((type(self.net.get_submodule(path)), reading.reason), path)
+        said = [f"{path} ({kind.__name__}) {reason}" for (kind, reason), path in near.items()]
+        return "; ".join(said[:2]) or "no module in it adds a branch to its input"
+
+
+@dataclass
+class _Chain:
+    """transition: names of the children before the first step; reader: what else reads a state where it was cut."""
+
+    transition: list[str] = field(default_factory=list)
+    blocks: list[str] = field(default_factory=list)
+    reader: nn.Module | None = None

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resode_cli.adapters.block_rules import read_rule
 from resode_cli.adapters.cifar import CifarBlock
+from resode_cli.adapters.reading import read_rule
 from resode_cli.ode import SCHEMES, Adjoint, Field, Monitor, Residual, solve
 from resode_cli.stage import BlockSpec, OdeStage, StageSpec
 

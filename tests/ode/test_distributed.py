@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from resode_cli.adapters.block_rules import read_rule
 from resode_cli.adapters.cifar import CifarBlock
+from resode_cli.adapters.reading import read_rule
 from resode_cli.ode import Adjoint
 from resode_cli.stage import BlockSpec, OdeStage, StageSpec
 
