@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+import torch.nn.functional as F
 from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
@@ -72,6 +73,13 @@ class SmallerShortcut(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).relu()
+
+
+class InPlace(Step):
+    """The activation before the branch writes to the state."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(self.conv(F.relu_(x)))
 
 
 class Net(nn.Module):
@@ -185,8 +193,31 @@ def test_stages_without_any_step_are_legal(assert_same_after_conversion):
     }
 
 
+class Reshapes(Step):
+    """As in Swin: the addition is not the last thing that happens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(2)
+        return (flat + self.norm(self.conv(x)).flatten(2)).unflatten(2, x.shape[2:])
+
+
+class Decides(Step):
+    """By its values, which no tracing follows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = self.norm(self.conv(x))
+        return x + branch if branch.mean() > 0 else x + branch / 2
+
+
+@pytest.mark.parametrize("block", [Reshapes, Decides], ids=lambda block: block.__name__)
+def test_a_block_whose_forward_does_not_tell_is_put_to_the_test(block, assert_same_after_conversion):
+    assert assert_same_after_conversion(Net([block(), block()])) == {"layers": ((), ("0", "1"))}
+
+
 @pytest.mark.parametrize(
-    "block", [Plain, NormShortcut, ConvShortcut, HalfShortcut, FlippedShortcut], ids=lambda block: block.__name__
+    "block",
+    [Plain, NormShortcut, ConvShortcut, HalfShortcut, FlippedShortcut, InPlace],
+    ids=lambda block: block.__name__,
 )
 def test_a_block_whose_shortcut_is_not_the_identity_is_not_a_step(block, assert_same_after_conversion):
     stages = assert_same_after_conversion(Net([Step(), block(), Step()]))

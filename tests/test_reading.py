@@ -108,6 +108,25 @@ class Parameter(Block):
         return x + self.gain * self.layer(x)
 
 
+class Counts(Block):
+    """Writes to its own buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.count.add_(1)
+        return x + self.layer(x) * self.count
+
+
+class Assigns(Counts):
+    def forward(self, x: Tensor) -> Tensor:
+        self.count = self.count + 1
+        return x + self.layer(x)
+
+
 class Method(Block):
     def branch(self, x: Tensor) -> Tensor:
         return self.layer(self.norm(x))
@@ -131,6 +150,7 @@ STEPS = [
     (MakesATensor, "generic"),
     (Parameter, "linear"),
     (Method, "linear"),
+    (Counts, "linear"),
 ]
 each_step = pytest.mark.parametrize(("kind", "activation"), STEPS, ids=[kind.__name__ for kind, _ in STEPS])
 
@@ -271,7 +291,7 @@ class Pair(Block):
 )
 def test_what_is_no_step_is_named_with_the_reason(kind, reason):
     reading = read(kind())
-    assert reading.rule is None and not reading.opaque
+    assert reading.rule is None
     with pytest.raises(AssertionError, match=reason):
         raise AssertionError(reading.reason)
 
@@ -286,10 +306,22 @@ class TwoStates(Block):
         return x + self.layer(y)
 
 
-@pytest.mark.parametrize("kind", [Decides, TwoStates])
-def test_a_forward_that_cannot_be_traced_is_opaque(kind):
+@pytest.mark.parametrize("kind", [Decides, TwoStates, Assigns])
+def test_a_forward_that_cannot_be_traced_is_unclear(kind):
     reading = read(kind())
-    assert reading.rule is None and reading.opaque
+    assert reading.rule is None and reading.unclear
+
+
+def test_a_branch_that_writes_to_its_own_buffers_does_so_when_it_runs_and_not_when_it_is_read():
+    block = Counts().double()
+    r = residual(block)
+    assert block.count == 0
+    r(state())
+    r(state())
+    assert block.count == 2
+    block.eval()
+    r(state())
+    assert block.count == 2
 
 
 class Iterates(nn.Module):

@@ -5,8 +5,8 @@ read (reading.py): whether it adds a branch to its own input is decided from its
 module that hand a state on from one to the next are a chain. A chain is cut where a state in it is read by
 something else too, since that state must stay in reach.
 
-A block whose forward cannot be traced is put to a test instead: with all its parameters set to zero, a block
-that adds a branch to its own input returns that input, or its activation.
+Where the forward does not tell, the block is put to a test: with all its parameters set to zero, a block that
+adds a branch to its own input returns that input, or its activation.
 """
 
 from __future__ import annotations
@@ -60,6 +60,8 @@ class _Search:
         self.steps: set[nn.Module] = set()
         self._visit(net)
         self.classes = {type(step) for step in self.steps}
+        # An attention that adds to its input, inside a transition block of the steps' own class.
+        self.steps -= {part for m in net.modules() if type(m) in self.classes for part in m.modules() if part is not m}
 
     def _visit(self, module: nn.Module) -> bool:
         """Find the steps inside a module; returns whether there are any."""
@@ -67,7 +69,7 @@ class _Search:
         for child in module.children():
             reading = self._read(child)
             inside = reading.rule is None and self._visit(child)
-            if reading.opaque and not inside and self._passes_zero_test(child):
+            if reading.unclear and not inside and self._passes_zero_test(child):
                 reading = Reading(BlockRule(whole, GENERIC))
             if reading.rule is not None:
                 reading = self._verified(child, reading.rule)
@@ -97,6 +99,8 @@ class _Search:
     def _verified(self, block: nn.Module, rule: BlockRule) -> Reading:
         """The rule, if it gives what the block gives and leaves the state alone."""
         x = self._random_state(block)
+        if x.is_meta:  # no values to compare: the structure alone is asked for
+            return Reading(rule)
         kept, training = x.clone(), {m: m.training for m in block.modules()}
         block.eval()
         try:
@@ -113,7 +117,7 @@ class _Search:
         return Reading(rule)
 
     def _passes_zero_test(self, block: nn.Module) -> bool:
-        if not self.seen.of(block).keeps_shape:
+        if not self.seen.of(block).keeps_shape or self.seen.of(block).further:
             return False
         probe = copy.deepcopy(block).eval()
         x = self._random_state(block)
@@ -167,6 +171,8 @@ class _Search:
             if chain is None or (chain.blocks and not is_step):
                 chain = _Chain(reader=cut)
                 chains.append(chain)
+            if not is_step and not self.steps.isdisjoint(child.modules()):
+                continue
             (chain.blocks if is_step else chain.transition).append(name)
             ending[name] = chain
             if call.out is not None:

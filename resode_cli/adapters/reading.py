@@ -39,13 +39,13 @@ class Reading:
     rule: how to run the block as a step; None if it is none.
     reason: why it is none, to follow the block's name.
     near: it comes near enough to one for the reason to be of interest.
-    opaque: the forward cannot be traced, so that only a run of the block can tell.
+    unclear: the forward cannot be traced, or adds something on its way, so that only a run of the block can tell.
     """
 
     rule: BlockRule | None
     reason: str = ""
     near: bool = False
-    opaque: bool = False
+    unclear: bool = False
 
 
 class _NotTraceable(Exception):
@@ -71,7 +71,7 @@ def read(block: nn.Module) -> Reading:
             return reading
         other = _read_graph(_trace(block, not block.training)[0], block)
     except _NotTraceable as error:
-        return Reading(None, f"cannot be traced ({error})", opaque=True)
+        return Reading(None, f"cannot be traced ({error})", unclear=True)
     here, there = reading.rule, other.rule or BlockRule(whole, GENERIC)
     if here == there:
         return reading
@@ -149,6 +149,8 @@ class ByMode:
 
 
 class _BlockTracer(fx.Tracer):
+    proxy_buffer_attributes = True  # what is done to the block's own buffers is part of the code, and not done now
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
@@ -165,9 +167,14 @@ def _trace(block: nn.Module, training: bool) -> tuple[fx.Graph, bool]:
         asked.append(True)
         return training
 
-    # A shallow copy takes what tracing writes; its class answers for the mode.
+    def assign(module: nn.Module, name: str, value: object) -> None:
+        if not name.startswith("_tensor_constant"):
+            raise _NotTraceable(f"it sets its attribute {name}")  # which the traced code would leave out
+        module.__dict__[name] = value
+
+    # A shallow copy takes the constants that tracing finds; its class answers for the mode.
     probe = copy.copy(block)
-    probe.__class__ = type(type(block).__name__, (type(block),), {"training": property(mode)})
+    probe.__class__ = type(type(block).__name__, (type(block),), {"training": property(mode), "__setattr__": assign})
     defaults = {p.name: p.default for p in others if p.default is not p.empty}
     try:
         graph = _BlockTracer().trace(probe, concrete_args=defaults or None)
@@ -209,7 +216,8 @@ def _read_graph(graph: fx.Graph, block: nn.Module) -> Reading:
     named = [name for node in after if (name := _activation(node, children)) is not None]
     activation = named[0] if named else LINEAR
     if not _is_addition(last):
-        return Reading(None, f"ends in {_describe(last, children)}, not in an addition to its input")
+        adds = any(_is_addition(node) for node in graph.nodes)
+        return Reading(None, f"ends in {_describe(last, children)}, not in an addition to its input", unclear=adds)
     terms = list(_terms(last, children))
     shortcuts = [term for term in terms if term is x]
     if len(shortcuts) != 1:

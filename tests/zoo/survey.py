@@ -1,0 +1,108 @@
+"""What `resode list` knows, found out anew: `python tests/zoo/survey.py` rewrites its table.
+
+Networks are built on the meta device, where a forward pass computes shapes alone; those that cannot be, or
+whose blocks have to be tried out, on the CPU. Takes about half an hour.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from resode_cli.adapters.discover import find_stages
+from resode_cli.errors import ResodeError
+
+TABLE = Path(__file__).parents[2] / "resode_cli" / "catalog" / "catalog.json"
+
+
+def sources() -> Iterator[str]:
+    """Every architecture of timm and every classification network of torchvision."""
+    yield from (f"timm:{name}" for name in timm.list_models())
+    yield from (f"torchvision:{name}" for name in torchvision.models.list_models(module=torchvision.models))
+
+
+def build(source: str) -> nn.Module:
+    library, _, name = source.partition(":")
+    if library == "timm":
+        return timm.create_model(name)
+    return (
+        torchvision.models.get_model(name, init_weights=False) if name in INIT else torchvision.models.get_model(name)
+    )
+
+
+TOO_LARGE = (
+    "timm:swin_v2_cr_giant_224",
+    "timm:swin_v2_cr_giant_384",
+    "timm:swinv2_cr_giant_224",
+    "timm:swinv2_cr_giant_384",
+)
+INIT = ("googlenet", "inception_v3")  # these warn of their slow initialisation
+
+
+def size(source: str) -> int:
+    library, _, name = source.partition(":")
+    if library == "timm":
+        config = timm.get_pretrained_cfg(name)
+        return int(config.input_size[-1]) if config else 224
+    return int(torchvision.models.get_model_weights(name).DEFAULT.transforms().crop_size[0])
+
+
+def family(source: str) -> str:
+    """The module that defines the architecture."""
+    library, _, name = source.partition(":")
+    if library == "timm":
+        return timm.models._registry._model_to_module[name]
+    return torchvision.models.get_model_builder(name).__module__.rpartition(".")[2]
+
+
+def tags(source: str) -> list[str]:
+    library, _, name = source.partition(":")
+    if library == "timm":
+        return [full.partition(".")[2] for full in timm.list_pretrained(f"{name}.*")]
+    return [weights.name for weights in torchvision.models.get_model_weights(name)]
+
+
+def row(source: str) -> dict[str, object]:
+    """One row of the table; without steps, and with the reason, where the source is refused."""
+    found = {"source": source, "family": family(source)}
+    try:
+        net, steps = _steps(source, "meta")
+    except ResodeError as error:
+        return {**found, "reason": str(error)}
+    except (RuntimeError, ValueError):  # NotImplementedError is one
+        if source in TOO_LARGE:
+            return {**found, "reason": "too large to be tried out"}
+        try:
+            net, steps = _steps(source, "cpu")
+        except ResodeError as error:
+            return {**found, "reason": str(error)}
+    parameters = sum(p.numel() for p in net.parameters())
+    return {**found, "parameters": parameters, "steps": steps, "tags": tags(source)}
+
+
+def _steps(source: str, device: str) -> tuple[nn.Module, list[int]]:
+    with torch.device(device):
+        net = build(source).eval()
+        example = torch.randn(1, 3, size(source), size(source))
+    return net, [len(stage.blocks) for stage in find_stages(net, example)]
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    rows = []
+    for source in sources():
+        try:
+            rows.append(row(source))
+        except Exception as error:
+            rows.append({"source": source, "family": family(source), "reason": f"{type(error).__name__}: {error}"})
+        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    versions = {"timm": timm.__version__, "torchvision": torchvision.__version__.partition("+")[0]}
+    TABLE.write_text(json.dumps({"versions": versions, "rows": rows}, indent=None, separators=(",", ":")))
