@@ -88,7 +88,7 @@ class _Search:
         if not call.keeps_shape:
             return Reading(None)
         if call.further:
-            return Reading(None, f"takes further tensors ({', '.join(call.further)})", near=True)
+            return Reading(None, f"takes more than the state ({', '.join(call.further)})", near=True)
         return read(module)
 
     def _random_state(self, block: nn.Module) -> Tensor:

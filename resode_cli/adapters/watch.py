@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ Stack = tuple[nn.Module, ...]  # the modules being called, the outermost first
 class Call:
     """What went into a module, the last time that it was called, and what came out.
 
-    into: the first argument; further: names or places of other tensors among the arguments.
+    into: the first argument; further: names of other arguments that are not left at their defaults.
     """
 
     calls: int = 0
@@ -64,9 +65,7 @@ def watch(net: nn.Module, example: Tensor) -> Watch:
         stack.append(module)
         call = seen.calls.setdefault(module, Call())
         call.calls += 1
-        given = {**{str(i): a for i, a in enumerate(args)}, **kwargs}
-        tensors = {name: a for name, a in given.items() if any(isinstance(t, Tensor) for t in tree_leaves(a))}
-        call.further = tuple(name for name in tensors if name != "0")
+        call.further = _further(module, args, kwargs)
         call.into = args[0] if args and isinstance(args[0], Tensor) else None
 
     def after(module: nn.Module, args: tuple[Any, ...], out: object) -> None:
@@ -89,6 +88,19 @@ def watch(net: nn.Module, example: Tensor) -> Watch:
         for handle in handles:
             handle.remove()
     return seen
+
+
+def _further(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
+    if len(args) < 2 and not kwargs:
+        return ()
+    signature = inspect.signature(module.forward)
+    _, *others = signature.bind(*args, **kwargs).arguments.items()
+    defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
+    return tuple(
+        name
+        for name, value in others
+        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)) or value != defaults[name]
+    )
 
 
 class _Readers(TorchFunctionMode):
