@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from . import __version__
-from .commands import bench, check_grad, convert, demo, evaluate, finetune, info, transfer
+from .commands import bench, check_grad, convert, demo, evaluate, finetune, info, list_sources, transfer
 from .errors import ResodeError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app = typer.Typer(
     epilog="Add --debug to any command to see the traceback of an error.",
 )
 
+app.command("list")(list_sources.list_command)
 app.command("convert")(convert.convert_command)
 app.command("info")(info.info_command)
 app.command("tie")(transfer.tie_command)

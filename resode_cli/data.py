@@ -7,6 +7,7 @@ wherever it was resumed.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
@@ -165,7 +166,7 @@ def transform(preprocessing: Preprocessing, *, augment: bool, flip: bool = True)
     elif augment:
         steps = [v2.Resize(size, interpolation), v2.CenterCrop(size), v2.RandomCrop(size, padding=max(size // 8, 1))]
     else:
-        steps = [v2.Resize(round(size / preprocessing.crop_fraction), interpolation), v2.CenterCrop(size)]
+        steps = _central(preprocessing, interpolation)
     if augment and flip:
         steps.append(v2.RandomHorizontalFlip())
     steps += [
@@ -174,6 +175,18 @@ def transform(preprocessing: Preprocessing, *, augment: bool, flip: bool = True)
         v2.Normalize(list(preprocessing.mean), list(preprocessing.std)),
     ]
     return v2.Compose(steps)
+
+
+def _central(preprocessing: Preprocessing, interpolation: InterpolationMode) -> list[Any]:
+    size = preprocessing.size
+    resized = math.floor(size / preprocessing.crop_fraction + 1e-6)  # as timm does it; 1e-6: 224 / (224/232) is 232
+    if preprocessing.crop_mode == "border":
+        from timm.data.transforms import CenterCropOrPad, ResizeKeepRatio
+
+        colour = tuple(round(255 * value) for value in preprocessing.mean)
+        return [ResizeKeepRatio(resized, interpolation=preprocessing.interpolation), CenterCropOrPad(size, fill=colour)]
+    shape = [resized, resized] if preprocessing.crop_mode == "squash" else resized
+    return [v2.Resize(shape, interpolation), v2.CenterCrop(size)]
 
 
 def check_classes(data: ImageData, num_classes: int, class_names: Sequence[str] | None) -> None:

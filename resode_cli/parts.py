@@ -33,13 +33,18 @@ class StageParts:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """From an image to the network's input. Mean and std per channel, of RGB in [0, 1]; size in pixels."""
+    """From an image to the network's input. Mean and std per channel, of RGB in [0, 1]; size in pixels.
+
+    crop_mode: how an image becomes square before the central crop: 'center' keeps its proportions and cuts the
+        longer side, 'squash' does not keep them, 'border' pads the shorter side with the mean colour.
+    """
 
     size: int = 224
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     interpolation: str = "bilinear"
-    crop_fraction: float = 0.875  # of the resized image's shorter side
+    crop_fraction: float = 0.875  # of the resized image's side
+    crop_mode: str = "center"
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ from torch import nn
 
 from ..errors import ResodeError, UsageError, unknown
 from ..parts import Preprocessing, Source, SourceSpec
-from . import cifar, user_file
+from . import cifar, saved_models, user_file
 from .weights import load_weights, state_sha256
 
-LIBRARIES = ("timm", "torchvision", "cifar", "file")
+LIBRARIES = ("timm", "torchvision", "hf-hub", "local-dir", "cifar", "file")
+RANDOM_NOTE = "no pretrained weights: the network is random"
 SMALL = 64  # pixels; images of small networks are used whole, without the central crop of ImageNet's
 CIFAR_PREPROCESSING = Preprocessing(size=32, crop_fraction=1.0)
 
@@ -24,6 +25,7 @@ CIFAR_PREPROCESSING = Preprocessing(size=32, crop_fraction=1.0)
 def parse_source(text: str) -> tuple[str, str]:
     """'timm:resnet50' → ('timm', 'resnet50'); 'net.py:make' → ('file', 'net.py:make')."""
     library, separator, name = text.partition(":")
+    library = "hf-hub" if library == "hf_hub" else library
     if separator and name and library in LIBRARIES[:-1]:
         return library, name
     file, _, function = text.rpartition(":")
@@ -32,7 +34,10 @@ def parse_source(text: str) -> tuple[str, str]:
     if text.endswith(".py"):
         raise UsageError(f"source {text!r}: name the function that builds the network, {text}:FUNCTION")
     if not separator or file.endswith(".py"):
-        raise UsageError(f"source {text!r}: write timm:NAME, torchvision:NAME, cifar:NAME or FILE.py:FUNCTION")
+        raise UsageError(
+            f"source {text!r}: write timm:NAME, torchvision:NAME, hf-hub:REPO, local-dir:FOLDER,"
+            " cifar:NAME or FILE.py:FUNCTION"
+        )
     raise unknown("source library", library, LIBRARIES[:-1])
 
 
@@ -63,10 +68,13 @@ def open_source(
         raise unknown("stem", str(stem), ["cifar"])
     arguments = {"num_classes": num_classes, "stem": stem, "shortcut": shortcut}
     spec = SourceSpec(library, name, arguments={k: v for k, v in arguments.items() if v is not None})
+    if library in ("hf-hub", "local-dir"):
+        with _clear_download_errors(text):
+            return _open_saved(spec, text, pretrained=pretrained, weights=weights, chosen=preprocessing)
     from_library = pretrained and weights is None and library != "file"
     if from_library and library == "cifar":
         raise UsageError(f"{text} has no weights to fetch; pass --weights FILE or --no-pretrained")
-    with _clear_download_errors(spec):
+    with _clear_download_errors(text):
         net = build(spec, pretrained=from_library)
     notes: list[str] = []
     if weights is not None:
@@ -76,7 +84,7 @@ def open_source(
         spec = replace(spec, tag=_library(library).tag(name))
         known = _library(library).pretrained_classes(name)
         if num_classes not in (None, known):
-            notes.append(f"the pretrained head has {known} classes: the head starts at random for {num_classes}")
+            notes.append(_head_note(known, num_classes))
     if stem == "cifar":
         notes.append("the 3×3 stem starts at random")
     if from_library or weights is not None:
@@ -84,17 +92,58 @@ def open_source(
     elif library == "file":  # the function may have loaded weights of its own
         spec = replace(spec, weights_sha256=state_sha256(net.state_dict()))
     else:
-        notes.append("no pretrained weights: the network is random")
-    chosen = dict(preprocessing or {})
-    if chosen.get("size", SMALL + 1) <= SMALL:
-        chosen.setdefault("crop_fraction", 1.0)
+        notes.append(RANDOM_NOTE)
     own = _preprocessing(spec, net)
-    if library == "file" and own == Preprocessing() and "size" not in chosen:
+    if library == "file" and own == Preprocessing() and "size" not in (preprocessing or {}):
         notes.append(
             f"images are taken as {own.size}×{own.size} with ImageNet's mean and std;"
             " --input-size, --mean and --std, or a default_cfg of the network, say otherwise"
         )
-    return Source(spec, net, replace(own, **chosen), tuple(notes))
+    return Source(spec, net, _chosen(own, preprocessing), tuple(notes))
+
+
+def _open_saved(
+    spec: SourceSpec, text: str, *, pretrained: bool, weights: Path | None, chosen: dict[str, Any] | None
+) -> Source:
+    """A network that timm saved. Its spec names the architecture, so that it can be built again without the hub."""
+    from . import timm_models
+
+    folder = spec.library == "local-dir"
+    saved = saved_models.read_folder(spec.name) if folder else saved_models.read_hub(spec.name)
+    timm_models.check_name(saved.architecture)
+    wanted = spec.arguments.get("num_classes")
+    arguments = {**spec.arguments, **({"model_args": saved.arguments} if saved.arguments else {})}
+    if wanted is None and saved.classes is not None:
+        arguments["num_classes"] = saved.classes
+    built = SourceSpec("timm", saved.architecture, arguments=arguments)
+    notes = [f"{text} is a {saved.architecture}"]
+    file = weights or (saved.weights if pretrained else None)
+    if pretrained and folder and file is None:
+        raise ResodeError(f"{spec.name} holds no weights ({' or '.join(saved_models.WEIGHTS)}); pass --weights FILE")
+    from_hub = pretrained and file is None
+    net = build(built) if not from_hub else timm_models.build_from_hub(spec.name, arguments)
+    if file is not None:
+        notes += load_weights(net, file, num_classes=wanted)
+    elif from_hub and wanted not in (None, saved.classes):
+        notes.append(_head_note(saved.classes, wanted))
+    if file is None and not from_hub:
+        notes.append(RANDOM_NOTE)
+    else:
+        origin = weights.name if weights is not None else text
+        built = replace(built, weights=origin, weights_sha256=state_sha256(net.state_dict()))
+    return Source(built, net, _chosen(timm_models.preprocessing_of(saved.config), chosen), tuple(notes))
+
+
+def _head_note(known: int | None, wanted: object) -> str:
+    return f"the pretrained head has {known} classes: the head starts at random for {wanted}"
+
+
+def _chosen(own: Preprocessing, given: dict[str, Any] | None) -> Preprocessing:
+    """The source's preprocessing with the fields that the user gave."""
+    chosen = dict(given or {})
+    if chosen.get("size", SMALL + 1) <= SMALL:
+        chosen.setdefault("crop_fraction", 1.0)
+    return replace(own, **chosen)
 
 
 def build(spec: SourceSpec, *, pretrained: bool = False) -> nn.Module:
@@ -104,7 +153,7 @@ def build(spec: SourceSpec, *, pretrained: bool = False) -> nn.Module:
     if spec.library in ("timm", "torchvision"):
         arguments["pretrained"] = pretrained
     allowed = {"cifar": {"num_classes", "shortcut"}, "file": {"num_classes"}}.get(
-        spec.library, {"num_classes", "stem", "pretrained"}
+        spec.library, {"num_classes", "stem", "pretrained", "model_args"}
     )
     for name in arguments:
         if name not in allowed:
@@ -139,7 +188,7 @@ def _preprocessing(spec: SourceSpec, net: nn.Module) -> Preprocessing:
 
 
 @contextmanager
-def _clear_download_errors(spec: SourceSpec) -> Iterator[None]:
+def _clear_download_errors(source: str) -> Iterator[None]:
     """Say in one line that pretrained weights cannot be fetched, whichever of the many errors says so."""
     try:
         with redirect_stdout(sys.stderr):  # libraries announce downloads there
@@ -154,7 +203,7 @@ def _clear_download_errors(spec: SourceSpec) -> Iterator[None]:
         network = modules & {"urllib", "requests", "httpx", "httpx2", "httpcore", "huggingface_hub", "socket"}
         if network or any(isinstance(e, OSError) for e in chain):
             raise ResodeError(
-                f"the pretrained weights of {spec} cannot be fetched ({_first_line(error)});"
+                f"the pretrained weights of {source} cannot be fetched ({_first_line(error)});"
                 " connect to the network, pass --weights FILE, or --no-pretrained for a random network"
             ) from error
         raise

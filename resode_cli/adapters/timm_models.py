@@ -28,10 +28,17 @@ def check_name(name: str) -> None:
         raise unknown(f"pretrained tag of {architecture}", tag, tags)
 
 
-def build(name: str, *, pretrained: bool = False, num_classes: int | None = None, stem: str | None = None) -> nn.Module:
-    """The network, with the tag's weights where `pretrained`."""
+def build(
+    name: str,
+    *,
+    pretrained: bool = False,
+    num_classes: int | None = None,
+    stem: str | None = None,
+    model_args: dict[str, Any] | None = None,
+) -> nn.Module:
+    """The network, with the tag's weights where `pretrained`. model_args: of the architecture's function."""
     check_name(name)
-    arguments: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+    arguments = {**(model_args or {}), **({} if num_classes is None else {"num_classes": num_classes})}
     try:
         with _offline_if_unreachable():
             net = timm.create_model(name, pretrained=pretrained, **arguments)
@@ -40,6 +47,16 @@ def build(name: str, *, pretrained: bool = False, num_classes: int | None = None
             raise ResodeError(f"timm:{name} has no pretrained weights; pass --no-pretrained or --weights") from error
         raise
     if stem == "cifar":
+        _use_cifar_stem(net)
+    return net
+
+
+def build_from_hub(repository: str, arguments: dict[str, Any]) -> nn.Module:
+    """A network of the hub with its weights."""
+    wanted = {name: value for name, value in arguments.items() if name == "num_classes"}
+    with _offline_if_unreachable():
+        net = timm.create_model(f"hf-hub:{repository}", pretrained=True, **wanted)
+    if arguments.get("stem") == "cifar":
         _use_cifar_stem(net)
     return net
 
@@ -76,13 +93,19 @@ def tag(name: str) -> str | None:
 
 def preprocessing(name: str) -> Preprocessing:
     config = timm.get_pretrained_cfg(name)
-    data = resolve_data_config(pretrained_cfg=config.to_dict() if config else {})
+    return preprocessing_of(config.to_dict() if config else {})
+
+
+def preprocessing_of(config: dict[str, Any]) -> Preprocessing:
+    """What timm's pretrained_cfg says of images."""
+    data = resolve_data_config(pretrained_cfg=config)
     return Preprocessing(
         size=data["input_size"][-1],
         mean=tuple(data["mean"]),
         std=tuple(data["std"]),
         interpolation=data["interpolation"],
         crop_fraction=data["crop_pct"],
+        crop_mode=data["crop_mode"],
     )
 
 

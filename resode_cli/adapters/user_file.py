@@ -26,6 +26,7 @@ def preprocessing(net: nn.Module) -> Preprocessing:
         std=tuple(config.get("std", default.std)),
         interpolation=str(config.get("interpolation", default.interpolation)),
         crop_fraction=float(config.get("crop_pct", default.crop_fraction)),
+        crop_mode=str(config.get("crop_mode", default.crop_mode)),
     )
 
 

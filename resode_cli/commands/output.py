@@ -32,7 +32,7 @@ class Output:
         """A remark: standard error always."""
         self.aside.print(text, markup=False)
 
-    def json(self, document: dict[str, Any]) -> None:
+    def json(self, document: dict[str, Any] | list[Any]) -> None:
         """The result, for programs, where --json asks for it."""
         if self.json_mode:
             print(json.dumps(document, indent=2, allow_nan=False))

@@ -76,14 +76,14 @@ def row(source: str) -> dict[str, object]:
     try:
         net, steps = _steps(source, "meta")
     except ResodeError as error:
-        return {**found, "reason": str(error)}
+        return {**found, "reason": str(error).partition(" to convert: ")[2] or str(error)}
     except (RuntimeError, ValueError):  # NotImplementedError is one
         if source in TOO_LARGE:
             return {**found, "reason": "too large to be tried out"}
         try:
             net, steps = _steps(source, "cpu")
         except ResodeError as error:
-            return {**found, "reason": str(error)}
+            return {**found, "reason": str(error).partition(" to convert: ")[2] or str(error)}
     parameters = sum(p.numel() for p in net.parameters())
     return {**found, "parameters": parameters, "steps": steps, "tags": tags(source)}
 

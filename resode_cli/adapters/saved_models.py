@@ -1,0 +1,55 @@
+"""Networks that timm saved: `hf-hub:REPO`, on the Hugging Face hub, and `local-dir:FOLDER`.
+
+Both hold a config.json, which names the architecture, and weights. A converted network keeps the architecture
+and its arguments, and needs neither hub nor folder again.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import ResodeError, UsageError
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """arguments: of the architecture's function. config: timm's pretrained_cfg. weights: the file, of a folder."""
+
+    architecture: str
+    config: dict[str, Any] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)
+    weights: Path | None = None
+
+    @property
+    def classes(self) -> int | None:
+        return self.config.get("num_classes")
+
+
+def read_folder(name: str) -> SavedModel:
+    """Raises UsageError for a folder that does not exist, ResodeError for one without config.json."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise UsageError(f"folder {name!r} does not exist")
+    try:
+        raw = json.loads((folder / "config.json").read_text())
+        config = {**raw.get("pretrained_cfg", {})}
+        if "num_classes" in raw:
+            config["num_classes"] = raw["num_classes"]
+        saved = SavedModel(raw["architecture"], config, dict(raw.get("model_args") or {}))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ResodeError(f"{folder}: no config.json of timm's in it ({type(error).__name__}: {error})") from error
+    weights = next((folder / file for file in WEIGHTS if (folder / file).is_file()), None)
+    return SavedModel(saved.architecture, saved.config, saved.arguments, weights)
+
+
+def read_hub(name: str) -> SavedModel:
+    """The config alone is downloaded."""
+    from timm.models import load_model_config_from_hf
+
+    config, architecture, arguments = load_model_config_from_hf(name)
+    return SavedModel(architecture, dict(config), dict(arguments or {}))
