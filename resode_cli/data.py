@@ -184,7 +184,8 @@ def _central(preprocessing: Preprocessing, interpolation: InterpolationMode) -> 
         from timm.data.transforms import CenterCropOrPad, ResizeKeepRatio
 
         colour = tuple(round(255 * value) for value in preprocessing.mean)
-        return [ResizeKeepRatio(resized, interpolation=preprocessing.interpolation), CenterCropOrPad(size, fill=colour)]
+        whole = ResizeKeepRatio(resized, longest=1.0, interpolation=preprocessing.interpolation)
+        return [whole, CenterCropOrPad(size, fill=colour)]
     shape = [resized, resized] if preprocessing.crop_mode == "squash" else resized
     return [v2.Resize(shape, interpolation), v2.CenterCrop(size)]
 

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+import timm.data
 import torch
 from PIL import Image
 from torch import Tensor
 
 from resode_cli import data as data_module
+from resode_cli.adapters import timm_models, torchvision_models
 from resode_cli.data import ImageData, batches, check_classes, open_data, transform
 from resode_cli.errors import ResodeError, UsageError
 from resode_cli.evaluate import evaluate
@@ -212,6 +215,30 @@ def test_the_interpolation_is_the_preprocessings():
         for name in ("bilinear", "nearest")
     )
     assert not torch.equal(bilinear, nearest)
+
+
+def photograph() -> Image.Image:
+    """Smooth, and wider than high, so that how it is made square shows."""
+    y, x = np.mgrid[0:90, 0:140]
+    channels = [127 + 120 * np.sin(x / 23), 127 + 120 * np.cos(y / 17), 127 + 120 * np.sin((x + y) / 31)]
+    return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet18.a1_in1k", "resnetv2_50x1_bit", "tresnet_m", "convnextv2_atto"])
+@pytest.mark.parametrize("mode", ["center", "squash", "border"])
+def test_images_are_those_of_timms_own_evaluation(name: str, mode: str):
+    config = {**timm.get_pretrained_cfg(name).to_dict(), "crop_mode": mode}
+    data = timm.data.resolve_data_config(pretrained_cfg=config)
+    own = timm.data.create_transform(**data, is_training=False)(photograph())
+    found = transform(timm_models.preprocessing_of(config), augment=False)(photograph())
+    torch.testing.assert_close(found, own, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50.IMAGENET1K_V1", "resnet50.IMAGENET1K_V2", "regnet_y_400mf"])
+def test_images_are_those_of_torchvisions_own_evaluation(name: str):
+    preset = torchvision_models._weights(name).transforms()
+    found = transform(torchvision_models.preprocessing(name), augment=False)(photograph())
+    torch.testing.assert_close(found, preset(photograph()), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1"])

@@ -51,5 +51,8 @@ def read_hub(name: str) -> SavedModel:
     """The config alone is downloaded."""
     from timm.models import load_model_config_from_hf
 
-    config, architecture, arguments = load_model_config_from_hf(name)
+    from .timm_models import offline_if_unreachable
+
+    with offline_if_unreachable():
+        config, architecture, arguments = load_model_config_from_hf(name)
     return SavedModel(architecture, dict(config), dict(arguments or {}))

@@ -70,7 +70,7 @@ def open_source(
     spec = SourceSpec(library, name, arguments={k: v for k, v in arguments.items() if v is not None})
     if library in ("hf-hub", "local-dir"):
         with _clear_download_errors(text):
-            return _open_saved(spec, text, pretrained=pretrained, weights=weights, chosen=preprocessing)
+            return _open_saved(spec, text, num_classes, pretrained=pretrained, weights=weights, chosen=preprocessing)
     from_library = pretrained and weights is None and library != "file"
     if from_library and library == "cifar":
         raise UsageError(f"{text} has no weights to fetch; pass --weights FILE or --no-pretrained")
@@ -103,7 +103,13 @@ def open_source(
 
 
 def _open_saved(
-    spec: SourceSpec, text: str, *, pretrained: bool, weights: Path | None, chosen: dict[str, Any] | None
+    spec: SourceSpec,
+    text: str,
+    num_classes: int | None,
+    *,
+    pretrained: bool,
+    weights: Path | None,
+    chosen: dict[str, Any] | None,
 ) -> Source:
     """A network that timm saved. Its spec names the architecture, so that it can be built again without the hub."""
     from . import timm_models
@@ -111,9 +117,8 @@ def _open_saved(
     folder = spec.library == "local-dir"
     saved = saved_models.read_folder(spec.name) if folder else saved_models.read_hub(spec.name)
     timm_models.check_name(saved.architecture)
-    wanted = spec.arguments.get("num_classes")
     arguments = {**spec.arguments, **({"model_args": saved.arguments} if saved.arguments else {})}
-    if wanted is None and saved.classes is not None:
+    if num_classes is None and saved.classes is not None:
         arguments["num_classes"] = saved.classes
     built = SourceSpec("timm", saved.architecture, arguments=arguments)
     notes = [f"{text} is a {saved.architecture}"]
@@ -123,9 +128,9 @@ def _open_saved(
     from_hub = pretrained and file is None
     net = build(built) if not from_hub else timm_models.build_from_hub(spec.name, arguments)
     if file is not None:
-        notes += load_weights(net, file, num_classes=wanted)
-    elif from_hub and wanted not in (None, saved.classes):
-        notes.append(_head_note(saved.classes, wanted))
+        notes += load_weights(net, file, num_classes=num_classes)
+    elif from_hub and num_classes not in (None, saved.classes):
+        notes.append(_head_note(saved.classes, num_classes))
     if file is None and not from_hub:
         notes.append(RANDOM_NOTE)
     else:
@@ -134,7 +139,7 @@ def _open_saved(
     return Source(built, net, _chosen(timm_models.preprocessing_of(saved.config), chosen), tuple(notes))
 
 
-def _head_note(known: int | None, wanted: object) -> str:
+def _head_note(known: int | None, wanted: int | None) -> str:
     return f"the pretrained head has {known} classes: the head starts at random for {wanted}"
 
 

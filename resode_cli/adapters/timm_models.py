@@ -40,7 +40,7 @@ def build(
     check_name(name)
     arguments = {**(model_args or {}), **({} if num_classes is None else {"num_classes": num_classes})}
     try:
-        with _offline_if_unreachable():
+        with offline_if_unreachable():
             net = timm.create_model(name, pretrained=pretrained, **arguments)
     except RuntimeError as error:
         if pretrained and "No pretrained weights exist" in str(error):
@@ -54,7 +54,7 @@ def build(
 def build_from_hub(repository: str, arguments: dict[str, Any]) -> nn.Module:
     """A network of the hub with its weights."""
     wanted = {name: value for name, value in arguments.items() if name == "num_classes"}
-    with _offline_if_unreachable():
+    with offline_if_unreachable():
         net = timm.create_model(f"hf-hub:{repository}", pretrained=True, **wanted)
     if arguments.get("stem") == "cifar":
         _use_cifar_stem(net)
@@ -62,7 +62,7 @@ def build_from_hub(repository: str, arguments: dict[str, Any]) -> nn.Module:
 
 
 @contextmanager
-def _offline_if_unreachable() -> Iterator[None]:
+def offline_if_unreachable() -> Iterator[None]:
     """Where the hub's name does not resolve, look in its cache alone: the hub itself retries for a minute."""
     from huggingface_hub import constants
 

@@ -38,11 +38,7 @@ def build(name: str, *, pretrained: bool = False, num_classes: int | None = None
     if pretrained:
         net = models.get_model(architecture, weights=_weights(name))
         if num_classes is not None and num_classes != CLASSES:
-            if not isinstance(getattr(net, "fc", None), nn.Linear):
-                raise UsageError(
-                    f"--num-classes with pretrained weights needs a head called fc, not {type(net).__name__}'s"
-                )
-            net.fc = nn.Linear(net.fc.in_features, num_classes)
+            _replace_head(net, num_classes)
     else:
         arguments: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
         net = models.get_model(architecture, weights=None, **arguments)
@@ -52,6 +48,16 @@ def build(name: str, *, pretrained: bool = False, num_classes: int | None = None
         net.conv1 = three_by_three(net.conv1)
         net.maxpool = nn.Identity()
     return net
+
+
+def _replace_head(net: nn.Module, num_classes: int) -> None:
+    """Put a random layer for other classes in the place of the last linear one."""
+    linear = [(path, module) for path, module in net.named_modules() if isinstance(module, nn.Linear)]
+    if not linear or linear[-1][1].out_features != CLASSES:
+        raise UsageError(f"--num-classes needs a linear layer at the end, which {type(net).__name__} has not")
+    path, layer = linear[-1]
+    parent, _, name = path.rpartition(".")
+    setattr(net.get_submodule(parent), name, nn.Linear(layer.in_features, num_classes, bias=layer.bias is not None))
 
 
 def pretrained_classes(name: str) -> int:
