@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters.discover import find_stages
+from .adapters.sources import source_of
 from .errors import ResodeError, unknown
 from .model import ModelInfo, OdeResNet, assemble
 from .ode import SCHEMES
@@ -47,25 +48,35 @@ class Verification:
 
 
 def convert(
-    source: Source, *, scheme: str = "euler", form: Form = "exact", images: int = VERIFIED
+    source: Source | nn.Module,
+    *,
+    scheme: str = "euler",
+    form: Form = "exact",
+    images: int = VERIFIED,
+    example: Tensor | None = None,
 ) -> tuple[OdeResNet, Verification]:
-    """Convert `source`, whose network is used up, and compare logits on a fixed random batch.
+    """Convert `source`, whose network is used up, and compare logits on a batch.
+
+    source: what `open_source` returns, or any network of one's own from images to logits, of which a
+        `pretrained_cfg` or `default_cfg`, a dictionary as timm's, says how images are made its input.
+    example: the batch; normal noise (images, 3, size, size), always the same, if it is not given.
 
     Every step gets h = T/N with T = N, so Euler steps of exact residual functions are the source's
-    blocks. Raises ResodeError if they then do not agree.
+    blocks. Raises ResodeError if they then do not agree, or if there is no residual step.
     """
     check_rule(scheme, form)
+    if not isinstance(source, Source):
+        source = source_of(source)
     net = source.net.eval()
-    batch = random_batch(source.preprocessing, images)
+    batch = random_batch(source.preprocessing, images) if example is None else example
     before = _logits(net, batch, str(source.spec))
-    specs = stage_specs(find_stages(net, batch), scheme=scheme, form=form)
+    specs = stage_specs(find_stages(net, batch[:1]), scheme=scheme, form=form)
     info = ModelInfo(source.spec, source.preprocessing, before.shape[1])
     model = assemble(net, specs, info).eval()
     after = _logits(model, batch, "the converted network")
     changed = any(_changes_function(model, name) for name in model.stages)
-    result = compare_logits(
-        before, after, batch=f"random images, {batch.shape[-1]}×{batch.shape[-2]}", kept=not changed
-    )
+    kind = "random images" if example is None else "images given"
+    result = compare_logits(before, after, batch=f"{kind}, {batch.shape[-1]}×{batch.shape[-2]}", kept=not changed)
     scale = before.abs().max().item()
     if not changed and not result.max_difference <= ROUNDING * max(scale, 1.0):
         raise ResodeError(

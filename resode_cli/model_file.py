@@ -18,7 +18,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from .adapters import sources
 from .errors import ResodeError, UsageError
@@ -120,14 +120,15 @@ def save(model: OdeResNet, path: Path) -> None:
     write_tensors(Path(path), model.file_state(), model_metadata(model))
 
 
-def load(path: str | Path, *, source: str | None = None) -> OdeResNet:
+def load(path: str | Path, *, source: str | nn.Module | None = None) -> OdeResNet:
     """Read a model file. The result is an nn.Module: images (B, 3, H, W) to logits (B, K).
 
     Its parameters are plain parameters, each distinct block once, and its backward is autograd's
     until `model.use_adjoint(Adjoint("pc"))` says otherwise. Long reconstructions on a CPU are much
     faster after `torch.set_flush_denormal(True)`, which the commands call at start-up.
 
-    source: FILE.py:FUNCTION, where the user's own file is no longer where it was.
+    source: FILE.py:FUNCTION, where the user's own file is no longer where it was; or the network that was
+        converted, built anew, which is used up. A file made of a network from Python needs it.
     Raises ResodeError if the file is not whole, not ours, newer or inconsistent.
     """
     path = Path(path)
@@ -138,7 +139,7 @@ def load(path: str | Path, *, source: str | None = None) -> OdeResNet:
 
 
 def from_tensors(
-    path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any], *, source: str | None = None
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any], *, source: str | nn.Module | None = None
 ) -> OdeResNet:
     """The model that a file's metadata describes, with the given tensors."""
     try:
@@ -147,18 +148,26 @@ def from_tensors(
         raise ResodeError(f"{path}: its metadata is inconsistent ({type(error).__name__}: {error})") from error
     for spec in specs:
         _check(spec, path)
-    origin = info.source
-    if source is not None:
-        library, name = sources.parse_source(source)
-        origin = SourceSpec(library, name, arguments=origin.arguments)
-    elif origin.library == "file":
-        origin = replace(origin, name=_find_source(origin.name, path))
     try:
-        model = assemble(sources.build(origin), specs, info)
+        net = source if isinstance(source, nn.Module) else sources.build(_origin(info.source, source, path))
+        model = assemble(net, specs, info)
         model.load_file_state(tensors)
     except ResodeError as error:
         raise ResodeError(f"{path}: {error}") from error
     return model.eval()
+
+
+def _origin(origin: SourceSpec, source: str | None, path: Path) -> SourceSpec:
+    """What to build the network of."""
+    if source is not None:
+        library, name = sources.parse_source(source)
+        return SourceSpec(library, name, arguments=origin.arguments)
+    if origin.library == "module":
+        raise ResodeError(
+            f"made of a network from Python ({origin.name}); load it there, load(path, source=the network), or pass"
+            " --source FILE.py:FUNCTION that builds it"
+        )
+    return replace(origin, name=_find_source(origin.name, path)) if origin.library == "file" else origin
 
 
 def _find_source(name: str, path: Path) -> str:
@@ -167,7 +176,7 @@ def _find_source(name: str, path: Path) -> str:
     for candidate in (Path(file), path.parent / Path(file).name):
         if candidate.is_file():
             return f"{candidate}:{function}"
-    raise ResodeError(f"{path}: made from {name}, which is not there any more; pass --source FILE.py:FUNCTION")
+    raise ResodeError(f"made from {name}, which is not there any more; pass --source FILE.py:FUNCTION")
 
 
 def _parse(metadata: dict[str, Any]) -> tuple[ModelInfo, list[StageSpec]]:

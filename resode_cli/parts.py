@@ -51,11 +51,11 @@ class Preprocessing:
 class SourceSpec:
     """Where a network came from: enough to build it again.
 
-    library: 'timm', 'torchvision', 'cifar' or 'file'.
-    name: architecture, or 'FILE.py:FUNCTION'.
+    library: 'timm', 'torchvision', 'cifar', 'file' or 'module'.
+    name: architecture, 'FILE.py:FUNCTION', or the class of a module.
     tag: pretrained tag, if the library's own weights were loaded.
     arguments: what the builder was called with.
-    weights: file name of the weights, if a file was given.
+    weights: the file, repository or folder that they came from, if one was given.
     weights_sha256: of the loaded state dict.
     """
 
@@ -67,7 +67,7 @@ class SourceSpec:
     weights_sha256: str | None = None
 
     def __str__(self) -> str:
-        return self.name if self.library == "file" else f"{self.library}:{self.name}"
+        return self.name if self.library in ("file", "module") else f"{self.library}:{self.name}"
 
 
 @dataclass(frozen=True)

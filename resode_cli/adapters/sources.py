@@ -151,6 +151,13 @@ def _chosen(own: Preprocessing, given: dict[str, Any] | None) -> Preprocessing:
     return replace(own, **chosen)
 
 
+def source_of(net: nn.Module) -> Source:
+    """A network made in Python. Its file can be loaded again beside the same network alone."""
+    kind = type(net)
+    spec = SourceSpec("module", f"{kind.__module__}.{kind.__qualname__}", weights_sha256=state_sha256(net.state_dict()))
+    return Source(spec, net, user_file.preprocessing(net))
+
+
 def build(spec: SourceSpec, *, pretrained: bool = False) -> nn.Module:
     """The network of a SourceSpec, with random weights unless `pretrained`."""
     arguments: dict[str, Any] = dict(spec.arguments)

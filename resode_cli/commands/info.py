@@ -42,7 +42,7 @@ def info_command(
         + (f" ({', '.join(names[:10])}{'…' if len(names) > 10 else ''})" if names else "")
     )
     output.show(
-        f"preprocessing  {pre.size}×{pre.size} {pre.interpolation}, crop {pre.crop_fraction:g},"
+        f"preprocessing  {pre.size}×{pre.size} {pre.interpolation}, crop {pre.crop_fraction:g} ({pre.crop_mode}),"
         f" mean {pre.mean}, std {pre.std}"
     )
     for entry in loaded.info.history:
