@@ -139,7 +139,10 @@ def _logits(net: nn.Module, batch: Tensor, name: str) -> Tensor:
             raise ResodeError(f"{name} fails on a batch of shape {tuple(batch.shape)}: {first}") from error
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ResodeError(f"{name} returns {shape} where logits (images, classes) are needed")
+        raise ResodeError(
+            f"{name} returns {shape} where logits (images, classes) are needed; convert it with its head, and take"
+            " features from the result (`model.net.forward_intermediates`, hooks)"
+        )
     return logits
 
 

@@ -6,6 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -196,7 +197,16 @@ def assemble(net: nn.Module, specs: Sequence[StageSpec], info: ModelInfo) -> Ode
         container.register_module(first, stage)
         for name in others:
             container.register_module(name, nn.Identity())
+        if hasattr(net, "group_matcher"):
+            net.__dict__["group_matcher"] = partial(_refuse_groups, spec.name)
     return OdeResNet(net, paths, info)
+
+
+def _refuse_groups(stage: str, *_: object, **__: object) -> None:
+    raise ResodeError(
+        f"the parameters of stage {stage} are below its first block, so that names no longer tell the layers apart"
+        " (layer decay goes by them)"
+    )
 
 
 def _build_stage(spec: StageSpec, children: dict[str, nn.Module]) -> OdeStage:

@@ -9,6 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from .compilation import Compilation, CompiledResidual
@@ -87,6 +88,14 @@ class Tap:
 
     steps: tuple[int, ...]
     see: Callable[[int, Tensor], Tensor]
+
+
+class _OnePiece(ResodeError, TypeError):
+    """A TypeError too, so that `list(stage)`, which asks for a length, goes on without."""
+
+    def __init__(self, stage: str, what: str) -> None:
+        reason = "its steps run as one, and states between them are no features (`OdeStage.tap` sees them)"
+        super().__init__(f"stage {stage} {what}: {reason}")
 
 
 class OdeStage(nn.Module):
@@ -192,6 +201,8 @@ class OdeStage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if getattr(self, "_is_replica", False):
             raise ResodeError("nn.DataParallel is not supported; use DistributedDataParallel")
+        if isinstance(x, torch.fx.Proxy):
+            raise ResodeError("an OdeStage cannot be traced by torch.fx; name it among the tracer's leaf modules")
         x = self.enter(x)
         x = self._solve(self.field(), x) if self.tap is None else self._tapped(self.tap, x)
         return self.leave(x)
@@ -232,6 +243,25 @@ class OdeStage(nn.Module):
     def __iter__(self) -> Iterator[nn.Module]:
         """One module, the stage: for sources that run a sequence by iterating over it."""
         yield self
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __len__(self) -> int:
+        raise _OnePiece(self.spec.name, "has no length")
+
+    def __getitem__(self, index: object) -> nn.Module:
+        raise _OnePiece(self.spec.name, "cannot be indexed")
+
+    @property
+    def grad_checkpointing(self) -> bool:
+        """For sources that checkpoint a stage themselves: here the adjoint does that."""
+        return False
+
+    @grad_checkpointing.setter
+    def grad_checkpointing(self, enable: bool) -> None:
+        if enable:
+            raise ResodeError(f"stage {self.spec.name} checkpoints by its adjoint: use_adjoint(Adjoint('checkpoint'))")
 
     def extra_repr(self) -> str:
         spec = self.spec

@@ -145,7 +145,10 @@ class _Search:
             if children and {type(child) for child in children.values()} <= self.classes and runs_its_children(parent):
                 yield StageParts(path, tuple(children), ())
             return
-        in_order = runs_its_children(parent)
+        # A custom forward, as that of a whole network, may do what is not seen here; it keeps its own transitions
+        # unless all that it does is run blocks, to the last of them.
+        ends_in_steps = list(children.values())[-1] in self.steps
+        in_order = is_plain_sequence(parent) or (ends_in_steps and runs_its_children(parent))
         for chain in self._chains(children):
             if len(chain.blocks) == 1 and chain.reader is not None:
                 reason = f"is in a chain whose states are read by {type(chain.reader).__name__} too"
