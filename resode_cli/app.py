@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from . import __version__
-from .commands import bench, check_grad, convert, demo, evaluate, finetune, info, list_sources, transfer
+from .commands import bench, check_grad, convert, demo, evaluate, export, finetune, info, list_sources, transfer
 from .errors import ResodeError
 
 app = typer.Typer(
@@ -34,6 +34,7 @@ app.command("check-grad")(check_grad.check_grad_command)
 app.command("bench")(bench.bench_command)
 app.command("finetune")(finetune.finetune_command)
 app.command("eval")(evaluate.eval_command)
+app.command("export")(export.export_command)
 app.command("demo")(demo.demo_command)
 
 

@@ -32,7 +32,7 @@ LEVELS = [
     {"penalties"},
     {"fitting"},
     {"bench", "bench_worker", "bench_workload", "check_grad", "run_folder", "finetune"},
-    {"comparison", "forecast"},
+    {"comparison", "exporting", "forecast"},
     {"report_calibration"},
     {"report", "report_bench", "report_fit", "plot", "plot_bench"},
     {"commands"},

@@ -29,7 +29,7 @@ def solve(field: Field, scheme: Scheme, plan: Plan | None, x: Tensor, *, monitor
     if field.depth == 0:
         return x
     monitor.clear()
-    monitor.state_bytes = x.nbytes
+    monitor.state_bytes = 0 if torch.compiler.is_exporting() else x.nbytes  # a symbolic size is no number
     parameters = field.parameters()
     with kept_bytes(parameters, enabled=monitor.count_kept) as count:
         records = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters))

@@ -1,0 +1,53 @@
+"""`resode export MODEL`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import UsageError
+from .options import ForceOption, JsonOption, ModelArgument, SourceOption
+from .output import Output, start
+
+
+def export_command(
+    model: ModelArgument,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            help="File to write: .safetensors (the source's own state dict), .pt2 (torch.export) or .onnx.",
+        ),
+    ],
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", "-b", help="Of .pt2 and .onnx: this many images alone. Default: any.")
+    ] = None,
+    source: SourceOption = None,
+    force: ForceOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Write a model for other programs: a plain state dict, a torch.export program or an ONNX graph."""
+    start()
+    from .. import model_file
+    from ..conversion import VERIFIED, random_batch
+    from ..exporting import export
+    from ..report import verification_line
+    from ..tables import finite, size
+
+    output = Output(json_mode=json)
+    if batch_size is not None and batch_size < 1:
+        raise UsageError(f"--batch-size {batch_size}: must be 1 or more")
+    if batch_size is not None and out.suffix == ".safetensors":
+        raise UsageError("--batch-size is of .pt2 and .onnx; a state dict has none")
+    if out.resolve() == model.resolve():
+        raise UsageError(f"output {str(out)!r} is the model itself")
+    model_file.check_output(out, force=force)
+    loaded = model_file.load(model, source=source)
+    images = random_batch(loaded.info.preprocessing, batch_size or VERIFIED)
+    verified = export(loaded, out, images, fixed_batch=batch_size is not None).record()
+    output.show(f"read back {verification_line(verified)}")
+    output.note(f"wrote {out} ({size(out.stat().st_size)})")
+    output.json(finite({"out": str(out), "bytes": out.stat().st_size, "verified": verified}))
