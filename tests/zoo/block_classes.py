@@ -15,14 +15,11 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Architecture:
-    """size: of its images. exact: every block ends in a ReLU or linearly, or is taken as a whole, so that not a
-    bit of the logits may differ. random: arguments of its random layers.
-    """
+    """steps: of each stage. size: of its images. random: arguments of its random layers."""
 
     name: str
     steps: tuple[int, ...]
     size: int = 64
-    exact: bool = True
     random: dict[str, float] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
 
@@ -45,7 +42,7 @@ CORE = [
     Architecture("timm:resnet18", (2, 1, 1, 1), random=DROP_BLOCK),
     Architecture("timm:resnet26t", (1, 1, 1, 1), random=DROP_BLOCK),
     *(
-        Architecture("timm:resnet18", (2, 1, 1, 1), exact=act in ("leaky_relu", "mish"), arguments={"act_layer": act})
+        Architecture("timm:resnet18", (2, 1, 1, 1), arguments={"act_layer": act})
         for act in ("silu", "gelu", "gelu_tanh", "hard_swish", "leaky_relu", "mish")
     ),
     Architecture("timm:res2net50_14w_8s", (2, 3, 5, 2), random=DROP),
@@ -61,12 +58,12 @@ CORE = [
     Architecture("timm:legacy_senet154", (0, 2, 0, 0)),
     Architecture("timm:regnetx_002", (0, 0, 3, 6), random=DROP),
     Architecture("timm:regnety_002", (0, 0, 3, 6), random=DROP),
-    Architecture("timm:regnety_040_sgn", (1, 5, 11, 1), exact=False, random=DROP),
+    Architecture("timm:regnety_040_sgn", (1, 5, 11, 1), random=DROP),
     Architecture("timm:regnetz_005", (0, 3, 8, 6), random=DROP),
     Architecture("timm:gernet_s", (0, 2, 6, 1, 0), random=DROP),
-    Architecture("timm:resnet32ts", (1, 2, 2, 1), exact=False, random=DROP),
-    Architecture("timm:gcresnext26ts", (1, 1, 1, 1), exact=False, random=DROP),
-    Architecture("timm:bat_resnext26ts", (1, 1, 1, 1), size=256, exact=False),
+    Architecture("timm:resnet32ts", (1, 2, 2, 1), random=DROP),
+    Architecture("timm:gcresnext26ts", (1, 1, 1, 1), random=DROP),
+    Architecture("timm:bat_resnext26ts", (1, 1, 1, 1), size=256),
     Architecture("timm:regnetz_b16", (1, 5, 11, 1), random=DROP),
     Architecture("timm:regnetz_b16_evos", (1, 5, 11, 1), random=DROP),
     Architecture("timm:resnet50_clip", (2, 3, 5, 2), random=DROP),

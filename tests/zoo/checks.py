@@ -1,0 +1,61 @@
+"""Whether a converted network is its source, step by step."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from resode_cli.adapters.discover import find_stages
+from resode_cli.conversion import stage_specs
+from resode_cli.model import ModelInfo, OdeResNet, assemble
+from resode_cli.parts import Preprocessing, SourceSpec
+from resode_cli.residual import GENERIC, LINEAR, BlockResidual
+
+INFO = ModelInfo(SourceSpec("file", "net.py:make"), Preprocessing(), 10)
+# Of the largest entry that a block makes of a state: rounding, amplified by the block's own layers.
+PER_BLOCK = {torch.float32: 1e-6, torch.float64: 1e-14}
+EXACT = ("relu", LINEAR, GENERIC)  # what follows the addition where not a bit of the logits may differ
+
+
+def draw(size: int, dtype: torch.dtype = torch.float32, images: int = 2) -> Tensor:
+    return torch.randn(images, 3, size, size, dtype=dtype, generator=torch.Generator().manual_seed(1))
+
+
+def converted(net: nn.Module, size: int) -> OdeResNet:
+    dtype = next(net.parameters()).dtype
+    return assemble(net, stage_specs(find_stages(net, draw(size, dtype, 1)), scheme="euler", form="exact"), INFO)
+
+
+def source_blocks(model: OdeResNet, untouched: nn.Module) -> Iterator[tuple[str, BlockResidual, nn.Module]]:
+    """(name, residual function, the source's block) of every step."""
+    for name, stage in model.stages.items():
+        container = untouched.get_submodule(stage.spec.container)
+        for block, residual in zip(stage.spec.blocks, stage.residuals(), strict=True):
+            yield f"{name}.{block.name}", residual, container.get_submodule(block.origin)
+
+
+def steps_of_the_source(untouched: nn.Module, size: int) -> tuple[int, ...]:
+    """Assert that the network, converted, has its source's steps and logits; returns the steps of each stage."""
+    model = converted(copy.deepcopy(untouched), size).eval()
+    images = draw(size)
+    inputs: dict[nn.Module, Tensor] = {}
+    blocks = list(source_blocks(model, untouched))
+    hooks = [b.register_forward_pre_hook(lambda m, args: inputs.update({m: args[0].clone()})) for _, _, b in blocks]
+    with torch.no_grad():
+        expected, found = untouched(images), model(images)
+        for hook in hooks:
+            hook.remove()
+        for dtype, tolerance in PER_BLOCK.items():
+            for name, residual, block in blocks:
+                x = inputs[block].to(dtype)
+                wanted = block.to(dtype)(x.clone())
+                residual.module.to(dtype)
+                scale = wanted.abs().max().item()
+                assert (residual.step(x, 1.0) - wanted).abs().max().item() <= tolerance * scale, f"{name} {dtype}"
+                assert (x + residual(x) - wanted).abs().max().item() <= tolerance * scale, f"{name} {dtype}"
+    if all(residual.activation in EXACT for _, residual, _ in blocks):
+        assert torch.equal(found, expected)
+    return tuple(stage.spec.depth for stage in model.stages.values())

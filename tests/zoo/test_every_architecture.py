@@ -1,0 +1,78 @@
+"""Every residual CNN of timm and torchvision up to 150 M parameters, converted and compared step by step.
+
+`python -m pytest -m zoo tests/zoo` runs it, in about an hour on two cores, and prints the counts per family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import survey
+import torch
+from checks import draw, steps_of_the_source
+from torch import nn
+
+from resode_cli import catalog
+from resode_cli.adapters.discover import find_stages
+from resode_cli.errors import ResodeError
+
+pytestmark = pytest.mark.zoo
+
+CORE = {
+    "timm": "resnet res2net resnest sknet resnetv2 senet regnet byobnet byoanet tresnet nfnet".split(),
+    "torchvision": ["resnet", "regnet"],
+}
+OTHERS = {
+    "timm": "hrnet cspnet dla xception xception_aligned inception_resnet_v2 vovnet hgnet vision_transformer_hybrid"
+    " mobilevit".split(),
+    "torchvision": [],
+}
+LARGEST = 150e6
+SIZES = (64, 128, 224, 256, 288, 384)
+
+
+def belongs(row: catalog.Row | catalog.Refusal) -> bool:
+    library = row.source.partition(":")[0]
+    return row.family in (*CORE[library], *OTHERS[library])
+
+
+ROWS = [row for row in catalog.rows() if belongs(row) and row.parameters <= LARGEST]
+REFUSALS = [refusal for refusal in catalog.refusals() if belongs(refusal)]
+
+
+def note(record_property: Callable[[str, object], None], row: catalog.Row | catalog.Refusal, kind: str) -> None:
+    library = row.source.partition(":")[0]
+    group = "core" if row.family in CORE[library] else "other"
+    record_property("family", f"{group:5} {library} {row.family}")
+    record_property("kind", kind)
+
+
+def smallest(net: nn.Module, largest: int) -> int:
+    """The smallest images that the network takes."""
+    for size in SIZES:
+        try:
+            with torch.no_grad():
+                net(draw(size))
+        except (RuntimeError, AssertionError, ValueError):
+            continue
+        return size
+    return largest
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.source)
+def test_an_architecture_converts_exactly(row: catalog.Row, randomise, record_property):
+    note(record_property, row, "converted")
+    torch.manual_seed(0)
+    net = randomise(survey.build(row.source)).eval()
+    assert sum(p.numel() for p in net.parameters()) == row.parameters
+    assert steps_of_the_source(net, smallest(net, survey.size(row.source))) == row.steps
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.source)
+def test_a_refusal_names_its_reason(refusal: catalog.Refusal, record_property):
+    note(record_property, refusal, "refused")
+    net = survey.build(refusal.source).eval()
+    with pytest.raises(ResodeError) as caught:
+        find_stages(net, draw(smallest(net, survey.size(refusal.source)), images=1))
+    assert refusal.reason in str(caught.value)
