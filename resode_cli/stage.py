@@ -126,6 +126,9 @@ class OdeStage(nn.Module):
         for block, module, rule in zip(spec.blocks, blocks, rules, strict=True):
             check_form(spec.form, rule.activation, f"{spec.name}.{block.origin}")
             self._add(block.name, module)
+        if spec.form == "pre" and len({rule.activation for rule in rules}) > 1:
+            endings = ", ".join(f"{b.origin}: {rule.activation}" for b, rule in zip(spec.blocks, rules, strict=True))
+            raise UsageError(f"form 'pre' needs blocks that end alike, but those of {spec.name} do not ({endings})")
         self.spec = spec
         self.rules = tuple(rules)
         self.adjoint = Adjoint("backprop")

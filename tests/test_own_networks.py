@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import resode_cli
-from resode_cli.errors import ResodeError
+from resode_cli.errors import ResodeError, UsageError
 from resode_cli.transfer import deepen
 
 
@@ -85,6 +85,38 @@ def test_its_own_preprocessing_is_used():
     pre = model.info.preprocessing
     assert (pre.size, pre.mean, pre.crop_fraction) == (20, (0.5, 0.5, 0.5), 1.0)
     assert check.batch == "random images, 20×20" and model.info.num_classes == 3
+
+
+class OwnParameters(nn.Module):
+    """A branch without layers of its own."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width, width) / width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + x @ self.weight).relu()
+
+
+class Ending(OwnParameters):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + x @ self.weight
+
+
+def rows_of(*blocks: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 12), *blocks, nn.Linear(12, 3))
+
+
+def test_blocks_of_bare_parameters_convert(grey):
+    model, check = resode_cli.convert(rows_of(OwnParameters(12), OwnParameters(12)), example=grey)
+    assert check.identical and [stage.activation for stage in model.stages.values()] == ["relu"]
+
+
+def test_pre_form_is_refused_where_blocks_end_differently(grey):
+    net = rows_of(OwnParameters(12), OwnParameters(12), Ending(12))
+    assert resode_cli.convert(copy.deepcopy(net), example=grey)[1].identical
+    with pytest.raises(UsageError, match=r"needs blocks that end alike, .* \(2: relu, 3: relu, 4: linear\)"):
+        resode_cli.convert(net, example=grey, form="pre")
 
 
 def test_a_network_without_residual_blocks_is_refused_with_the_reason():

@@ -121,6 +121,28 @@ class Counts(Block):
         return x + self.layer(x) * self.count
 
 
+class PerFeature(Block):
+    """Adds one number to every feature, as a context of the whole image is added."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.layer(x).mean(1, keepdim=True))
+
+
+class PerFeatureLinear(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).mean(1, keepdim=True) + x
+
+
+class IdentityAtTheEnd(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shortcut(F.relu(self.shortcut(x + self.layer(x))))
+
+
+class TwoActivations(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(F.silu(x + self.layer(x)))
+
+
 class Assigns(Counts):
     def forward(self, x: Tensor) -> Tensor:
         self.count = self.count + 1
@@ -151,6 +173,9 @@ STEPS = [
     (Parameter, "linear"),
     (Method, "linear"),
     (Counts, "linear"),
+    (PerFeature, "relu"),
+    (PerFeatureLinear, "linear"),
+    (IdentityAtTheEnd, "relu"),
 ]
 each_step = pytest.mark.parametrize(("kind", "activation"), STEPS, ids=[kind.__name__ for kind, _ in STEPS])
 
@@ -287,6 +312,7 @@ class Pair(Block):
         (Subtracts, "not in an addition"),
         (Scaled, "not in an addition"),
         (Pair, "returns more than one tensor"),
+        (TwoActivations, "ends in silu, not in an addition"),
     ],
 )
 def test_what_is_no_step_is_named_with_the_reason(kind, reason):

@@ -82,10 +82,8 @@ class _Search:
 
     def _read(self, module: nn.Module) -> Reading:
         call = self.seen.of(module)
-        is_block = any(True for _ in module.children()) and any(True for _ in module.parameters())
-        if is_plain_sequence(module) or not is_block:
-            return Reading(None)
-        if not call.keeps_shape:
+        is_layer = type(module).__module__.startswith("torch.nn.") or not any(True for _ in module.parameters())
+        if is_layer or is_plain_sequence(module) or not call.keeps_shape:
             return Reading(None)
         if call.further:
             return Reading(None, f"takes more than the state ({', '.join(call.further)})", near=True)
@@ -124,7 +122,12 @@ class _Search:
         with torch.no_grad():
             for parameter in probe.parameters():
                 parameter.zero_()
-            result = probe(x.clone())
+            try:
+                result = probe(x.clone())
+            except (RuntimeError, ValueError, AssertionError, ArithmeticError):  # it cannot do with zeros
+                if x.is_meta:
+                    raise
+                return False
         return any(torch.allclose(result, a(x), rtol=1e-5, atol=1e-6) for a in _AFTER_ADDITION)
 
     def stages(self) -> list[StageParts]:

@@ -125,7 +125,8 @@ class TracedBranch:
         object.__setattr__(self, "run", names["forward"])
 
     def __call__(self, block: nn.Module, x: Tensor) -> Tensor:
-        return self.run(block, x)
+        g = self.run(block, x)
+        return g if g.shape == x.shape else g.expand_as(x)  # what is added may be one number per channel
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _traced_branch, (self.source, self.scope)
@@ -198,7 +199,7 @@ def _all_users(node: fx.Node) -> list[fx.Node]:
     """The nodes that depend on a node, the last first."""
     found: dict[fx.Node, None] = {}
     for user in node.users:
-        found |= dict.fromkeys([*reversed(_all_users(user)), user])
+        found |= dict.fromkeys([*_all_users(user), user])
     return list(found)
 
 
@@ -210,11 +211,13 @@ def _read_graph(graph: fx.Graph, block: nn.Module) -> Reading:
     if not isinstance(last, fx.Node):
         return Reading(None, "returns more than one tensor")
     after: list[fx.Node] = []  # what follows the addition, the last first
-    while _is_identity(last, children) or (not after and _activation(last, children) is not None):
+    activation = LINEAR
+    while (name := _activation(last, children)) is not None or _is_identity(last, children):
+        if name is not None and activation != LINEAR:
+            break  # two activations: neither is what follows the addition
+        activation = name or activation
         after.append(last)
         last = last.args[0]
-    named = [name for node in after if (name := _activation(node, children)) is not None]
-    activation = named[0] if named else LINEAR
     if not _is_addition(last):
         adds = any(_is_addition(node) for node in graph.nodes)
         return Reading(None, f"ends in {_describe(last, children)}, not in an addition to its input", unclear=adds)
