@@ -223,6 +223,15 @@ MISTAKES = [
     (("convrt",), 2, "convert"),
     (("convert", "timm:resnet5o", "-o", "x.safetensors"), 2, "resnet50"),
     (("convert", "torchvision:resnet5", "-o", "x.safetensors"), 2, "resnet50"),
+    (("convert", "timm:resnet50.a9_in1k", "-o", "x.safetensors"), 2, "a3_in1k"),
+    (("convert", "torchvision:resnet50.IMAGENET1K_V9", "-o", "x.safetensors"), 2, "IMAGENET1K_V2"),
+    (("convert", "timm:dla34", "--no-pretrained", "-o", "x.safetensors"), 1, "states are read by DlaRoot too"),
+    (("convert", "local-dir:nowhere", "-o", "x.safetensors"), 2, "does not exist"),
+    (("list", "resnat50"), 2, "resnet50"),
+    (("export", "m.safetensors", "-o", "x.pth"), 2, ".onnx"),
+    (("export", "m.safetensors", "-o", "m.safetensors"), 2, "the model itself"),
+    (("export", "m.safetensors", "-o", "x.safetensors", "-b", "2"), 2, ".pt2 and .onnx"),
+    (("export", "m.safetensors", "-o", "x.pt2", "-b", "0"), 2, "1 or more"),
     (("convert", "cifar:resnet21", "--no-pretrained", "-o", "x.safetensors"), 2, "resnet20"),
     (("convert", "cifar:resnet20", "-o", "x.safetensors"), 2, "--weights"),
     (("convert", "cifar:resnet20", "--shortcut", "C", "--no-pretrained", "-o", "x.safetensors"), 2, "A, B"),
@@ -278,6 +287,16 @@ def test_each_mistake_gets_one_line_that_helps(run: Run, model: str, tmp_path: P
         assert helps in stderr.splitlines()[-1], (arguments, stderr)
     leftovers = {p.name for p in tmp_path.iterdir()} - set(before) - {"__pycache__"}
     assert not leftovers
+
+
+def test_export_says_what_was_read_back(run: Run, model: str, tmp_path: Path) -> None:
+    for name in ("plain.safetensors", "m.pt2"):
+        result = json.loads(run("export", model, "-o", name, "--json").stdout)
+        assert result["verified"]["max_difference"] < 1e-6 and result["bytes"] == (tmp_path / name).stat().st_size
+    assert "exists; pass --force" in error(run("export", model, "-o", "m.pt2", code=1))
+    run("deepen", model, "--blocks", 6, "-o", "deep.safetensors")
+    assert "export to .pt2 or .onnx" in error(run("export", "deep.safetensors", "-o", "p.safetensors", code=1))
+    assert not (tmp_path / "p.safetensors").exists()
 
 
 def test_debug_shows_the_traceback(run: Run, tmp_path: Path, capsys, monkeypatch) -> None:
