@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import survey
 import torch
@@ -41,11 +39,10 @@ ROWS = [row for row in catalog.rows() if belongs(row) and row.parameters <= LARG
 REFUSALS = [refusal for refusal in catalog.refusals() if belongs(refusal)]
 
 
-def note(record_property: Callable[[str, object], None], row: catalog.Row | catalog.Refusal, kind: str) -> None:
+def note(request: pytest.FixtureRequest, row: catalog.Row | catalog.Refusal, kind: str) -> None:
     library = row.source.partition(":")[0]
     group = "core" if row.family in CORE[library] else "other"
-    record_property("family", f"{group:5} {library} {row.family}")
-    record_property("kind", kind)
+    request.node.user_properties += [("family", f"{group:5} {library} {row.family}"), ("kind", kind)]
 
 
 def smallest(net: nn.Module, largest: int) -> int:
@@ -61,8 +58,8 @@ def smallest(net: nn.Module, largest: int) -> int:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.source)
-def test_an_architecture_converts_exactly(row: catalog.Row, randomise, record_property):
-    note(record_property, row, "converted")
+def test_an_architecture_converts_exactly(row: catalog.Row, randomise, request):
+    note(request, row, "converted")
     torch.manual_seed(0)
     net = randomise(survey.build(row.source)).eval()
     assert sum(p.numel() for p in net.parameters()) == row.parameters
@@ -70,8 +67,8 @@ def test_an_architecture_converts_exactly(row: catalog.Row, randomise, record_pr
 
 
 @pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.source)
-def test_a_refusal_names_its_reason(refusal: catalog.Refusal, record_property):
-    note(record_property, refusal, "refused")
+def test_a_refusal_names_its_reason(refusal: catalog.Refusal, request):
+    note(request, refusal, "refused")
     net = survey.build(refusal.source).eval()
     with pytest.raises(ResodeError) as caught:
         find_stages(net, draw(smallest(net, survey.size(refusal.source)), images=1))
