@@ -93,6 +93,13 @@ def _steps(source: str, device: str) -> tuple[nn.Module, list[int]]:
     return net, [len(stage.blocks) for stage in find_stages(net, example)]
 
 
+def write(rows: list[dict[str, object]]) -> None:
+    """The table, a row to a line."""
+    versions = {"timm": timm.__version__, "torchvision": torchvision.__version__.partition("+")[0]}
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    TABLE.write_text(f'{{"versions": {json.dumps(versions)}, "rows": [\n{lines}\n]}}\n')
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
@@ -103,5 +110,4 @@ if __name__ == "__main__":
         except Exception as error:
             rows.append({"source": source, "family": family(source), "reason": f"{type(error).__name__}: {error}"})
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    versions = {"timm": timm.__version__, "torchvision": torchvision.__version__.partition("+")[0]}
-    TABLE.write_text(json.dumps({"versions": versions, "rows": rows}, indent=None, separators=(",", ":")))
+    write(rows)
