@@ -30,16 +30,17 @@ def sources() -> Iterator[str]:
     yield from (f"torchvision:{name}" for name in torchvision.models.list_models(module=torchvision.models))
 
 
-def build(source: str) -> nn.Module:
+def build(source: str, **arguments: int) -> nn.Module:
     library, _, name = source.partition(":")
     if library == "timm":
-        return timm.create_model(name)
+        return timm.create_model(name, **arguments)
     return (
         torchvision.models.get_model(name, init_weights=False) if name in INIT else torchvision.models.get_model(name)
     )
 
 
 MEMORY = 20 * 2**30
+SMALL = 256
 INIT = ("googlenet", "inception_v3")  # these warn of their slow initialisation
 
 
@@ -68,29 +69,43 @@ def tags(source: str) -> list[str]:
 
 def row(source: str) -> dict[str, object]:
     """One row of the table; without steps, and with the reason, where the source is refused."""
-    found = {"source": source, "family": family(source)}
+    found: dict[str, object] = {"source": source, "family": family(source)}
     try:
-        net, steps = _steps(source, "meta")
+        steps = _steps(source)
     except ResodeError as error:
         return {**found, "reason": str(error).partition(" to convert: ")[2] or str(error)}
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise
+        return {**found, "reason": "not tried out: too large for the machine of the survey"}
+    return {**found, "parameters": _parameters(source), "steps": steps, "tags": tags(source)}
+
+
+def _parameters(source: str) -> int:
+    try:
+        with torch.device("meta"):
+            net = build(source)
+    except NotImplementedError:
+        net = build(source)
+    return sum(p.numel() for p in net.parameters())
+
+
+def _steps(source: str) -> list[int]:
+    try:
+        with torch.device("meta"):
+            return _found(build(source), size(source))
     except (RuntimeError, ValueError):  # NotImplementedError is one
+        pass
+    if size(source) > SMALL:
         try:
-            net, steps = _steps(source, "cpu")
-        except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "allocate" not in str(error):
-                raise
-            return {**found, "reason": "not tried out: too large for the machine of the survey"}
-        except ResodeError as error:
-            return {**found, "reason": str(error).partition(" to convert: ")[2] or str(error)}
-    parameters = sum(p.numel() for p in net.parameters())
-    return {**found, "parameters": parameters, "steps": steps, "tags": tags(source)}
+            return _found(build(source, img_size=SMALL), SMALL)
+        except (TypeError, RuntimeError, AssertionError):  # the architecture takes images of its own size alone
+            pass
+    return _found(build(source), size(source))
 
 
-def _steps(source: str, device: str) -> tuple[nn.Module, list[int]]:
-    with torch.device(device):
-        net = build(source).eval()
-        example = torch.randn(1, 3, size(source), size(source))
-    return net, [len(stage.blocks) for stage in find_stages(net, example)]
+def _found(net: nn.Module, pixels: int) -> list[int]:
+    return [len(stage.blocks) for stage in find_stages(net.eval(), torch.randn(1, 3, pixels, pixels))]
 
 
 def write(rows: list[dict[str, object]]) -> None:
