@@ -49,6 +49,8 @@ def size(source: str) -> int:
     if library == "timm":
         config = timm.get_pretrained_cfg(name)
         return int(config.input_size[-1]) if config else 224
+    if name == "vit_h_14":  # without weights it takes smaller images than with those
+        return 224
     return int(torchvision.models.get_model_weights(name).DEFAULT.transforms().crop_size[0])
 
 
