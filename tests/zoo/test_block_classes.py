@@ -12,13 +12,25 @@ from block_classes import CORE, OTHERS, Architecture
 from checks import converted, draw, steps_of_the_source
 from torch import Tensor, nn
 
+from resode_cli.adapters.discover import find_stages
+from resode_cli.adapters.reading import read_rule
 from resode_cli.ode import Adjoint
+from resode_cli.residual import GENERIC
 
 
 @pytest.mark.parametrize("architecture", [*CORE, *OTHERS], ids=str)
 def test_each_step_and_the_logits_are_the_sources(architecture: Architecture, randomise):
     net = randomise(architecture.build()).eval()
     assert steps_of_the_source(net, architecture.size) == architecture.steps
+
+
+@pytest.mark.parametrize("architecture", CORE, ids=str)
+def test_each_block_is_read_with_its_branch_where_its_activation_allows(architecture: Architecture):
+    net = architecture.build().eval()
+    parts = find_stages(net, draw(architecture.size, images=1))
+    blocks = [net.get_submodule(f"{part.container}.{name}") for part in parts for name in part.blocks]
+    without_formula = architecture.arguments.get("act_layer") in ("leaky_relu", "mish")
+    assert blocks and {read_rule(block).activation == GENERIC for block in blocks} == {without_formula}
 
 
 @pytest.mark.parametrize("architecture", [*CORE, *OTHERS], ids=str)
