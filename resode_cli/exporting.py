@@ -27,6 +27,7 @@ from .errors import ResodeError, UsageError
 from .model import OdeResNet, describe_misfit
 from .model_file import atomic_path
 from .ode import Adjoint
+from .parts import SourceSpec
 from .residual import GENERIC, LINEAR
 from .stage import OdeStage
 
@@ -78,9 +79,12 @@ def _check_native(stage: OdeStage) -> None:
         )
 
 
-def export(model: OdeResNet, path: Path, images: Tensor, *, fixed_batch: bool = False) -> Verification:
+def export(
+    model: OdeResNet, path: Path, images: Tensor, *, fixed_batch: bool = False, origin: SourceSpec | None = None
+) -> Verification:
     """Write the model to `path` in the format of its suffix, and compare logits on `images` (B, 3, H, W).
 
+    origin: what builds the source network that a state dict is tried on, where the model's own has moved.
     fixed_batch: the exported graph takes batches of B images alone; otherwise of any number.
     Nothing is left at `path` if the model cannot be exported, or the logits read back are not its own.
     """
@@ -96,7 +100,7 @@ def export(model: OdeResNet, path: Path, images: Tensor, *, fixed_batch: bool = 
     with torch.no_grad(), atomic_path(path) as temporary:
         expected = model(images)
         if path.suffix == ".safetensors":
-            found = _write_state(model, temporary, images)
+            found = _write_state(model, temporary, images, origin or model.info.source)
         else:
             try:
                 found = writers[path.suffix](model, temporary, images, fixed_batch)
@@ -114,14 +118,14 @@ def export(model: OdeResNet, path: Path, images: Tensor, *, fixed_batch: bool = 
     return result
 
 
-def _write_state(model: OdeResNet, path: Path, images: Tensor) -> Tensor:
+def _write_state(model: OdeResNet, path: Path, images: Tensor, origin: SourceSpec) -> Tensor:
     state = source_state(model)
-    if model.info.source.library == "module":
+    if origin.library == "module":
         raise ResodeError("made of a network from Python: `source_state(model)` there is what its own class loads")
-    net = build(model.info.source).eval()
+    net = build(origin).eval()
     problems = describe_misfit(net.state_dict(), state)
     if problems:
-        raise ResodeError(f"the state dict does not fit {model.info.source}: {problems}")
+        raise ResodeError(f"the state dict does not fit {origin}: {problems}")
     save_file({name: value.contiguous() for name, value in state.items()}, path)
     net.load_state_dict(load_file(path))
     return net(images)

@@ -149,7 +149,7 @@ def from_tensors(
     for spec in specs:
         _check(spec, path)
     try:
-        net = source if isinstance(source, nn.Module) else sources.build(_origin(info.source, source, path))
+        net = source if isinstance(source, nn.Module) else sources.build(origin_of(info.source, source, path))
         model = assemble(net, specs, info)
         model.load_file_state(tensors)
     except ResodeError as error:
@@ -157,8 +157,8 @@ def from_tensors(
     return model.eval()
 
 
-def _origin(origin: SourceSpec, source: str | None, path: Path) -> SourceSpec:
-    """What to build the network of."""
+def origin_of(origin: SourceSpec, source: str | None, path: Path) -> SourceSpec:
+    """What to build the network of: the source that the file at `path` names, where it is now, or the one given."""
     if source is not None:
         library, name = sources.parse_source(source)
         return SourceSpec(library, name, arguments=origin.arguments)

@@ -297,6 +297,9 @@ def test_export_says_what_was_read_back(run: Run, model: str, tmp_path: Path) ->
     run("deepen", model, "--blocks", 6, "-o", "deep.safetensors")
     assert "export to .pt2 or .onnx" in error(run("export", "deep.safetensors", "-o", "p.safetensors", code=1))
     assert not (tmp_path / "p.safetensors").exists()
+    (tmp_path / "net.py").rename(tmp_path / "moved.py")
+    assert "pass --source" in error(run("export", model, "-o", "p.safetensors", code=1))
+    run("export", model, "-o", "p.safetensors", "--source", "moved.py:small")
 
 
 def test_debug_shows_the_traceback(run: Run, tmp_path: Path, capsys, monkeypatch) -> None:

@@ -87,6 +87,13 @@ def test_without_pretrained_the_saved_network_is_random(saved, hub):
     assert any("random" in note for note in source.notes)
 
 
+@pytest.mark.parametrize("option", [{"stem": "cifar"}, {"shortcut": "A"}])
+@pytest.mark.parametrize("kind", ["local-dir", "hf-hub"])
+def test_options_that_change_layers_are_refused_not_ignored(kind, option, saved, hub):
+    with pytest.raises(UsageError, match=f"--{next(iter(option))} does not apply to {kind}:"):
+        open_source(f"{kind}:{saved[0] if kind == 'local-dir' else REPOSITORY}", **option)
+
+
 def test_a_repository_that_cannot_be_reached_is_a_clear_error(hub):
     with pytest.raises(ResodeError, match="hf-hub:someone/else cannot be fetched.*connect to the network"):
         open_source("hf-hub:someone/else")
@@ -124,6 +131,10 @@ def nothing(folder: Path) -> None:
 BROKEN = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "no config.json of timm's"),
     "broken config": (lambda folder: halve(folder / "config.json"), "no config.json of timm's"),
+    "a config of something else": (
+        lambda folder: (folder / "config.json").write_text("[1]"),
+        "no config.json of timm's",
+    ),
     "unknown architecture": (lambda folder: write_config(folder, architecture="resnet19"), "'resnet19'; did you mean"),
     "wrong architecture": (lambda folder: write_config(folder, architecture="resnet26"), "does not fit ResNet"),
     "half a download": (lambda folder: halve(folder / "model.safetensors"), "not a complete safetensors file"),

@@ -41,7 +41,7 @@ def read_folder(name: str) -> SavedModel:
         if "num_classes" in raw:
             config["num_classes"] = raw["num_classes"]
         saved = SavedModel(raw["architecture"], config, dict(raw.get("model_args") or {}))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ResodeError(f"{folder}: no config.json of timm's in it ({type(error).__name__}: {error})") from error
     weights = next((folder / file for file in WEIGHTS if (folder / file).is_file()), None)
     return SavedModel(saved.architecture, saved.config, saved.arguments, weights)

@@ -114,6 +114,9 @@ def _open_saved(
     """A network that timm saved. Its spec names the architecture, so that it can be built again without the hub."""
     from . import timm_models
 
+    for name in ("stem", "shortcut"):
+        if name in spec.arguments:
+            raise UsageError(f"--{name} does not apply to {text}, whose layers are as they were saved")
     folder = spec.library == "local-dir"
     saved = saved_models.read_folder(spec.name) if folder else saved_models.read_hub(spec.name)
     timm_models.check_name(saved.architecture)

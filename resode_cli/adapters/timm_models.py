@@ -55,10 +55,7 @@ def build_from_hub(repository: str, arguments: dict[str, Any]) -> nn.Module:
     """A network of the hub with its weights."""
     wanted = {name: value for name, value in arguments.items() if name == "num_classes"}
     with offline_if_unreachable():
-        net = timm.create_model(f"hf-hub:{repository}", pretrained=True, **wanted)
-    if arguments.get("stem") == "cifar":
-        _use_cifar_stem(net)
-    return net
+        return timm.create_model(f"hf-hub:{repository}", pretrained=True, **wanted)
 
 
 @contextmanager
