@@ -5,16 +5,33 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from . import __version__
 from .commands import bench, check_grad, convert, demo, evaluate, export, finetune, info, list_sources, transfer
 from .errors import ResodeError
 
+
+class _Interrupted(ResodeError):
+    exit_code = 130
+
+
+class _Commands(typer.core.TyperGroup):
+    """Ctrl-C becomes an error of ours, before typer makes an exit without a word of it."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise _Interrupted("interrupted") from error
+
+
 app = typer.Typer(
     name="resode",
+    cls=_Commands,
     help="Pretrained ResNets as ODEs: convert, deepen, fine-tune without storing activations, check the gradients.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -65,9 +82,6 @@ def main(arguments: list[str] | None = None) -> int:
     except ResodeError as error:
         failure, code = error, error.exit_code
         message = str(error)
-    except KeyboardInterrupt as error:
-        failure, code = error, 130
-        message = "interrupted"
     except BrokenPipeError:
         # Whoever read our output has gone: nothing to say, and nobody to say it to.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -88,8 +102,6 @@ def _explain(error: Exception) -> tuple[int, str]:
         context = getattr(error, "ctx", None)
         where = f"; see `{context.command_path} --help`" if context is not None else ""
         return error.exit_code, f"{error.format_message().rstrip('.')}{where}"
-    if type(error).__name__ == "Abort":
-        return 130, "interrupted"
     if type(error).__name__ == "OutOfMemoryError" or "out of memory" in str(error).lower():
         return 1, "out of memory; try a smaller --batch-size, or --adjoint pc, which holds no activations of a stage"
     if isinstance(error, OSError):

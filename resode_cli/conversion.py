@@ -70,8 +70,9 @@ def convert(
     net = source.net.eval()
     batch = random_batch(source.preprocessing, images) if example is None else example
     before = _logits(net, batch, str(source.spec))
-    specs = stage_specs(find_stages(net, batch[:1]), scheme=scheme, form=form)
-    info = ModelInfo(source.spec, source.preprocessing, before.shape[1])
+    found = find_stages(net, batch[:1])
+    specs = stage_specs(found.stages, scheme=scheme, form=form)
+    info = ModelInfo(source.spec, source.preprocessing, before.shape[1], left_out=tuple(found.left_out))
     model = assemble(net, specs, info).eval()
     after = _logits(model, batch, "the converted network")
     changed = any(_changes_function(model, name) for name in model.stages)

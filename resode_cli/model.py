@@ -22,13 +22,17 @@ from .stage import OdeStage, StageSpec
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a model file says besides tensors and stages."""
+    """What a model file says besides tensors and stages.
+
+    left_out: blocks of the source that look like residual steps and are none, one of each kind, and why.
+    """
 
     source: SourceSpec
     preprocessing: Preprocessing
     num_classes: int
     class_names: tuple[str, ...] | None = None
     history: tuple[dict[str, object], ...] = field(default_factory=tuple)
+    left_out: tuple[str, ...] = ()
 
     def with_command(self, command: str, **settings: object) -> ModelInfo:
         """The same, with one more command in the history."""

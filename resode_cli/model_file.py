@@ -110,6 +110,7 @@ def model_metadata(model: OdeResNet) -> dict[str, Any]:
         "preprocessing": asdict(info.preprocessing),
         "num_classes": info.num_classes,
         "class_names": info.class_names,
+        "left_out": info.left_out,
         "stages": [{**asdict(stage.spec), "horizon": str(stage.spec.horizon)} for stage in model.stages.values()],
         "history": info.history,
     }
@@ -190,6 +191,7 @@ def _parse(metadata: dict[str, Any]) -> tuple[ModelInfo, list[StageSpec]]:
         metadata["num_classes"],
         tuple(names) if names else None,
         tuple(metadata["history"]),
+        tuple(metadata.get("left_out", ())),
     )
     specs = []
     for raw in metadata["stages"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,6 +23,16 @@ def broken():
 def plain():
     from torch import nn
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+def partly():
+    from torch import nn
+    class Step(nn.Sequential):
+        def forward(self, x):
+            return x + super().forward(x)
+    class Writes(nn.Sequential):
+        def forward(self, x):
+            return x.relu_() + super().forward(x)
+    layers = [Step(nn.Linear(12, 12)), Writes(nn.Linear(12, 12)), Writes(nn.Linear(12, 12))]
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 12), *layers, nn.Linear(12, 10))
 """
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -61,6 +72,15 @@ def error(result: subprocess.CompletedProcess[str]) -> str:
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, result.stderr
     return lines[0]
+
+
+def test_blocks_that_stay_as_they_are_are_named(run: Run) -> None:
+    command = ("convert", "net.py:partly", "--no-pretrained", "--input-size", 8, "-o", "p.safetensors")
+    left = "3 (Writes), like 1 more, writes to its input"
+    result = run(*command)
+    assert f"left as it is: {left}" in result.stderr
+    assert json.loads(run(*command, "--force", "--json").stdout)["left_out"] == [left]
+    assert f"left as it is  {left}" in run("info", "p.safetensors").stdout
 
 
 def test_the_whole_flow(run: Run, tmp_path: Path) -> None:
@@ -287,6 +307,23 @@ def test_each_mistake_gets_one_line_that_helps(run: Run, model: str, tmp_path: P
         assert helps in stderr.splitlines()[-1], (arguments, stderr)
     leftovers = {p.name for p in tmp_path.iterdir()} - set(before) - {"__pycache__"}
     assert not leftovers
+
+
+def test_ctrl_c_is_one_line_and_leaves_no_file(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text('print("started", flush=True)\nimport time\ntime.sleep(60)\n')
+    with subprocess.Popen(
+        [sys.executable, "-m", "resode_cli", "convert", "net.py:net", "--no-pretrained", "-o", "x.safetensors"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert any("started" in line for line in iter(process.stdout.readline, ""))
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.read() == "error: interrupted\n"
+        assert process.wait(60) == 130
+    assert not (tmp_path / "x.safetensors").exists()
 
 
 def test_export_says_what_was_read_back(run: Run, model: str, tmp_path: Path) -> None:

@@ -196,7 +196,7 @@ def test_smooth_activations_agree_to_rounding(activation: str, randomise, info):
     images = random_images("timm")
     with torch.no_grad():
         expected = net(images)
-        model = assemble(net, stage_specs(find_stages(net, images), scheme="euler", form="exact"), info).eval()
+        model = assemble(net, stage_specs(find_stages(net, images).stages, scheme="euler", form="exact"), info).eval()
         assert steps(model) == [2, 1, 1, 1]
         assert {stage.activation for stage in model.stages.values()} <= {"silu", "gelu", "gelu_tanh", "hardswish"}
         torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
@@ -207,7 +207,7 @@ def test_every_residual_is_the_block_minus_its_input(activation: str, randomise,
     net = randomise(timm.create_model("resnet18", act_layer=activation, num_classes=5)).double().eval()
     images = random_images("timm", torch.float64)
     untouched = copy.deepcopy(net)
-    model = assemble(net, stage_specs(find_stages(net, images), scheme="euler", form="exact"), info).eval()
+    model = assemble(net, stage_specs(find_stages(net, images).stages, scheme="euler", form="exact"), info).eval()
     state = torch.randn(2, 64, 8, 8, dtype=torch.float64)
     stage = model.stages["layer1"]
     for spec, residual in zip(stage.spec.blocks, stage.residuals(), strict=True):
@@ -221,7 +221,7 @@ def test_a_residuals_gradient_at_ties_is_the_blocks(info):
     net = timm.create_model("resnet18", num_classes=5).double().eval()
     untouched = copy.deepcopy(net.layer1)
     images = random_images("timm", torch.float64)
-    model = assemble(net, stage_specs(find_stages(net, images), scheme="euler", form="exact"), info).eval()
+    model = assemble(net, stage_specs(find_stages(net, images).stages, scheme="euler", form="exact"), info).eval()
     state = torch.randn(2, 64, 8, 8, dtype=torch.float64).relu()
     assert (untouched[0].bn2.weight == 0).all() and (state == 0).double().mean() > 0.4
     seed = torch.randn_like(state)

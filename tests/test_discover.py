@@ -46,6 +46,17 @@ class NormShortcut(Step):
         return self.norm(x) + self.conv(x)
 
 
+class PlainNormShortcut(Step):
+    """The same without parameters to set to zero, and fresh statistics, with which it changes next to nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(CHANNELS, affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x) + self.conv(x)
+
+
 class ConvShortcut(Step):
     def __init__(self) -> None:
         super().__init__()
@@ -126,7 +137,7 @@ def assert_same_after_conversion(images, randomise, info):
     def check(net: nn.Module) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
         randomise(net).eval()
         untouched = copy.deepcopy(net)
-        model = assemble(net, stage_specs(find_stages(net, images), scheme="euler", form="exact"), info).eval()
+        model = assemble(net, stage_specs(find_stages(net, images).stages, scheme="euler", form="exact"), info).eval()
         with torch.no_grad():
             assert torch.equal(model(images), untouched(images))
         state = model.file_state()
@@ -224,6 +235,81 @@ def test_a_block_whose_shortcut_is_not_the_identity_is_not_a_step(block, assert_
     assert stages == {"layers": ((), ("0",)), "layers#2": (("1",), ("2",))}
 
 
+class StepThenMore(nn.Module):
+    """As in FastViT and DaViT: the branch is added to what a residual step of its own gives."""
+
+    def __init__(self, depth: int = 1) -> None:
+        super().__init__()
+        self.mixer = nn.Sequential(*(Step() for _ in range(depth))) if depth > 1 else Step()
+        self.conv = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mixer(x)
+        return x + self.conv(x)
+
+
+def test_a_block_of_residual_parts_is_one_step(assert_same_after_conversion):
+    stages = assert_same_after_conversion(Net([StepThenMore(), StepThenMore()]))
+    assert stages == {"layers": ((), ("0", "1"))}
+
+
+def test_a_module_that_adds_something_and_runs_a_chain_is_a_container(assert_same_after_conversion):
+    class Positioned(nn.Module):
+        """As a stage that adds its position embedding."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.position = nn.Parameter(torch.zeros(CHANNELS, 1, 1))
+            self.steps = nn.Sequential(Step(), Step())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.steps(x + self.position)
+
+    assert assert_same_after_conversion(Net([Positioned()])) == {"layers.0.steps": ((), ("0", "1"))}
+    assert assert_same_after_conversion(Net([StepThenMore(2)])) == {"layers.0.mixer": ((), ("0", "1"))}
+
+
+def test_a_constant_is_not_a_branch(assert_same_after_conversion):
+    class Bias(nn.Module):
+        """As a table of relative positions."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.ones(CHANNELS, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.table
+
+    assert assert_same_after_conversion(Net([Step(), Bias(), Plain(), Step()])) == {
+        "layers": ((), ("0",)),
+        "layers#2": (("1", "2"), ("3",)),
+    }
+
+
+def test_blocks_that_look_residual_and_are_left_out_are_named_once_with_their_number(images):
+    class Unseen(nn.Module):
+        """Its children cannot become transitions."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third = InPlace(), InPlace(), NormShortcut()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.third(self.second(self.first(x))) * 2
+
+    found = find_stages(Net([Step(), Step(), Unseen()]), images)
+    assert [stage.blocks for stage in found.stages] == [("0", "1")]
+    assert found.left_out == [
+        "layers.2.first (InPlace), like 1 more, writes to its input",
+        "layers.2.third (NormShortcut) is a sum of norm (BatchNorm2d), conv (Conv2d), not of its input and a branch",
+    ]
+    assert find_stages(Net([Step(), Step()]), images).left_out == []
+
+
+def test_a_norm_without_parameters_is_not_taken_for_the_identity(images):
+    assert [stage.blocks for stage in find_stages(Net([Step(), PlainNormShortcut()]), images).stages] == [("0",)]
+
+
 def test_a_network_without_residual_steps_is_refused_with_the_reason(images):
     net = nn.Sequential(
         nn.Conv2d(3, CHANNELS, 3, padding=1), Plain(), Plain(), nn.Flatten(), nn.Linear(CHANNELS * 256, 5)
@@ -240,7 +326,7 @@ def test_a_block_that_runs_twice_is_not_a_step(images):
 
 def test_states_that_are_read_elsewhere_too_are_no_stage(images):
     net = KeepsEveryState([Step(), Step()], container=nn.ModuleList)
-    with pytest.raises(ResodeError, match=r"layers.0 \(Step\) is in a chain whose states are read by KeepsEveryState"):
+    with pytest.raises(ResodeError, match=r"layers.0 \(Step\), like 1 more, is in a chain whose states are read by"):
         find_stages(net, images)
 
 

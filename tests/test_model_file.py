@@ -6,6 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +83,19 @@ def test_forms_and_forward_rules_survive(form: str, scheme: str, build_tiny, ima
     assert {(s.spec.form, s.spec.scheme) for s in loaded.stages.values()} == {(form, scheme)}
 
 
-def test_history_and_class_names_survive(tiny: OdeResNet, tmp_path):
+def test_what_a_file_says_besides_stages_survives(tiny: OdeResNet, tmp_path):
+    tiny.info = replace(tiny.info, left_out=("layer9 (Block) writes to its input",))
     tiny.info = tiny.info.with_classes("abcde").with_command("convert", form="exact").with_command("tie", rule="mean")
     save(tiny, tmp_path / "model.safetensors")
     info = load(tmp_path / "model.safetensors").info
     assert info.class_names == ("a", "b", "c", "d", "e")
     assert [entry["command"] for entry in info.history] == ["convert", "tie"]
     assert info == tiny.info
+
+
+def test_a_file_of_before_blocks_left_out_were_named_loads(saved: Path):
+    rewrite(saved, lambda tensors, metadata: metadata.pop("left_out"))
+    assert load(saved).info.left_out == ()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

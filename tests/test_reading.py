@@ -262,7 +262,7 @@ def test_rules_can_be_pickled(kind):
 def test_the_shortcuts_modules_decide_not_the_class():
     block = InPlace()
     block.shortcut = nn.Linear(WIDTH, WIDTH)
-    assert read(block).reason == "adds norm (LayerNorm), shortcut (Linear), not a branch to its input"
+    assert read(block).reason == "is a sum of norm (LayerNorm), shortcut (Linear), not of its input and a branch"
 
 
 class NoAddition(Block):
@@ -307,8 +307,8 @@ class Pair(Block):
     [
         (NoAddition, r"ends in norm \(LayerNorm\), not in an addition"),
         (NormAfterwards, r"ends in norm \(LayerNorm\), not in an addition"),
-        (Half, r"adds mul, layer \(Linear\), not a branch to its input"),
-        (Twice, "not a branch to its input"),
+        (Half, r"is a sum of mul, layer \(Linear\), not of its input and a branch"),
+        (Twice, "not of its input and a branch"),
         (Subtracts, "not in an addition"),
         (Scaled, "not in an addition"),
         (Pair, "returns more than one tensor"),

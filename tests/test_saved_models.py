@@ -95,8 +95,10 @@ def test_options_that_change_layers_are_refused_not_ignored(kind, option, saved,
 
 
 def test_a_repository_that_cannot_be_reached_is_a_clear_error(hub):
-    with pytest.raises(ResodeError, match="hf-hub:someone/else cannot be fetched.*connect to the network"):
-        open_source("hf-hub:someone/else")
+    with pytest.raises(
+        ResodeError, match="hf-hub:someone/else cannot be fetched.*connect to the network, or .*local-dir:FOLDER"
+    ):
+        open_source("hf-hub:someone/else", pretrained=False)
 
 
 def test_a_folder_that_does_not_exist(tmp_path):

@@ -36,16 +36,30 @@ _AFTER_ADDITION: tuple[Callable[[Tensor], Tensor], ...] = (
 )
 
 
-def find_stages(net: nn.Module, example: Tensor) -> list[StageParts]:
-    """The stages of `net`, in order. Raises ResodeError, naming the reason, if there is no step.
+@dataclass(frozen=True)
+class Found:
+    """What is in a network.
+
+    stages: in order.
+    left_out: of blocks that look like residual steps and are none, one of each kind, and why.
+    """
+
+    stages: list[StageParts]
+    left_out: list[str]
+
+
+def find_stages(net: nn.Module, example: Tensor) -> Found:
+    """The stages of `net`. Raises ResodeError, naming the reason, if there is no step.
 
     example: a batch of images that the network runs on.
     """
     search = _Search(net, example)
-    stages = list(search.stages())
+    stages = search.stages()
+    left_out = search.left_out(stages)
     if not any(stage.blocks for stage in stages):
-        raise ResodeError(f"{type(net).__name__} has no residual steps to convert: {search.reason()}")
-    return stages
+        reasons = "; ".join(left_out[:2]) or "no module in it adds a branch to its input"
+        raise ResodeError(f"{type(net).__name__} has no residual steps to convert: {reasons}")
+    return Found(stages, left_out)
 
 
 class _Search:
@@ -69,16 +83,23 @@ class _Search:
         for child in module.children():
             reading = self._read(child)
             inside = reading.rule is None and self._visit(child)
-            if reading.unclear and not inside and self._passes_zero_test(child):
+            is_container = inside and (reading.untraceable or self._holds_a_chain(child))
+            if reading.unclear and not is_container and self._passes_zero_test(child):
                 reading = Reading(BlockRule(whole, GENERIC))
             if reading.rule is not None:
                 reading = self._verified(child, reading.rule)
             if reading.rule is not None:
+                self.steps.difference_update(child.modules())
                 self.steps.add(child)
             elif reading.reason:
                 self.refused[self.paths[child]] = reading
             found = found or inside or reading.rule is not None
         return found
+
+    def _holds_a_chain(self, module: nn.Module) -> bool:
+        """Whether the steps inside a module are a stage, rather than parts of one block."""
+        sequences = (part.children() for part in module.modules() if is_plain_sequence(part))
+        return any(sum(child in self.steps for child in sequence) > 1 for sequence in sequences)
 
     def _read(self, module: nn.Module) -> Reading:
         call = self.seen.of(module)
@@ -122,6 +143,9 @@ class _Search:
         with torch.no_grad():
             for parameter in probe.parameters():
                 parameter.zero_()
+            for module in probe.modules():
+                if isinstance(variance := getattr(module, "running_var", None), Tensor):
+                    variance.fill_(2.0)  # a norm without parameters is no identity
             try:
                 result = probe(x.clone())
             except (RuntimeError, ValueError, AssertionError, ArithmeticError):  # it cannot do with zeros
@@ -185,14 +209,24 @@ class _Search:
                 makers[id(call.out)] = name
         return chains
 
-    def reason(self) -> str:
-        """Why there is no step, of the blocks that come nearest to one."""
-        near: dict[tuple[type, str], str] = {}
-        for path, reading in {**self.reused, **self.refused}.items():
-            if reading.near:
-                near.setdefault((type(self.net.get_submodule(path)), reading.reason), path)
-        said = [f"{path} ({kind.__name__}) {reason}" for (kind, reason), path in near.items()]
-        return "; ".join(said[:2]) or "no module in it adds a branch to its input"
+    def left_out(self, stages: list[StageParts]) -> list[str]:
+        """The outermost of the blocks that come near to a step, by class and reason."""
+        used = {
+            self.net.get_submodule(stage.container).get_submodule(name)
+            for stage in stages
+            for name in (*stage.transition, *stage.blocks)
+        }
+        within = {part for module in used for part in module.modules()}
+        kinds: dict[tuple[type, str], list[str]] = {}
+        for path, reading in sorted({**self.reused, **self.refused}.items(), key=lambda item: item[0].count(".")):
+            module = self.net.get_submodule(path)
+            if reading.near and module not in within:
+                within.update(module.modules())
+                kinds.setdefault((type(module), reading.reason), []).append(path)
+        return [
+            f"{paths[0]} ({kind.__name__}){f', like {len(paths) - 1} more,' if len(paths) > 1 else ''} {reason}"
+            for (kind, reason), paths in kinds.items()
+        ]
 
 
 @dataclass

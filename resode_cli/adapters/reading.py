@@ -39,13 +39,20 @@ class Reading:
     rule: how to run the block as a step; None if it is none.
     reason: why it is none, to follow the block's name.
     near: it comes near enough to one for the reason to be of interest.
-    unclear: the forward cannot be traced, or adds something on its way, so that only a run of the block can tell.
+    adds: its own forward adds something, as that of a mere container of blocks does not.
+    untraceable: what its forward does cannot be told.
     """
 
     rule: BlockRule | None
     reason: str = ""
     near: bool = False
-    unclear: bool = False
+    adds: bool = False
+    untraceable: bool = False
+
+    @property
+    def unclear(self) -> bool:
+        """Whether only a run of the block can tell."""
+        return self.rule is None and (self.adds or self.untraceable)
 
 
 class _NotTraceable(Exception):
@@ -71,7 +78,7 @@ def read(block: nn.Module) -> Reading:
             return reading
         other = _read_graph(_trace(block, not block.training)[0], block)
     except _NotTraceable as error:
-        return Reading(None, f"cannot be traced ({error})", unclear=True)
+        return Reading(None, f"cannot be traced ({error})", untraceable=True)
     here, there = reading.rule, other.rule or BlockRule(whole, GENERIC)
     if here == there:
         return reading
@@ -220,12 +227,14 @@ def _read_graph(graph: fx.Graph, block: nn.Module) -> Reading:
         last = last.args[0]
     if not _is_addition(last):
         adds = any(_is_addition(node) for node in graph.nodes)
-        return Reading(None, f"ends in {_describe(last, children)}, not in an addition to its input", unclear=adds)
+        return Reading(None, f"ends in {_describe(last, children)}, not in an addition to its input", adds=adds)
     terms = list(_terms(last, children))
     shortcuts = [term for term in terms if term is x]
     if len(shortcuts) != 1:
         added = first_few(list(dict.fromkeys(_describe(term, children) for term in terms)))
-        return Reading(None, f"adds {added}, not a branch to its input", near=True)
+        return Reading(None, f"is a sum of {added}, not of its input and a branch", near=True, adds=True)
+    if all(term is x or not _comes_from(term, x) for term in terms):
+        return Reading(None, "adds what does not depend on its input")
     branches = [term for term in last.args if isinstance(term, fx.Node) and _behind(term, children) is not x]
     read_again = any(len(node.users) > 1 for node in (last, *after))
     if activation == GENERIC or len(terms) > 2 or len(branches) != 1 or read_again:
@@ -244,7 +253,10 @@ def _read_graph(graph: fx.Graph, block: nn.Module) -> Reading:
 
 
 def _is_identity(node: fx.Node, children: dict[str, nn.Module]) -> bool:
-    return node.op == "call_module" and isinstance(children.get(str(node.target)), nn.Identity)
+    if node.op != "call_module":
+        return False
+    child = children[str(node.target)]
+    return isinstance(child, nn.Identity) or (is_plain_sequence(child) and not list(child.children()))
 
 
 def _behind(node: Any, children: dict[str, nn.Module]) -> Any:
@@ -271,6 +283,17 @@ def _terms(node: Any, children: dict[str, nn.Module]) -> Iterator[Any]:
             yield from _terms(term, children)
     else:
         yield node
+
+
+def _comes_from(node: Any, x: fx.Node) -> bool:
+    """Whether a node is computed from x."""
+    nodes, seen = [node], set()
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, fx.Node) and node not in seen:
+            seen.add(node)
+            nodes += node.all_input_nodes
+    return x in seen
 
 
 def _activation(node: fx.Node, children: dict[str, nn.Module]) -> str | None:

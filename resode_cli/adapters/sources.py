@@ -69,12 +69,12 @@ def open_source(
     arguments = {"num_classes": num_classes, "stem": stem, "shortcut": shortcut}
     spec = SourceSpec(library, name, arguments={k: v for k, v in arguments.items() if v is not None})
     if library in ("hf-hub", "local-dir"):
-        with _clear_download_errors(text):
+        with _clear_download_errors(text, "pass a copy of it as local-dir:FOLDER"):
             return _open_saved(spec, text, num_classes, pretrained=pretrained, weights=weights, chosen=preprocessing)
     from_library = pretrained and weights is None and library != "file"
     if from_library and library == "cifar":
         raise UsageError(f"{text} has no weights to fetch; pass --weights FILE or --no-pretrained")
-    with _clear_download_errors(text):
+    with _clear_download_errors(text, "pass --weights FILE, or --no-pretrained for a random network"):
         net = build(spec, pretrained=from_library)
     notes: list[str] = []
     if weights is not None:
@@ -203,8 +203,8 @@ def _preprocessing(spec: SourceSpec, net: nn.Module) -> Preprocessing:
 
 
 @contextmanager
-def _clear_download_errors(source: str) -> Iterator[None]:
-    """Say in one line that pretrained weights cannot be fetched, whichever of the many errors says so."""
+def _clear_download_errors(source: str, instead: str) -> Iterator[None]:
+    """Say in one line that a source cannot be fetched, whichever of the many errors says so."""
     try:
         with redirect_stdout(sys.stderr):  # libraries announce downloads there
             yield
@@ -218,8 +218,8 @@ def _clear_download_errors(source: str) -> Iterator[None]:
         network = modules & {"urllib", "requests", "httpx", "httpx2", "httpcore", "huggingface_hub", "socket"}
         if network or any(isinstance(e, OSError) for e in chain):
             raise ResodeError(
-                f"the pretrained weights of {source} cannot be fetched ({_first_line(error)});"
-                " connect to the network, pass --weights FILE, or --no-pretrained for a random network"
+                f"the weights of {source} cannot be fetched ({_first_line(error)});"
+                f" connect to the network, or {instead}"
             ) from error
         raise
 

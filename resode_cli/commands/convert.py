@@ -11,6 +11,8 @@ from ..errors import UsageError
 from .options import ForceOption, JsonOption, OutputOption, RecipeOption, check_safetensors
 from .output import Output, start
 
+_LEFT_OUT = 3  # that many kinds of blocks are named
+
 
 def convert_command(
     source: Annotated[
@@ -103,6 +105,10 @@ def convert_command(
     model_file.save(model, out)
     rows = stage_rows(model)
     output.show(stage_table(rows, title=str(opened.spec)))
+    for block in model.info.left_out[:_LEFT_OUT]:
+        output.note(f"left as it is: {block}")
+    if len(model.info.left_out) > _LEFT_OUT:
+        output.note(f"… and {len(model.info.left_out) - _LEFT_OUT} more kinds of blocks: resode info {out}")
     output.show(f"verified {verification_line(verified)}")
     output.note(f"wrote {out}")
     output.json(
@@ -113,6 +119,7 @@ def convert_command(
                 "stages": [vars(row) for row in rows],
                 "verified": verified,
                 "notes": list(opened.notes),
+                "left_out": list(model.info.left_out),
             }
         )
     )

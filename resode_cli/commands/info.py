@@ -45,6 +45,8 @@ def info_command(
         f"preprocessing  {pre.size}×{pre.size} {pre.interpolation}, crop {pre.crop_fraction:g} ({pre.crop_mode}),"
         f" mean {pre.mean}, std {pre.std}"
     )
+    for block in loaded.info.left_out:
+        output.show(f"left as it is  {block}")
     for entry in loaded.info.history:
         settings = {k: v for k, v in entry.items() if k not in ("command", "verified")}
         shown = ", ".join(f"{k}={v}" for k, v in settings.items()) if history or len(settings) <= 6 else "… (--history)"

@@ -94,4 +94,5 @@ OTHERS = [
     Architecture("timm:vit_tiny_r_s16_p8_224", (12,), size=224),
     Architecture("timm:convnext_atto", (2, 2, 6, 2), random=DROP),
     Architecture("timm:vit_tiny_patch16_224", (12,), size=224, random=DROP),
+    Architecture("timm:fastvit_t8", (2, 2, 4, 2), random=DROP),
 ]

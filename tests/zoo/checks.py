@@ -26,7 +26,7 @@ def draw(size: int, dtype: torch.dtype = torch.float32, images: int = 2) -> Tens
 
 def converted(net: nn.Module, size: int) -> OdeResNet:
     dtype = next(net.parameters()).dtype
-    return assemble(net, stage_specs(find_stages(net, draw(size, dtype, 1)), scheme="euler", form="exact"), INFO)
+    return assemble(net, stage_specs(find_stages(net, draw(size, dtype, 1)).stages, scheme="euler", form="exact"), INFO)
 
 
 def source_blocks(model: OdeResNet, untouched: nn.Module) -> Iterator[tuple[str, BlockResidual, nn.Module]]:

@@ -107,7 +107,7 @@ def _steps(source: str) -> list[int]:
 
 
 def _found(net: nn.Module, pixels: int) -> list[int]:
-    return [len(stage.blocks) for stage in find_stages(net.eval(), torch.randn(1, 3, pixels, pixels))]
+    return [len(stage.blocks) for stage in find_stages(net.eval(), torch.randn(1, 3, pixels, pixels)).stages]
 
 
 def write(rows: list[dict[str, object]]) -> None:

@@ -27,7 +27,7 @@ def test_each_step_and_the_logits_are_the_sources(architecture: Architecture, ra
 @pytest.mark.parametrize("architecture", CORE, ids=str)
 def test_each_block_is_read_with_its_branch_where_its_activation_allows(architecture: Architecture):
     net = architecture.build().eval()
-    parts = find_stages(net, draw(architecture.size, images=1))
+    parts = find_stages(net, draw(architecture.size, images=1)).stages
     blocks = [net.get_submodule(f"{part.container}.{name}") for part in parts for name in part.blocks]
     without_formula = architecture.arguments.get("act_layer") in ("leaky_relu", "mish")
     assert blocks and {read_rule(block).activation == GENERIC for block in blocks} == {without_formula}
