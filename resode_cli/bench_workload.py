@@ -76,12 +76,13 @@ class CheckpointedStage(nn.Module):
         super().__init__()
         self.stage = stage
         self.method = method
-        self.evaluator = Evaluator(stage.field())
+        self.evaluator: Evaluator | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         stage, scheme = self.stage, SCHEMES[self.stage.spec.scheme]
+        field = stage.field(stage.take(x, *args, **kwargs))
         x = stage.enter(x)
-        self.evaluator = r = Evaluator(stage.field())
+        self.evaluator = r = Evaluator(field)
         steps: list[Callable[[Tensor], Tensor]] = [partial(scheme.advance, r, n) for n in range(stage.spec.depth)]
         if self.method.segments == "step":
             for step in steps:
@@ -93,6 +94,7 @@ class CheckpointedStage(nn.Module):
 
     def evaluations(self) -> int:
         """Branch evaluations of the last backward pass."""
+        assert self.evaluator is not None
         return self.evaluator.evaluations - self.stage.spec.depth * SCHEMES[self.stage.spec.scheme].evaluations
 
     def __iter__(self) -> Iterator[nn.Module]:

@@ -118,6 +118,7 @@ def stage_specs(parts: list[StageParts], *, scheme: str, form: Form) -> list[Sta
                 horizon=Fraction(len(part.blocks)),
                 scheme=scheme,
                 form=form,
+                further=part.further,
             )
         )
     return specs

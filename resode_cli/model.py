@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters.reading import read_rule, runs_its_children
+from .adapters.reading import read_rule, runs_its_children, whole
 from .errors import ResodeError, UsageError, first_few, unknown
 from .ode import Adjoint
 from .parts import BlockRule, Preprocessing, SourceSpec
+from .residual import GENERIC
 from .sharing import distinct, share_layers
 from .stage import OdeStage, StageSpec
 
@@ -200,10 +201,17 @@ def assemble(net: nn.Module, specs: Sequence[StageSpec], info: ModelInfo) -> Ode
         paths[spec.name] = f"{spec.container}.{first}".lstrip(".")
         container.register_module(first, stage)
         for name in others:
-            container.register_module(name, nn.Identity())
+            container.register_module(name, _Emptied())
         if hasattr(net, "group_matcher"):
             net.__dict__["group_matcher"] = partial(_refuse_groups, spec.name)
     return OdeResNet(net, paths, info)
+
+
+class _Emptied(nn.Identity):
+    """In a block's place: hands the state on, whatever the block was called with beside it."""
+
+    def forward(self, input: Tensor, *_: object, **__: object) -> Tensor:
+        return input
 
 
 def _refuse_groups(stage: str, *_: object, **__: object) -> None:
@@ -224,7 +232,7 @@ def _build_stage(spec: StageSpec, children: dict[str, nn.Module]) -> OdeStage:
         if block.origin in rules:
             module = copy.deepcopy(module)
         else:
-            rules[block.origin] = read_rule(module)
+            rules[block.origin] = BlockRule(whole, GENERIC) if spec.further else read_rule(module)
         blocks.append(module)
     by_name = {block.name: module for block, module in zip(spec.blocks, blocks, strict=True)}
     for block, module in zip(spec.blocks, blocks, strict=True):

@@ -198,7 +198,7 @@ def _parse(metadata: dict[str, Any]) -> tuple[ModelInfo, list[StageSpec]]:
         fields = dict(raw)
         fields["blocks"] = tuple(BlockSpec(**block) for block in fields["blocks"])
         fields["horizon"] = Fraction(fields["horizon"])
-        for name in ("transition", "source_blocks", "schedule", "blends"):
+        for name in ("transition", "source_blocks", "schedule", "blends", "further"):
             fields[name] = tuple(fields.get(name, ()))
         specs.append(StageSpec(**fields))
     return info, specs

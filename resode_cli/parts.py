@@ -24,11 +24,13 @@ class StageParts:
 
     container: the container's path in the network, e.g. 'layer1'.
     transition, blocks: names of its children.
+    further: names of what the blocks take beside the state, the same for all of them.
     """
 
     container: str
     transition: tuple[str, ...]
     blocks: tuple[str, ...]
+    further: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

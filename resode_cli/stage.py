@@ -12,8 +12,9 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
+from .arguments import WithArguments, further_arguments, tensors_in
 from .compilation import Compilation, CompiledResidual
-from .errors import ResodeError, UsageError
+from .errors import ResodeError, UsageError, first_few
 from .ode import SCHEMES, Adjoint, Evaluator, Field, Monitor, Residual, solve, trajectory
 from .parts import BlockRule
 from .residual import ACTIVATIONS, BlendedResidual, BlockResidual, Form, check_form
@@ -45,6 +46,8 @@ class StageSpec:
     blends: where weights are linear in depth, the share w_n in which step n has the weights of block
         schedule[n] + 1; those of block schedule[n] make up the rest. Else empty.
     scheme: forward rule. form: of the residual functions.
+    further: names of the arguments that the blocks take beside the state, each the same for all of them; such
+        blocks are steps taken as a whole.
     """
 
     name: str
@@ -57,6 +60,7 @@ class StageSpec:
     scheme: str = "euler"
     form: Form = "exact"
     blends: tuple[float, ...] = ()
+    further: tuple[str, ...] = ()
 
     @property
     def depth(self) -> int:
@@ -108,6 +112,7 @@ class OdeStage(nn.Module):
     adjoint: the method of the backward pass; see `resode_cli.ode.METHODS`.
     monitor: what the last passes did (drift, evaluations).
     compilation: the compiled residual functions, if the steps run compiled.
+    further: what the blocks were called with beside the state, the last time that the stage ran.
     tap: sees states as they pass; without a tap the steps are one run of the engine, with one they are
         cut into runs where it looks.
     """
@@ -135,6 +140,7 @@ class OdeStage(nn.Module):
         self.monitor = Monitor()
         self.compilation: Compilation | None = None
         self.tap: Tap | None = None
+        self.further: dict[str, Any] = {}
 
     def _add(self, name: str, module: nn.Module) -> None:
         if hasattr(self, name):
@@ -155,27 +161,36 @@ class OdeStage(nn.Module):
         """What follows the addition in the source's blocks."""
         return self.rules[0].activation if self.rules else "linear"
 
-    def residuals(self) -> tuple[BlockResidual, ...]:
-        """The distinct blocks' residual functions, not compiled."""
+    def residuals(self, further: Mapping[str, Any] | None = None) -> tuple[BlockResidual, ...]:
+        """The distinct blocks' residual functions, not compiled.
+
+        further: what the blocks are called with beside the state; what the stage last ran with by default.
+        """
+        given = self.further if further is None else further
+        if given.keys() != set(self.spec.further):
+            raise ResodeError(
+                f"stage {self.spec.name} takes {first_few(self.spec.further) or 'nothing'} beside the state,"
+                f" but was given {first_few(list(given)) or 'nothing: run the whole network first'}"
+            )
         return tuple(
-            BlockResidual(module, rule.branch, rule.activation, self.spec.form)
+            BlockResidual(module, WithArguments(given) if given else rule.branch, rule.activation, self.spec.form)
             for module, rule in zip(self.blocks, self.rules, strict=True)
         )
 
-    def field(self) -> Field:
+    def field(self, further: Mapping[str, Any] | None = None) -> Field:
         """What the engine runs: the residual functions, compiled if the stage is, and the schedule."""
-        residuals: tuple[Residual, ...] = self.residuals()
+        blocks = self.residuals(further)
+        residuals: tuple[Residual, ...] = blocks
         schedule = self.spec.schedule
         if self.spec.blends:
-            residuals, schedule = self._blended(), tuple(range(self.spec.depth))
+            residuals, schedule = self._blended(blocks), tuple(range(self.spec.depth))
         if self.compilation is not None:
             replayed = self.adjoint.method != "backprop"
             residuals = tuple(CompiledResidual(r, self.compilation, replayed=replayed) for r in residuals)
         return Field(residuals, schedule, self.spec.step_size)
 
-    def _blended(self) -> tuple[Residual, ...]:
+    def _blended(self, knots: tuple[BlockResidual, ...]) -> tuple[Residual, ...]:
         """Each step's residual function, where weights are linear in depth."""
-        knots = self.residuals()
         steps = zip(self.spec.schedule, self.spec.blends, strict=True)
         return tuple(BlendedResidual(knots[b], knots[b + 1], w) if w else knots[b] for b, w in steps)
 
@@ -201,22 +216,41 @@ class OdeStage(nn.Module):
         adjoint.plan(self.spec.depth, self.spec.scheme)
         self.adjoint = adjoint
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """args, kwargs: what the blocks take beside the state; where they are left out, those of the last run."""
         if getattr(self, "_is_replica", False):
             raise ResodeError("nn.DataParallel is not supported; use DistributedDataParallel")
         if isinstance(x, torch.fx.Proxy):
             raise ResodeError("an OdeStage cannot be traced by torch.fx; name it among the tracer's leaf modules")
+        field = self.field(self.take(x, *args, **kwargs))
         x = self.enter(x)
-        x = self._solve(self.field(), x) if self.tap is None else self._tapped(self.tap, x)
+        x = self._solve(field, x) if self.tap is None else self._tapped(self.tap, field, x)
         return self.leave(x)
+
+    def take(self, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
+        """What a call of the stage hands to its blocks beside the state, remembered for looks at the stage alone.
+
+        Raises ResodeError where it needs a gradient: the backward sweeps give one to states and parameters alone.
+        """
+        further = further_arguments(self.blocks[0], args, kwargs) if self.spec.depth else {}
+        if not further:
+            return self.further
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors_in(further)):
+            raise ResodeError(
+                f"stage {self.spec.name}: {first_few(list(further))} needs a gradient, which no stage gives it;"
+                " freeze what makes it (requires_grad_(False))"
+            )
+        if not torch.compiler.is_exporting():
+            self.further = further
+        return further
 
     def _solve(self, field: Field, x: Tensor) -> Tensor:
         plan = self.adjoint.plan(field.depth, self.spec.scheme)
         return solve(field, SCHEMES[self.spec.scheme], plan, x, monitor=self.monitor)
 
-    def _tapped(self, tap: Tap, x: Tensor) -> Tensor:
+    def _tapped(self, tap: Tap, field: Field, x: Tensor) -> Tensor:
         """The same, stopping for the tap. A rule that looks beyond its step is then recorded by autograd."""
-        field, scheme, here = self.field(), SCHEMES[self.spec.scheme], 0
+        scheme, here = SCHEMES[self.spec.scheme], 0
         for n in sorted({*tap.steps, self.spec.depth}):
             if scheme.evaluations == 1:
                 x = self._solve(replace(field, schedule=field.schedule[here:n]), x)

@@ -12,19 +12,23 @@ adds a branch to its own input returns that input, or its activation.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..arguments import WithArguments, equal, tensors_in
 from ..errors import ResodeError
 from ..parts import BlockRule, StageParts
 from ..residual import ACTIVATIONS, GENERIC, BlockResidual
 from .reading import Reading, is_plain_sequence, read, runs_its_children, whole
-from .watch import watch
+from .watch import Watch, watch
 
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _AFTER_ADDITION: tuple[Callable[[Tensor], Tensor], ...] = (
     lambda z: z,
     *ACTIVATIONS.values(),
@@ -66,7 +70,7 @@ class _Search:
     """What is known of a network's modules: which are steps, and why others are not."""
 
     def __init__(self, net: nn.Module, example: Tensor) -> None:
-        self.net = net
+        self.net, self.example = net, example
         self.seen = watch(net, example)
         self.paths = {module: path for path, module in net.named_modules()}
         self.refused: dict[str, Reading] = {}  # by path, as `reused`
@@ -87,7 +91,7 @@ class _Search:
             if reading.unclear and not is_container and self._passes_zero_test(child):
                 reading = Reading(BlockRule(whole, GENERIC))
             if reading.rule is not None:
-                reading = self._verified(child, reading.rule)
+                reading = self._verified(child, reading)
             if reading.rule is not None:
                 self.steps.difference_update(child.modules())
                 self.steps.add(child)
@@ -106,26 +110,41 @@ class _Search:
         is_layer = type(module).__module__.startswith("torch.nn.") or not any(True for _ in module.parameters())
         if is_layer or is_plain_sequence(module) or not call.keeps_shape:
             return Reading(None)
-        if call.further:
-            return Reading(None, f"takes more than the state ({', '.join(call.further)})", near=True)
-        return read(module)
+        if not call.further:
+            return read(module)
+        if not self._takes_constants(module):
+            names = ", ".join(call.further)
+            return Reading(None, f"takes more than the state ({names}), learned or another for each image", near=True)
+        return Reading(None, untraceable=True)  # for want of a way to trace it with them
+
+    def _takes_constants(self, module: nn.Module) -> bool:
+        """Whether what a module takes beside the state is the same for other images, and is not learned."""
+        named = {p.name for p in inspect.signature(module.forward).parameters.values() if p.kind in _BY_NAME}
+        further, again = self.seen.of(module).further, self._other_images.of(module).further
+        return named >= set(further) and equal(further, again) and not any(t.requires_grad for t in tensors_in(again))
+
+    @cached_property
+    def _other_images(self) -> Watch:
+        return watch(self.net, self.example.flip(-1).mul(0.5).requires_grad_(), recorded=True)
 
     def _random_state(self, block: nn.Module) -> Tensor:
         state = self.seen.of(block).into
         assert state is not None
         return torch.randn(state.shape, generator=torch.Generator().manual_seed(0)).to(state)
 
-    def _verified(self, block: nn.Module, rule: BlockRule) -> Reading:
-        """The rule, if it gives what the block gives and leaves the state alone."""
-        x = self._random_state(block)
+    def _verified(self, block: nn.Module, reading: Reading) -> Reading:
+        """The reading, if its rule gives what the block gives and leaves the state alone."""
+        x, rule, further = self._random_state(block), reading.rule, self.seen.of(block).further
+        assert rule is not None
         if x.is_meta:  # no values to compare: the structure alone is asked for
-            return Reading(rule)
+            return reading
+        branch = WithArguments(further) if further else rule.branch
         kept, training = x.clone(), {m: m.training for m in block.modules()}
         block.eval()
         try:
             with torch.no_grad():
-                found = BlockResidual(block, rule.branch, rule.activation).step(x, 1.0)
-                expected = block(kept.clone())
+                found = BlockResidual(block, branch, rule.activation).step(x, 1.0)
+                expected = block(kept.clone(), **further)
         finally:
             for module, mode in training.items():
                 module.training = mode
@@ -133,10 +152,10 @@ class _Search:
             return Reading(None, "writes to its input", near=True)
         if not torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())):
             return Reading(None, "does more than its own forward says", near=True)
-        return Reading(rule)
+        return reading
 
     def _passes_zero_test(self, block: nn.Module) -> bool:
-        if not self.seen.of(block).keeps_shape or self.seen.of(block).further:
+        if not self.seen.of(block).keeps_shape:
             return False
         probe = copy.deepcopy(block).eval()
         x = self._random_state(block)
@@ -147,7 +166,7 @@ class _Search:
                 if isinstance(variance := getattr(module, "running_var", None), Tensor):
                     variance.fill_(2.0)  # a norm without parameters is no identity
             try:
-                result = probe(x.clone())
+                result = probe(x.clone(), **self.seen.of(block).further)
             except (RuntimeError, ValueError, AssertionError, ArithmeticError):  # it cannot do with zeros
                 if x.is_meta:
                     raise
@@ -182,7 +201,9 @@ class _Search:
                 block = f"{path}.{chain.blocks[0]}".lstrip(".")
                 self.reused[block] = Reading(None, reason, near=True)
             elif chain.blocks:
-                yield StageParts(path, tuple(chain.transition) if in_order else (), tuple(chain.blocks))
+                further = tuple(self.seen.of(children[chain.blocks[0]]).further)
+                transition = tuple(chain.transition) if in_order and not further else ()
+                yield StageParts(path, transition, tuple(chain.blocks), further)
 
     def _chains(self, children: dict[str, nn.Module]) -> list[_Chain]:
         """Children that hand a state on, each to the next alone: any that are no steps, then steps."""
@@ -198,7 +219,8 @@ class _Search:
                 if is_step and type(children[maker]) is type(child):
                     chain.reader = cut = reader
                 chain = None
-            if chain is None or (chain.blocks and not is_step):
+            goes_on = is_step and bool(maker) and equal(call.further, self.seen.of(children[maker]).further)
+            if chain is None or (chain.blocks and not goes_on):
                 chain = _Chain(reader=cut)
                 chains.append(chain)
             if not is_step and not self.steps.isdisjoint(child.modules()):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+
+from ..arguments import further_arguments
 
 Stack = tuple[nn.Module, ...]  # the modules being called, the outermost first
 
@@ -19,13 +21,13 @@ Stack = tuple[nn.Module, ...]  # the modules being called, the outermost first
 class Call:
     """What went into a module, the last time that it was called, and what came out.
 
-    into: the first argument; further: names of other arguments that are not left at their defaults.
+    into: the first argument; further: other arguments, by name, that are not left at their defaults.
     """
 
     calls: int = 0
     into: Tensor | None = None
     out: Tensor | None = None
-    further: tuple[str, ...] = ()
+    further: dict[str, Any] = field(default_factory=dict)
 
     @property
     def keeps_shape(self) -> bool:
@@ -37,7 +39,7 @@ class Call:
 
 @dataclass
 class Watch:
-    """One forward pass in eval mode, without gradients."""
+    """One forward pass in eval mode."""
 
     calls: dict[nn.Module, Call] = field(default_factory=dict)  # in the order in which they began
     # By id of a tensor that came out of a module.
@@ -55,8 +57,8 @@ class Watch:
         return None
 
 
-def watch(net: nn.Module, example: Tensor) -> Watch:
-    """Run the network on `example`. Its mode is put back."""
+def watch(net: nn.Module, example: Tensor, *, recorded: bool = False) -> Watch:
+    """Run the network on `example`, recorded by autograd or not. Its mode is put back."""
     seen = Watch()
     stack: list[nn.Module] = []
     held: list[Tensor] = []  # what came out of modules called twice too: no other tensor may get its id
@@ -65,7 +67,7 @@ def watch(net: nn.Module, example: Tensor) -> Watch:
         stack.append(module)
         call = seen.calls.setdefault(module, Call())
         call.calls += 1
-        call.further = _further(module, args, kwargs)
+        call.further = further_arguments(module, args, kwargs)
         call.into = args[0] if args and isinstance(args[0], Tensor) else None
 
     def after(module: nn.Module, args: tuple[Any, ...], out: object) -> None:
@@ -80,7 +82,8 @@ def watch(net: nn.Module, example: Tensor) -> Watch:
     training = {m: m.training for m in net.modules()}
     net.eval()
     try:
-        with torch.no_grad(), _Readers(seen.readers, stack):
+        # The record alone is asked for, not what a backward pass would need.
+        with torch.set_grad_enabled(recorded), saved_tensors_hooks(_nothing, _nothing), _Readers(seen.readers, stack):
             net(example)
     finally:
         for module, mode in training.items():
@@ -90,17 +93,8 @@ def watch(net: nn.Module, example: Tensor) -> Watch:
     return seen
 
 
-def _further(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
-    if len(args) < 2 and not kwargs:
-        return ()
-    signature = inspect.signature(module.forward)
-    _, *others = signature.bind(*args, **kwargs).arguments.items()
-    defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
-    return tuple(
-        name
-        for name, value in others
-        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)) or value != defaults[name]
-    )
+def _nothing(_: object) -> Tensor:
+    return torch.empty(0)
 
 
 class _Readers(TorchFunctionMode):

@@ -95,4 +95,5 @@ OTHERS = [
     Architecture("timm:convnext_atto", (2, 2, 6, 2), random=DROP),
     Architecture("timm:vit_tiny_patch16_224", (12,), size=224, random=DROP),
     Architecture("timm:fastvit_t8", (2, 2, 4, 2), random=DROP),
+    Architecture("timm:eva02_tiny_patch14_224", (12,), size=224),
 ]

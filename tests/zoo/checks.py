@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from resode_cli.adapters.discover import find_stages
+from resode_cli.arguments import further_arguments
 from resode_cli.conversion import stage_specs
 from resode_cli.model import ModelInfo, OdeResNet, assemble
 from resode_cli.parts import Preprocessing, SourceSpec
@@ -37,21 +40,32 @@ def source_blocks(model: OdeResNet, untouched: nn.Module) -> Iterator[tuple[str,
             yield f"{name}.{block.name}", residual, container.get_submodule(block.origin)
 
 
+def _as(dtype: torch.dtype, values: Any) -> Any:
+    return tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, values)
+
+
 def steps_of_the_source(untouched: nn.Module, size: int) -> tuple[int, ...]:
     """Assert that the network, converted, has its source's steps and logits; returns the steps of each stage."""
     model = converted(copy.deepcopy(untouched), size).eval()
     images = draw(size)
-    inputs: dict[nn.Module, Tensor] = {}
-    blocks = list(source_blocks(model, untouched))
-    hooks = [b.register_forward_pre_hook(lambda m, args: inputs.update({m: args[0].clone()})) for _, _, b in blocks]
+    inputs: dict[nn.Module, tuple[Tensor, dict[str, Any]]] = {}
+
+    def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs[block] = (args[0].clone(), further_arguments(block, args, kwargs))
+
     with torch.no_grad():
-        expected, found = untouched(images), model(images)
+        found = model(images)
+        blocks = list(source_blocks(model, untouched))
+        hooks = [block.register_forward_pre_hook(before, with_kwargs=True) for _, _, block in blocks]
+        expected = untouched(images)
         for hook in hooks:
             hook.remove()
         for dtype, tolerance in PER_BLOCK.items():
-            for name, residual, block in blocks:
-                x = inputs[block].to(dtype)
-                wanted = block.to(dtype)(x.clone())
+            for stage in model.stages.values():
+                stage.further = _as(dtype, stage.further)
+            for name, residual, block in source_blocks(model, untouched):
+                x, further = _as(dtype, inputs[block])
+                wanted = block.to(dtype)(x.clone(), **further)
                 residual.module.to(dtype)
                 scale = wanted.abs().max().item()
                 assert (residual.step(x, 1.0) - wanted).abs().max().item() <= tolerance * scale, f"{name} {dtype}"
