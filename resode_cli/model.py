@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters.reading import read_rule, runs_its_children, whole
+from .adapters.reading import is_plain_sequence, read_rule, runs_its_children, whole
 from .errors import ResodeError, UsageError, first_few, unknown
 from .ode import Adjoint
 from .parts import BlockRule, Preprocessing, SourceSpec
 from .residual import GENERIC
 from .sharing import distinct, share_layers
-from .stage import OdeStage, StageSpec
+from .stage import OdeStage, OnePiece, StageSpec
 
 
 @dataclass(frozen=True)
@@ -204,6 +204,11 @@ def assemble(net: nn.Module, specs: Sequence[StageSpec], info: ModelInfo) -> Ode
             container.register_module(name, _Emptied())
         if hasattr(net, "group_matcher"):
             net.__dict__["group_matcher"] = partial(_refuse_groups, spec.name)
+        if others and is_plain_sequence(container):
+            owner = _owner(net, spec.container)
+            for method in ("forward_intermediates", "get_intermediate_layers"):
+                if hasattr(owner, method):
+                    owner.__dict__[method] = partial(_refuse_features, spec.name)
     return OdeResNet(net, paths, info)
 
 
@@ -212,6 +217,18 @@ class _Emptied(nn.Identity):
 
     def forward(self, input: Tensor, *_: object, **__: object) -> Tensor:
         return input
+
+
+def _owner(net: nn.Module, container: str) -> nn.Module:
+    """The module whose forward iterates over a list of blocks, and may hand out what is between them."""
+    owner = container.rpartition(".")[0]
+    while isinstance(net.get_submodule(owner), nn.ModuleList):
+        owner = owner.rpartition(".")[0]
+    return net.get_submodule(owner)
+
+
+def _refuse_features(stage: str, *_: object, **__: object) -> None:
+    raise OnePiece(stage, "hands out no intermediate features")
 
 
 def _refuse_groups(stage: str, *_: object, **__: object) -> None:

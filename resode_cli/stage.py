@@ -94,8 +94,8 @@ class Tap:
     see: Callable[[int, Tensor], Tensor]
 
 
-class _OnePiece(ResodeError, TypeError):
-    """A TypeError too, so that `list(stage)`, which asks for a length, goes on without."""
+class OnePiece(ResodeError, TypeError):
+    """What a stage cannot do. A TypeError too, so that `list(stage)`, which asks for a length, goes on without."""
 
     def __init__(self, stage: str, what: str) -> None:
         reason = "its steps run as one, and states between them are no features (`OdeStage.tap` sees them)"
@@ -285,10 +285,10 @@ class OdeStage(nn.Module):
         return True
 
     def __len__(self) -> int:
-        raise _OnePiece(self.spec.name, "has no length")
+        raise OnePiece(self.spec.name, "has no length")
 
     def __getitem__(self, index: object) -> nn.Module:
-        raise _OnePiece(self.spec.name, "cannot be indexed")
+        raise OnePiece(self.spec.name, "cannot be indexed")
 
     @property
     def grad_checkpointing(self) -> bool:

@@ -28,7 +28,8 @@ def images() -> torch.Tensor:
 def pair(name: str, **arguments: object) -> tuple[nn.Module, OdeResNet]:
     """A network and the same converted."""
     net = timm.create_model(name, num_classes=5, **arguments)
-    return copy.deepcopy(net).eval(), convert(net, example=images())[0]
+    size = int(arguments.get("img_size", SIZE))  # type: ignore[call-overload]
+    return copy.deepcopy(net).eval(), convert(net, example=images()[..., :size, :size])[0]
 
 
 @pytest.mark.parametrize("name", [*NAMES, "legacy_xception"])
@@ -85,6 +86,14 @@ def test_features_from_inside_a_stage_are_refused():
     with pytest.raises(ResodeError, match="cannot be indexed"):
         model.net.blocks[0]
     assert model.net.blocks and list(model.net.blocks) == [model.stages["blocks"]]
+
+
+def test_features_from_between_emptied_blocks_are_refused_and_not_those_of_the_last():
+    _, model = pair("eva02_tiny_patch14_224", img_size=56)
+    with pytest.raises(ResodeError, match="stage blocks hands out no intermediate features"):
+        model.net.forward_intermediates(images()[..., :56, :56])
+    with torch.no_grad():
+        assert copy.deepcopy(model.net)(images()[..., :56, :56]).shape == (2, 5)
 
 
 def test_a_network_of_features_is_refused_with_a_way_out():
