@@ -115,7 +115,7 @@ class Probe:
         passage.random.restore()
         try:
             with fixed_buffers([stage]), self.autocast():
-                out = stage(leaf)
+                out = stage(leaf, **stage.further)
         finally:
             current.restore()
         *found, input_gradient = torch.autograd.grad(out, [*parameters, leaf], passage.adjoint, allow_unused=True)
@@ -161,7 +161,7 @@ def reference_adjoint(stage: OdeStage) -> Adjoint:
 
 def step_parameters(stage: OdeStage) -> list[nn.Parameter]:
     """The trained parameters of the stage's steps, without its transition."""
-    return [p for p in stage.field().parameters() if p.requires_grad]
+    return list({id(p): p for block in stage.blocks for p in block.parameters() if p.requires_grad}.values())
 
 
 def relative_error(exact: Sequence[Tensor], found: Sequence[Tensor]) -> float:

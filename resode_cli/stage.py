@@ -112,7 +112,8 @@ class OdeStage(nn.Module):
     adjoint: the method of the backward pass; see `resode_cli.ode.METHODS`.
     monitor: what the last passes did (drift, evaluations).
     compilation: the compiled residual functions, if the steps run compiled.
-    further: what the blocks were called with beside the state, the last time that the stage ran.
+    further: what the blocks were called with beside the state, the last time that the stage ran: for looks at
+        the stage by itself, as `stage(x, **stage.further)`.
     tap: sees states as they pass; without a tap the steps are one run of the engine, with one they are
         cut into runs where it looks.
     """
@@ -170,7 +171,7 @@ class OdeStage(nn.Module):
         if given.keys() != set(self.spec.further):
             raise ResodeError(
                 f"stage {self.spec.name} takes {first_few(self.spec.further) or 'nothing'} beside the state,"
-                f" but was given {first_few(list(given)) or 'nothing: run the whole network first'}"
+                f" but was given {first_few(list(given)) or 'nothing'}"
             )
         return tuple(
             BlockResidual(module, WithArguments(given) if given else rule.branch, rule.activation, self.spec.form)
@@ -217,7 +218,7 @@ class OdeStage(nn.Module):
         self.adjoint = adjoint
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """args, kwargs: what the blocks take beside the state; where they are left out, those of the last run."""
+        """args, kwargs: what the blocks take beside the state."""
         if getattr(self, "_is_replica", False):
             raise ResodeError("nn.DataParallel is not supported; use DistributedDataParallel")
         if isinstance(x, torch.fx.Proxy):
@@ -228,19 +229,17 @@ class OdeStage(nn.Module):
         return self.leave(x)
 
     def take(self, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
-        """What a call of the stage hands to its blocks beside the state, remembered for looks at the stage alone.
+        """What a call of the stage hands to its blocks beside the state, noted in `further`.
 
         Raises ResodeError where it needs a gradient: the backward sweeps give one to states and parameters alone.
         """
         further = further_arguments(self.blocks[0], args, kwargs) if self.spec.depth else {}
-        if not further:
-            return self.further
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors_in(further)):
             raise ResodeError(
                 f"stage {self.spec.name}: {first_few(list(further))} needs a gradient, which no stage gives it;"
                 " freeze what makes it (requires_grad_(False))"
             )
-        if not torch.compiler.is_exporting():
+        if further and not torch.compiler.is_exporting():
             self.further = further
         return further
 

@@ -98,10 +98,10 @@ def _steps(source: str) -> list[int]:
             return _found(build(source), size(source))
     except (RuntimeError, ValueError):  # NotImplementedError is one
         pass
-    if size(source) > SMALL:
+    for arguments in ({"img_size": SMALL}, {}) if size(source) > SMALL else ():
         try:
-            return _found(build(source, img_size=SMALL), SMALL)
-        except (TypeError, RuntimeError, AssertionError):  # the architecture takes images of its own size alone
+            return _found(build(source, **arguments), SMALL)
+        except (TypeError, ValueError, RuntimeError, AssertionError):  # it takes images of its own size alone
             pass
     return _found(build(source), size(source))
 
