@@ -125,7 +125,10 @@ class _Search:
 
     @cached_property
     def _other_images(self) -> Watch:
-        return watch(self.net, self.example.flip(-1).mul(0.5).requires_grad_(), recorded=True)
+        images = self.example.flip(-1)
+        if images.is_floating_point():
+            images = images.mul(0.5).requires_grad_()
+        return watch(self.net, images, recorded=True)
 
     def _random_state(self, block: nn.Module) -> Tensor:
         state = self.seen.of(block).into
