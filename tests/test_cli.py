@@ -317,6 +317,7 @@ def test_ctrl_c_is_one_line_and_leaves_no_file(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored by what runs in the background
     ) as process:
         assert process.stdout is not None
         assert any("started" in line for line in iter(process.stdout.readline, ""))
