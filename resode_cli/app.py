@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from typing import Annotated, Any
@@ -12,7 +13,8 @@ import typer.core
 
 from . import __version__
 from .commands import bench, check_grad, convert, demo, evaluate, export, finetune, info, list_sources, transfer
-from .errors import ResodeError
+from .commands.options import RECIPE
+from .errors import ResodeError, UsageError
 
 
 class _Interrupted(ResodeError):
@@ -20,13 +22,28 @@ class _Interrupted(ResodeError):
 
 
 class _Commands(typer.core.TyperGroup):
-    """Ctrl-C becomes an error of ours, before typer makes an exit without a word of it."""
+    """Two things that only the command's own context knows, before typer lets go of it.
+
+    Ctrl-C becomes an error of ours, where typer would make an exit without a word of it; and a mistake in what a
+    recipe says names the recipe.
+    """
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
             raise _Interrupted("interrupted") from error
+        except UsageError as error:
+            recipe, settings = ctx.meta.get(RECIPE, ("", {}))
+            if not any(_names(str(error), name, value) for name, value in settings.items()):
+                raise
+            raise type(error)(f"recipe {recipe}: {error}") from error
+
+
+def _names(message: str, setting: str, value: object) -> bool:
+    """Whether a message is about what a recipe sets."""
+    flag = f"--{setting.replace('_', '-')}"
+    return re.search(rf"{flag}(?![\w-])", message) is not None or (isinstance(value, str) and repr(value) in message)
 
 
 app = typer.Typer(

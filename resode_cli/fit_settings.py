@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .errors import UsageError, unknown
+from .ranges import COUNT, COUNT_OR_NONE, NOT_NEGATIVE, POSITIVE, SEED, WORKERS, check_ranges, ranged
 
 TO_STATES, END_TO_END = ("blocks", "stages"), ("logits", "refine")
 PHASES = TO_STATES + END_TO_END
@@ -36,22 +37,22 @@ class FitSettings:
     """
 
     phases: tuple[str, ...] = ("blocks", "refine")
-    steps: int = 400
-    refine_steps: int = 120
-    images: int | None = None
-    batch_size: int = 32
-    lr: float = 4e-4
-    logits_lr: float = 1.2e-4
-    clip_grad: float = 5.0
-    temperature: float = 2.0
-    states: float = 0.0
-    smooth: float = 0.0
-    contract: float = 0.0
+    steps: int = ranged(400, COUNT_OR_NONE, flag="--fit-steps")
+    refine_steps: int = ranged(120, COUNT_OR_NONE, flag="--fit-refine-steps")
+    images: int | None = ranged(None, COUNT, flag="--fit-images")
+    batch_size: int = ranged(32, COUNT, flag="--fit-batch-size")
+    lr: float = ranged(4e-4, POSITIVE, flag="--fit-lr")
+    logits_lr: float = ranged(1.2e-4, POSITIVE, flag="--fit-logits-lr")
+    clip_grad: float = ranged(5.0, POSITIVE, flag="--fit-clip-grad")
+    temperature: float = ranged(2.0, POSITIVE)
+    states: float = ranged(0.0, NOT_NEGATIVE, flag="--fit-states")
+    smooth: float = ranged(0.0, NOT_NEGATIVE)
+    contract: float = ranged(0.0, NOT_NEGATIVE)
     bn: str = "recalibrate"
-    substeps: int = 2
+    substeps: int = ranged(2, COUNT_OR_NONE, flag="--fit-substeps")
     augment: bool = False
-    seed: int = 0
-    workers: int = 0
+    seed: int = ranged(0, SEED)
+    workers: int = ranged(0, WORKERS)
 
     def __post_init__(self) -> None:
         for phase in self.phases:
@@ -61,23 +62,13 @@ class FitSettings:
             raise UsageError(f"--fit-phases {','.join(self.phases)}: name some of {', '.join(PHASES)}, in this order")
         if self.bn not in BATCH_NORM:
             raise unknown("fit BatchNorm mode", self.bn, BATCH_NORM)
-        for name in ("steps", "refine_steps", "states", "substeps", "smooth", "contract"):
-            if getattr(self, name) < 0:
-                raise UsageError(f"{_flag(name)} {getattr(self, name)}: must be 0 or more")
-        for name in ("images", "batch_size", "lr", "logits_lr", "temperature", "clip_grad"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise UsageError(f"{_flag(name)} {value}: must be above 0")
+        check_ranges(self)
 
     def steps_of(self, phase: str) -> int:
         return self.refine_steps if phase == "refine" and self.steps else self.steps
 
     def lr_of(self, phase: str) -> float:
         return self.logits_lr if phase in END_TO_END else self.lr
-
-
-def _flag(name: str) -> str:
-    return f"--{name}" if name in ("smooth", "contract", "temperature") else f"--fit-{name.replace('_', '-')}"
 
 
 # A tied stage has to learn anew what its blocks did, and starts from nothing that is near.

@@ -17,6 +17,9 @@ CGROUPS = (
 )
 
 
+MEANT_AS_MORE, MOST = 2**20, 2**60  # bytes; nobody means a number below a MiB as bytes, and no machine has an EiB
+
+
 def parse_bytes(text: str) -> int:
     """The bytes that '8GiB', '512 MiB' or '2e9' stand for. Raises UsageError for anything else."""
     match = re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)\s*", text)
@@ -25,7 +28,9 @@ def parse_bytes(text: str) -> int:
         count = float(match[1]) * unit if match and unit else 0.0
     except ValueError:
         count = 0.0
-    if count < 1:
+    if 1 <= count < MEANT_AS_MORE and match and not match[2]:
+        raise UsageError(f"memory budget {text!r}: that is {count:g} bytes; add the unit, as in {match[1]}GiB")
+    if not 1 <= count <= MOST:
         raise UsageError(f"memory budget {text!r}: write a size such as 8GiB or 512MiB")
     return int(count)
 

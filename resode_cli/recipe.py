@@ -20,11 +20,13 @@ def read_recipe(path: Path, command: str, allowed: Iterable[str]) -> dict[str, A
         raise UsageError(f"recipe {str(path)!r} does not exist")
     try:
         tables = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # of a number too long to read, too, and of tables in tables
         raise ResodeError(f"recipe {path}: not TOML ({error})") from error
+    except OSError as error:
+        raise ResodeError(f"recipe {path}: cannot be read ({error.strerror})") from error
     table = tables.get(command)
     if not isinstance(table, dict):
-        found = ", ".join(f"[{name}]" for name in tables) or "none"
+        found = ", ".join(f"[{name}]" for name, table in tables.items() if isinstance(table, dict)) or "none"
         raise UsageError(f"recipe {path} has no table [{command}] (found: {found})")
     flags = {name.replace("_", "-"): name for name in allowed}
     settings = {}

@@ -7,8 +7,20 @@ from dataclasses import dataclass
 import torch
 
 from .adjoint_choice import AdjointChoice, choose_adjoint
-from .errors import UsageError, unknown
+from .errors import unknown
 from .memory_budget import parse_bytes
+from .ranges import (
+    COUNT,
+    COUNT_OR_NONE,
+    DECAYING,
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SEED,
+    WORKERS,
+    check_ranges,
+    ranged,
+)
 
 SCHEDULES = ("cosine", "step", "constant")
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -39,37 +51,37 @@ class Settings:
 
     adjoint: str = "auto"
     anchors: str | None = None
-    corrections: int = 0
-    snapshots: int | None = None
-    grad_tol: float = 0.02
+    corrections: int = ranged(0, COUNT_OR_NONE)
+    snapshots: int | None = ranged(None, COUNT)
+    grad_tol: float = ranged(0.02, POSITIVE)
     memory_budget: str | None = None
-    epochs: int | None = None
-    max_steps: int | None = None
-    batch_size: int = 128
-    lr: float = 1e-3
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    clip_grad: float | None = None
+    epochs: int | None = ranged(None, COUNT)
+    max_steps: int | None = ranged(None, COUNT)
+    batch_size: int = ranged(128, COUNT)
+    lr: float = ranged(1e-3, POSITIVE)
+    momentum: float = ranged(0.9, DECAYING)
+    weight_decay: float = ranged(5e-4, NOT_NEGATIVE)
+    clip_grad: float | None = ranged(None, POSITIVE)
     optimizer: str = "momentum"
     schedule: str = "cosine"
-    warmup: int = 0
+    warmup: int = ranged(0, COUNT_OR_NONE)
     stages: tuple[str, ...] | None = None
     bn: str = "frozen"
     amp: str = "none"
     augment: bool = True
-    seed: int = 0
-    drift_tolerance: float = 0.1
+    seed: int = ranged(0, SEED)
+    drift_tolerance: float = ranged(0.1, POSITIVE, flag="--drift-tol")
     on_drift: str = "anchors"
-    log_every: int = 20
-    save_every: int = 100
-    eval_every: int = 1
-    workers: int = 0
+    log_every: int = ranged(20, COUNT)
+    save_every: int = ranged(100, COUNT)
+    eval_every: int = ranged(1, COUNT)
+    workers: int = ranged(0, WORKERS)
     compile: bool = False
     channels_last: bool = False
     teacher: str | None = None
-    distill: float = 0.5
-    temperature: float = 2.0
-    teacher_states: float = 0.0
+    distill: float = ranged(0.5, FRACTION)
+    temperature: float = ranged(2.0, POSITIVE)
+    teacher_states: float = ranged(0.0, NOT_NEGATIVE)
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -80,20 +92,7 @@ class Settings:
         ):
             if value not in allowed:
                 raise unknown(name, value, allowed)
-        for name in ("epochs", "max_steps", "batch_size", "log_every", "save_every", "eval_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
-        if self.lr <= 0:
-            raise UsageError(f"--lr {self.lr}: must be above 0")
-        if self.grad_tol <= 0:
-            raise UsageError(f"--grad-tol {self.grad_tol:g}: must be above 0")
-        if not 0 <= self.distill <= 1:
-            raise UsageError(f"--distill {self.distill:g}: must be from 0 (labels alone) to 1 (teacher alone)")
-        if self.temperature <= 0:
-            raise UsageError(f"--temperature {self.temperature:g}: must be above 0")
-        if self.teacher_states < 0:
-            raise UsageError(f"--teacher-states {self.teacher_states:g}: must be 0 or more")
+        check_ranges(self)
         if self.memory_budget is not None:
             parse_bytes(self.memory_budget)
         self.adjoint_choice()

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "resode_cli"
 # From the bottom up. A module may import from its own level or one below.
 LEVELS = [
     {"errors", "tables", "arguments"},
-    {"ode", "digits", "memory_budget", "catalog"},
+    {"ode", "digits", "memory_budget", "catalog", "ranges"},
     {"sharing"},
     {"adjoint_choice", "compilation", "residual", "parts", "recipe", "fit_settings"},
     {"settings"},

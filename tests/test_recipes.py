@@ -20,6 +20,42 @@ def test_there_are_recipes() -> None:
     assert {p.stem for p in RECIPES} >= {"digits-pretrain", "cifar10-finetune", "imagenet-finetune"}
 
 
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("lr = true", "lr = true: write a number"),
+        ("batch-size = 1.5", "batch-size = 1.5: write a whole number"),
+        ("epochs = 2.0", "epochs = 2.0: write a whole number"),
+        ('lr = "1e-3"', "lr = '1e-3': write a number"),
+        ("augment = 1", "augment = 1: write true or false"),
+        ("optimizer = 1979-05-27", "write a text in quotes"),
+        ("stage = [[1]]", "stage = [1]: write a text in quotes"),
+        ("lr = nan", "--lr nan: must be above 0"),
+        ("momentum = 2", "--momentum 2: must be at least 0 and below 1"),
+        ('schedule = "cosin"', "unknown schedule 'cosin'"),
+        ('memory-budget = "8"', "memory budget '8'"),
+        ("seed = 1" + 5000 * "0", "not TOML"),
+        ("lr = " + 100_000 * "[", "not TOML"),
+        ("lr = 1\nlr = 2", "not TOML"),
+    ],
+)
+def test_a_mistake_in_a_recipe_names_the_recipe(line: str, says: str, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = f'[finetune]\nmodel = "none.safetensors"\ndata = "digits"\nout = "run"\n{line}\n'
+    Path("mine.toml").write_text(text)
+    assert main(["finetune", "--recipe", "mine.toml"]) in (1, 2)
+    error = capsys.readouterr().err
+    assert error.startswith("error: recipe mine.toml: ") and says in error and error.count("\n") == 1, error
+
+
+def test_a_flag_may_correct_a_recipe(tmp_path: Path, capsys, monkeypatch) -> None:
+    """What then is wrong is not the recipe's."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine.toml").write_text('[finetune]\ndata = "digits"\nout = "run"\nstage = "layer1"\nlr = -1\n')
+    assert main(["finetune", "none.safetensors", "--recipe", "mine.toml", "--lr", "1"]) == 2
+    assert capsys.readouterr().err == "error: model file 'none.safetensors' does not exist\n"
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch) -> Path:
     """A working folder with a small image folder of ten classes, which any recipe may be given."""
@@ -97,4 +133,4 @@ def test_values_are_checked_as_flags_are(folder: Path, capsys) -> None:
     (folder / "r.toml").write_text('[deepen]\nblocks = "many"\n')
     shutil.copy(RECIPES[0], folder / "x.toml")
     assert main(["deepen", "m.safetensors", "-o", "d.safetensors", "--recipe", "r.toml"]) == 2
-    assert "--blocks" in capsys.readouterr().err
+    assert "recipe r.toml: blocks = 'many': write a whole number" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import UsageError
+from ..ranges import COUNT, SEED
 from .options import (
     AnchorsOption,
     BatchNormOption,
@@ -19,6 +20,8 @@ from .options import (
     RecipeOption,
     SnapshotsOption,
     SourceOption,
+    depth_list,
+    number,
 )
 from .output import Output, start
 
@@ -57,8 +60,12 @@ def bench_command(
         typer.Option("--depths", help="Steps per stage, e.g. 16,64. Default: a model's own; 16,64 of --stage-shape."),
     ] = None,
     batch_size: BatchSizeOption = 64,
-    input_size: Annotated[int | None, typer.Option("--input-size", help="Pixels. Default: the model's own.")] = None,
-    repeats: Annotated[int, typer.Option("--repeats", help="Timed steps of each method, after one warm-up.")] = 5,
+    input_size: Annotated[
+        int | None, number("--input-size", range=COUNT, help="Pixels. Default: the model's own.")
+    ] = None,
+    repeats: Annotated[
+        int, number("--repeats", range=COUNT, help="Timed steps of each method, after one warm-up.")
+    ] = 5,
     bn: BatchNormOption = "batch",
     amp: Annotated[str, typer.Option("--amp", help="Autocast: 'bf16', 'fp16' or 'none'.")] = "none",
     channels_last: Annotated[bool, typer.Option("--channels-last", help="Channels-last memory format.")] = False,
@@ -67,7 +74,7 @@ def bench_command(
         bool, typer.Option("--largest-batch", help="On a GPU: also find the largest batch that fits, to within 2 %.")
     ] = False,
     device: DeviceOption = "auto",
-    seed: Annotated[int, typer.Option("--seed", help="Of random weights, labels and layers.")] = 0,
+    seed: Annotated[int, number("--seed", range=SEED, help="Of random weights, labels and layers.")] = 0,
     csv: Annotated[Path | None, typer.Option("--csv", help="Write the rows to this file.")] = None,
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Draw memory, error and time to this .png, .pdf or .svg.")
@@ -80,7 +87,7 @@ def bench_command(
     if (model is None) == (stage_shape is None):
         raise UsageError("give either a model file or --stage-shape C,H,W" + (", not both" if model else ""))
     methods = _methods(adjoint, anchors, corrections, snapshots)
-    steps = _depths(depths)
+    steps = depth_list("--depths", depths) if depths is not None else None
     _check_files(csv, plot)
     start()
     from ..bench import bench
@@ -143,18 +150,6 @@ def _methods(adjoint: str, anchors: str | None, corrections: int, snapshots: int
             raise UsageError(f"--adjoint {adjoint!r}: {choice.label} is there twice")
         methods.append(choice.fixed)
     return methods
-
-
-def _depths(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    try:
-        depths = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        depths = []
-    if not depths or depths[0] < 1:
-        raise UsageError(f"--depths {text!r}: write one or more depths, as in 16,64")
-    return depths
 
 
 def _shape(text: str | None, settings: dict[str, str | None]) -> StageShape | None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ..errors import ResodeError, UsageError
+from ..errors import ResodeError
+from ..ranges import COUNT, NOT_NEGATIVE
 from .options import (
     DATA_ROOT,
     AnchorsOption,
@@ -24,6 +25,8 @@ from .options import (
     SkipCorruptOption,
     SnapshotsOption,
     SourceOption,
+    depth_list,
+    number,
 )
 from .output import Output, start
 
@@ -51,12 +54,14 @@ def check_grad_command(
     data: Annotated[
         str | None, typer.Option("--data", "-d", help="Test images to measure on. Default: a fixed random batch.")
     ] = None,
-    images: Annotated[int, typer.Option("--images", help="Images in the batch.")] = 32,
+    images: Annotated[int, number("--images", range=COUNT, help="Images in the batch.")] = 32,
     bn: BatchNormOption = "frozen",
     sweep: Annotated[
         str | None, typer.Option("--sweep", help="Depths, e.g. 16,32,64: deepen by replication, error against depth.")
     ] = None,
-    tol: Annotated[float | None, typer.Option("--tol", help="Exit with 1 if any relative error is above this.")] = None,
+    tol: Annotated[
+        float | None, number("--tol", range=NOT_NEGATIVE, help="Exit with 1 if any relative error is above this.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="Draw the errors to this .png, .pdf or .svg.")] = None,
     device: DeviceOption = "auto",
     skip_corrupt: SkipCorruptOption = False,
@@ -80,16 +85,12 @@ def check_grad_command(
 
     output = Output(json_mode=json)
     choices = choose_adjoints(adjoint, anchors=anchors, corrections=corrections, snapshots=snapshots)
-    if grad_tol <= 0:
-        raise UsageError(f"--grad-tol {grad_tol:g}: must be above 0")
     budget = parse_bytes(memory_budget) if memory_budget is not None else None
-    depths = _depths(sweep) if sweep is not None else None
+    depths = depth_list("--sweep", sweep, at_least=2) if sweep is not None else None
     if plot is not None:
         from ..plot import check_plot
 
         check_plot(plot)
-    if images < 1:
-        raise UsageError(f"--images {images}: must be 1 or more")
     loaded = model_file.load(model, source=source).to(where := as_device(device))
     batches_of = _Batches(loaded, data, images, skip_corrupt, data_root)
     inputs, labels, what = batches_of.measured()
@@ -213,13 +214,3 @@ class _Batches:
             self.model.info.num_classes, (self.images,), generator=torch.Generator().manual_seed(seed)
         )
         return random_batch(self.model.info.preprocessing, self.images, seed=seed), labels
-
-
-def _depths(text: str) -> list[int]:
-    try:
-        depths = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        depths = []
-    if len(depths) < 2 or depths[0] < 1:
-        raise UsageError(f"--sweep {text!r}: write two or more depths, as in 16,32,64")
-    return depths

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from ..errors import UsageError
-from .options import ForceOption, JsonOption, OutputOption, RecipeOption, check_safetensors
+from ..ranges import COUNT, FINITE, POSITIVE, SEED, Range
+from .options import ForceOption, JsonOption, OutputOption, RecipeOption, check_safetensors, number
 from .output import Output, start
 
 _LEFT_OUT = 3  # that many kinds of blocks are named
@@ -30,7 +31,8 @@ def convert_command(
         bool, typer.Option("--pretrained/--no-pretrained", help="Fetch the library's pretrained weights.")
     ] = True,
     num_classes: Annotated[
-        int | None, typer.Option("--num-classes", help="Classes of the head; another number starts it at random.")
+        int | None,
+        number("--num-classes", range=COUNT, help="Classes of the head; another number starts it at random."),
     ] = None,
     stem: Annotated[
         str | None, typer.Option("--stem", help="'cifar': a 3×3 stem of stride 1, no pooling, for small images.")
@@ -45,14 +47,15 @@ def convert_command(
         str, typer.Option("--form", help="'exact', or 'pre': drop the activation after each addition.")
     ] = "exact",
     input_size: Annotated[
-        int | None, typer.Option("--input-size", help="Image size in pixels; up to 64, images are not cropped.")
+        int | None, number("--input-size", range=COUNT, help="Image size in pixels; up to 64, images are not cropped.")
     ] = None,
     crop_fraction: Annotated[
-        float | None, typer.Option("--crop-fraction", help="Part of the resized image's side that is kept, up to 1.")
+        float | None,
+        number("--crop-fraction", range=Range(0, 1, above=True), help="Part of the resized image's side that is kept."),
     ] = None,
     mean: Annotated[str | None, typer.Option("--mean", help="Of RGB in [0, 1], e.g. 0.485,0.456,0.406.")] = None,
     std: Annotated[str | None, typer.Option("--std", help="Of RGB in [0, 1], e.g. 0.229,0.224,0.225.")] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of weights that start at random.")] = 0,
+    seed: Annotated[int, number("--seed", range=SEED, help="Of weights that start at random.")] = 0,
     recipe: RecipeOption = None,
     force: ForceOption = False,
     json: JsonOption = False,
@@ -73,12 +76,8 @@ def convert_command(
     check_rule(scheme, form)  # before anything is downloaded
     preprocessing: dict[str, object] = {}
     if input_size is not None:
-        if input_size < 1:
-            raise UsageError(f"--input-size {input_size}: must be 1 or more")
         preprocessing |= {"size": input_size}
     if crop_fraction is not None:
-        if not 0 < crop_fraction <= 1:
-            raise UsageError(f"--crop-fraction {crop_fraction}: must be above 0 and at most 1")
         preprocessing |= {"crop_fraction": crop_fraction}
     preprocessing |= {name: _triple(name, text) for name, text in (("mean", mean), ("std", std)) if text is not None}
     torch.manual_seed(seed)
@@ -130,6 +129,6 @@ def _triple(name: str, text: str) -> tuple[float, ...]:
         values = tuple(float(part) for part in text.split(","))
     except ValueError:
         values = ()
-    if len(values) != 3 or (name == "std" and min(values) <= 0):
+    if len(values) != 3 or not all(value in (POSITIVE if name == "std" else FINITE) for value in values):
         raise UsageError(f"--{name} {text!r}: write three numbers, as in 0.5,0.5,0.5")
     return values

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from ..errors import UsageError
-from .options import ForceOption, JsonOption, ModelArgument, SourceOption
+from ..ranges import COUNT
+from .options import ForceOption, JsonOption, ModelArgument, SourceOption, number
 from .output import Output, start
 
 
@@ -23,7 +24,8 @@ def export_command(
         ),
     ],
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", "-b", help="Of .pt2 and .onnx: this many images alone. Default: any.")
+        int | None,
+        number("--batch-size", "-b", range=COUNT, help="Of .pt2 and .onnx: this many images alone. Default: any."),
     ] = None,
     source: SourceOption = None,
     force: ForceOption = False,
@@ -38,8 +40,6 @@ def export_command(
     from ..tables import finite, size
 
     output = Output(json_mode=json)
-    if batch_size is not None and batch_size < 1:
-        raise UsageError(f"--batch-size {batch_size}: must be 1 or more")
     if batch_size is not None and out.suffix == ".safetensors":
         raise UsageError("--batch-size is of .pt2 and .onnx; a state dict has none")
     if out.resolve() == model.resolve():

@@ -30,6 +30,7 @@ from .options import (
     SnapshotsOption,
     SourceOption,
     StageOption,
+    TestImagesOption,
     WorkersOption,
 )
 from .output import Output, start
@@ -77,9 +78,7 @@ def finetune_command(
         bool, typer.Option("--augment/--no-augment", help="Random crops, and mirror images where fit.")
     ] = True,
     images: ImagesOption = None,
-    test_images: Annotated[
-        int | None, typer.Option("--test-images", help="Evaluate on this many; all by default.")
-    ] = None,
+    test_images: TestImagesOption = None,
     drift_tol: Annotated[
         float, typer.Option("--drift-tol", help="Largest relative error of reconstructed states; 'auto' lowers it.")
     ] = 0.1,

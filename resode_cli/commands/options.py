@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from types import NoneType
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from ..errors import UsageError
+from ..errors import UsageError, join
+from ..ranges import COUNT, COUNT_OR_NONE, POSITIVE, WORKERS, Range
 from ..recipe import read_recipe
 
 
@@ -16,8 +18,57 @@ def fill_from_recipe(ctx: typer.Context, value: Path | None) -> Path | None:
     if value is not None:
         names = [p.name for p in ctx.command.params if p.name not in (None, "recipe", "help", "resume")]
         settings = read_recipe(value, ctx.info_name or "", [name for name in names if name])
+        kinds = get_type_hints(ctx.command.callback)
+        for name, given in settings.items():
+            settings[name] = as_kind(kinds[name], given, f"recipe {value.name}: {name.replace('_', '-')}")
         ctx.default_map = {**(ctx.default_map or {}), **settings}
+        ctx.meta[RECIPE] = (value.name, settings)
     return value
+
+
+RECIPE = "resode recipe"  # in a context's meta: a recipe's name, and its settings by parameter
+
+
+def as_kind(kind: Any, value: object, what: str) -> object:
+    """A value of a TOML file as an option of some type takes it.
+
+    Raises UsageError where they differ: Click would make a rate of 1.0 of `true`, and 1 of 1.9.
+    """
+    kinds = set(get_args(kind)) - {NoneType} or {kind}
+    if kinds == {list[str]}:
+        parts = value if isinstance(value, list) else [value]
+        return [as_kind(str, part, what) for part in parts]
+    if isinstance(value, bool):
+        fits = bool in kinds
+    elif isinstance(value, int):
+        fits = bool(kinds & {int, float, str})
+    elif isinstance(value, float):
+        fits = bool(kinds & {float, str})
+    else:
+        fits = isinstance(value, str) and bool(kinds & {str, Path})
+    if not fits:
+        shown = str(value).lower() if isinstance(value, bool) else repr(value)
+        raise UsageError(f"{what} = {shown}: write {join([_KINDS[k] for k in _KINDS if k in kinds], 'or')}")
+    return str(value) if str in kinds else value
+
+
+_KINDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text in quotes",
+    Path: "a path in quotes",
+}
+
+
+def number(*flags: str, range: Range, help: str) -> Any:
+    """An option that takes the numbers of a range. Typer's own min and max let NaN and infinity through."""
+
+    def check(value: float | None) -> float | None:
+        range.check(flags[0], value)
+        return value
+
+    return typer.Option(*flags, help=help, callback=check)
 
 
 # Typer reads annotations at run time and needs the names they use.
@@ -42,10 +93,15 @@ OptionalDataOption = Annotated[
     str | None,
     typer.Option("--data", "-d", help="Data on which to measure accuracy before and after (test split)."),
 ]
-ImagesOption = Annotated[int | None, typer.Option("--images", help="Use this many images, evenly spaced.")]
-BatchSizeOption = Annotated[int, typer.Option("--batch-size", "-b", help="Images per batch.")]
+ImagesOption = Annotated[int | None, number("--images", range=COUNT, help="Use this many images, evenly spaced.")]
+TestImagesOption = Annotated[
+    int | None, number("--test-images", range=COUNT, help="Evaluate on this many test images; all by default.")
+]
+BatchSizeOption = Annotated[int, number("--batch-size", "-b", range=COUNT, help="Images per batch.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="'auto', 'cpu', 'cuda', 'cuda:1', …")]
-WorkersOption = Annotated[int, typer.Option("--workers", help="Processes that read images; 0: none besides this one.")]
+WorkersOption = Annotated[
+    int, number("--workers", range=WORKERS, help="Processes that read images; 0: none besides this one.")
+]
 SkipCorruptOption = Annotated[bool, typer.Option("--skip-corrupt", help="Leave unreadable images out, counting them.")]
 DataRootOption = Annotated[Path, typer.Option("--data-root", help="Where torchvision data sets are kept.")]
 StageOption = Annotated[
@@ -64,12 +120,14 @@ AnchorsOption = Annotated[
         help="Hold every K-th state; 'auto': as many as --grad-tol needs; 'none'. Default: the method's own.",
     ),
 ]
-CorrectionsOption = Annotated[int, typer.Option("--corrections", help="Extra evaluations per reversed step.")]
+CorrectionsOption = Annotated[
+    int, number("--corrections", range=COUNT_OR_NONE, help="Extra evaluations per reversed step.")
+]
 SnapshotsOption = Annotated[
-    int | None, typer.Option("--snapshots", help="For checkpoint: hold this many states, optimally placed.")
+    int | None, number("--snapshots", range=COUNT, help="For checkpoint: hold this many states, optimally placed.")
 ]
 GradTolOption = Annotated[
-    float, typer.Option("--grad-tol", help="Relative gradient error of a stage that 'auto' may accept.")
+    float, number("--grad-tol", range=POSITIVE, help="Relative gradient error of a stage that 'auto' may accept.")
 ]
 MemoryBudgetOption = Annotated[
     str | None,
@@ -83,6 +141,21 @@ GradientsOption = Annotated[
     ),
 ]
 DATA_ROOT = Path("~/.cache/resode")
+LONGEST_STAGE = 100_000  # steps
+
+
+def depth_list(flag: str, text: str, *, at_least: int = 1) -> list[int]:
+    """Depths of stages, in order, from a comma-separated list of them. Raises UsageError for anything else."""
+    try:
+        found = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        found = []
+    if len(found) < at_least or found[0] < 1 or found[-1] > LONGEST_STAGE:
+        raise UsageError(
+            f"{flag} {text!r}: write {'two' if at_least == 2 else 'one'} or more depths of 1 to {LONGEST_STAGE} steps,"
+            " as in 16,64"
+        )
+    return found
 
 
 def check_safetensors(path: Path) -> Path:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import UsageError, unknown
+from ..ranges import COUNT
 from .fit_options import (
     FIT,
     PHASES,
@@ -49,7 +50,9 @@ from .options import (
     SkipCorruptOption,
     SourceOption,
     StageOption,
+    TestImagesOption,
     WorkersOption,
+    number,
 )
 from .output import start
 from .rewrite import Rewrite
@@ -161,7 +164,7 @@ def untie_command(
 def deepen_command(
     ctx: typer.Context,
     model: ModelArgument,
-    blocks: Annotated[int, typer.Option("--blocks", help="Steps of each stage afterwards.")],
+    blocks: Annotated[int, number("--blocks", range=COUNT, help="Steps of each stage afterwards.")],
     out: OutputOption,
     mode: Annotated[
         str,
@@ -250,10 +253,10 @@ def recalibrate_command(
     model: ModelArgument,
     data: DataOption,
     out: OutputOption,
-    images: Annotated[int, typer.Option("--images", help="Training images to average over, evenly spaced.")] = 2000,
-    test_images: Annotated[
-        int | None, typer.Option("--test-images", help="Measure accuracy on this many test images; all by default.")
-    ] = None,
+    images: Annotated[
+        int, number("--images", range=COUNT, help="Training images to average over, evenly spaced.")
+    ] = 2000,
+    test_images: TestImagesOption = None,
     batch_size: BatchSizeOption = 100,
     device: DeviceOption = "auto",
     workers: WorkersOption = 0,
