@@ -102,7 +102,7 @@ def without_images(classes: Sequence[str], labels: Collection[int], split: str, 
 
 def _other_classes(where: str, names: Sequence[str], classes: Sequence[str]) -> ResodeError:
     theirs, own = {spelled(n) for n in names}, {spelled(n) for n in classes}
-    lists = differing({f"only {where}": theirs - own, "only the model": own - theirs})
+    lists = differing({"only the data": theirs - own, "only the model": own - theirs})
     case = {n.casefold() for n in theirs - own} & {n.casefold() for n in own - theirs}
     hint = " (some differ in upper and lower case alone)" if case else ""
     return ResodeError(f"the model tells other classes apart than {where} has: {lists}{hint}")

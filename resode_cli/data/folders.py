@@ -174,10 +174,10 @@ def _no_split(path: Path, wanted: Split) -> str:
     text = f"{shown(path)} has no folder {join(names, 'or')}"
     absolute = path.absolute()
     for above in (absolute.parent, absolute.parent.parent):
-        if above != absolute and any(absolute.is_relative_to(f) for fs in _splits(above).values() for f in fs):
+        if above != absolute and any(absolute.is_relative_to(f) for fs in _looked_for(above).values() for f in fs):
             return f"{text}; pass the folder of the splits: {shown(above)}"
-    inside = [entry.name for entry in _entries(path) if _is_folder(entry) and not hidden(entry.name)]
-    within = [name for name in inside[:20] if has_splits(path / name)]
+    inside = sorted(entry.name for entry in _entries(path) if _is_folder(entry) and not hidden(entry.name))
+    within = [name for name in inside[:20] if _looked_for(path / name)]
     if len(within) == 1 and not has_splits(path):
         return f"{text}; did you mean {shown(path / within[0])}?"
     name = shown(absolute.name)
@@ -185,6 +185,14 @@ def _no_split(path: Path, wanted: Split) -> str:
     if inside and not has_splits(path):
         return f"{text}, but {listed(inside)}; {layout}"
     return f"{text}; {layout}"
+
+
+def _looked_for(path: Path) -> dict[Split, list[Path]]:
+    """The splits of a folder that nobody asked for, which may be one that cannot be listed."""
+    try:
+        return _splits(path)
+    except ResodeError:
+        return {}
 
 
 def _no_classes(folder: Path) -> str:

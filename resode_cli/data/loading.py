@@ -22,7 +22,7 @@ from ..errors import ResodeError, UsageError, first_few, unknown
 from ..model import ModelInfo
 from ..parts import Preprocessing
 from .classes import check_classes, order_note, places, without_images
-from .folders import Split, has_splits, held_out_of, open_folder, open_unlabelled
+from .folders import SPLIT_FOLDERS, Split, has_splits, held_out_of, open_folder, open_unlabelled
 from .images import UnreadableImage, shown, to_rgb
 from .named import DIGITS, NAMES, NOT_FLIPPED, PREFIX, WITH_VAL, open_named
 
@@ -161,6 +161,8 @@ def open_data(
     root: where torchvision data sets are downloaded to.
     Raises UsageError for a name or folder that does not exist, ResodeError for one without the split.
     """
+    if split not in SPLIT_FOLDERS:
+        raise unknown("split", split, SPLIT_FOLDERS)
     if images is not None and images < 1:
         raise UsageError(f"--images {images}: must be 1 or more")
     samples: Any
