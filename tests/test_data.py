@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import timm
@@ -12,10 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from resode_cli import data as data_module
 from resode_cli.adapters import timm_models, torchvision_models
-from resode_cli.data import ImageData, batches, check_classes, open_data, transform
-from resode_cli.errors import ResodeError, UsageError
+from resode_cli.data import ImageData, batches, open_data, transform
+from resode_cli.errors import UsageError
 from resode_cli.evaluate import evaluate
 from resode_cli.parts import Preprocessing
 
@@ -24,138 +21,6 @@ PLAIN = Preprocessing(size=16, crop_fraction=1.0)
 
 def labels(data: ImageData) -> list[int]:
     return [int(label) for batch in batches(data, 64) for label in batch.labels]
-
-
-# splits
-
-
-@pytest.mark.parametrize("split, size", [("train", 1437), ("test", 360)])
-def test_the_embedded_digits_have_their_sizes(split: str, size: int):
-    data = open_data("digits", PLAIN, split)
-    assert len(data) == size and data.class_names == tuple("0123456789")
-    assert set(labels(data)) == set(range(10))
-    image, _ = data[0]
-    assert image.shape == (3, 16, 16) and image.dtype == torch.float32
-
-
-@pytest.mark.parametrize("name", ["test", "val", "validation"])
-def test_a_folder_has_a_train_split_and_a_held_out_one(name: str, make_folder):
-    folder = make_folder(splits=("train", name), each=2)
-    train, test = (open_data(str(folder), PLAIN, split) for split in ("train", "test"))
-    assert (len(train), len(test)) == (6, 6)
-    assert train.class_names == test.class_names == ("cat", "dog", "owl")
-    assert labels(test) == [0, 0, 1, 1, 2, 2]
-    assert not torch.equal(train[0][0], test[0][0])
-
-
-@pytest.mark.parametrize(
-    "there, asked, message", [("train", "test", "test or val or validation"), ("test", "train", "train")]
-)
-def test_a_missing_split_is_named(there: str, asked: str, message: str, make_folder):
-    folder = make_folder(splits=(there,))
-    with pytest.raises(ResodeError, match=f"pictures has no folder {message}; an image folder is pictures/train/CLASS"):
-        open_data(str(folder), PLAIN, asked)
-
-
-def test_an_empty_class_folder_is_named(make_folder):
-    folder = make_folder()
-    (folder / "train" / "yak").mkdir()
-    with pytest.raises(ResodeError, match="train: .*yak"):
-        open_data(str(folder), PLAIN, "train")
-
-
-def test_a_split_without_classes_is_refused(make_folder, tmp_path):
-    (tmp_path / "bare" / "train").mkdir(parents=True)
-    with pytest.raises(ResodeError, match="bare/train: "):
-        open_data(str(tmp_path / "bare"), PLAIN, "train")
-
-
-@pytest.mark.parametrize("name, nearest", [("digit", "digits"), ("cifar-10", "cifar10"), ("flower102", "flowers102")])
-def test_an_unknown_name_is_answered_with_the_nearest(name: str, nearest: str):
-    with pytest.raises(UsageError, match=f"unknown data set .*'{name}'; did you mean .*{nearest}"):
-        open_data(name, PLAIN, "train")
-
-
-def test_a_folder_that_is_not_there_is_a_usage_error(tmp_path):
-    with pytest.raises(UsageError, match="data folder '.*nowhere' does not exist"):
-        open_data(str(tmp_path / "nowhere"), PLAIN, "train")
-
-
-def test_a_file_is_not_a_folder(tmp_path):
-    (tmp_path / "images.zip").write_bytes(b"")
-    with pytest.raises(UsageError, match="does not exist, or is not a folder"):
-        open_data(str(tmp_path / "images.zip"), PLAIN, "train")
-
-
-@pytest.mark.parametrize("error", [RuntimeError("Dataset not found"), OSError("Network is unreachable")])
-def test_a_download_that_fails_is_one_line(error: Exception, monkeypatch, tmp_path):
-    def fail(root, download, train):
-        raise error
-
-    monkeypatch.setattr(data_module.datasets, "CIFAR10", fail)
-    with pytest.raises(ResodeError, match=f"cifar10 is not in .* cannot be downloaded .{error}.; connect"):
-        open_data("cifar10", PLAIN, "train", root=tmp_path)
-
-
-# classes
-
-
-def test_classes_that_fit_are_accepted(make_folder):
-    data = open_data(str(make_folder()), PLAIN, "train")
-    check_classes(data, 3, None)
-    check_classes(data, 3, ("cat", "dog", "owl"))
-
-
-@pytest.mark.parametrize("head", [2, 10])
-def test_another_number_of_classes_than_the_head_is_refused(head: int, make_folder):
-    data = open_data(str(make_folder()), PLAIN, "train")
-    with pytest.raises(ResodeError, match=f"has 3 classes and the model's head {head}; .*--num-classes 3"):
-        check_classes(data, head, None)
-
-
-@pytest.mark.parametrize("names", [("cat", "dog", "yak"), ("dog", "cat", "owl")])
-def test_other_class_names_are_refused(names: tuple[str, ...], make_folder):
-    data = open_data(str(make_folder()), PLAIN, "train")
-    with pytest.raises(ResodeError, match=rf"other classes apart \({', '.join(names)}\) than .*\(cat, dog, owl\)"):
-        check_classes(data, 3, names)
-
-
-# corrupt images
-
-
-def corrupt(folder: Path, kind: str) -> Path:
-    path = folder / "test" / "dog" / "1.png"
-    content = path.read_bytes()
-    path.write_bytes({"empty": b"", "text": b"not an image", "cut short": content[: len(content) // 2]}[kind])
-    return path
-
-
-@pytest.mark.parametrize("kind", ["empty", "text", "cut short"])
-def test_a_corrupt_image_is_named(kind: str, make_folder):
-    folder = make_folder()
-    path = corrupt(folder, kind)
-    data = open_data(str(folder), PLAIN, "test")
-    with pytest.raises(ResodeError, match=f"{path}: not a readable image .*--skip-corrupt"):
-        list(batches(data, 4))
-
-
-@pytest.mark.parametrize("kind", ["empty", "text", "cut short"])
-def test_corrupt_images_are_skipped_and_counted_on_request(kind: str, make_folder):
-    folder = make_folder()
-    path = corrupt(folder, kind)
-    found = list(batches(open_data(str(folder), PLAIN, "test", skip_corrupt=True), 4))
-    assert [name for batch in found for name in batch.skipped] == [str(path)]
-    assert [int(label) for batch in found for label in batch.labels] == [0, 0, 0, 1, 1, 2, 2, 2]
-    assert [len(batch.images) for batch in found] == [4, 3, 1]
-
-
-def test_a_batch_of_corrupt_images_alone_is_empty_and_evaluation_counts_it(make_folder, tiny):
-    folder = make_folder()
-    corrupt(folder, "text")
-    found = list(batches(open_data(str(folder), PLAIN, "test", skip_corrupt=True), 1))
-    assert [len(batch.labels) for batch in found] == [1, 1, 1, 1, 0, 1, 1, 1, 1]
-    result = evaluate(tiny, found)
-    assert result.images == 8 and len(result.skipped) == 1
 
 
 # which images

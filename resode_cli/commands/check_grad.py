@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -92,7 +91,7 @@ def check_grad_command(
 
         check_plot(plot)
     loaded = model_file.load(model, source=source).to(where := as_device(device))
-    batches_of = _Batches(loaded, data, images, skip_corrupt, data_root)
+    batches_of = _Batches(loaded, data, images, skip_corrupt, data_root, output)
     inputs, labels, what = batches_of.measured()
     if data is None:
         output.note("no --data: measured on a fixed batch of random noise with random labels")
@@ -110,7 +109,7 @@ def check_grad_command(
                 continue
             calibration = calibrated(
                 loaded,
-                *(part.to(where) for part in batches_of.calibration(output.note)),
+                *(part.to(where) for part in batches_of.calibration()),
                 tolerance=grad_tol,
                 budget=budget if budget is not None else free_bytes(where),
                 methods=choice.methods,
@@ -178,31 +177,35 @@ def check_grad_command(
 class _Batches:
     """The batch that is measured, and another one to calibrate on: `auto` must not choose on what it is judged by."""
 
-    def __init__(self, model: OdeResNet, data: str | None, images: int, skip_corrupt: bool, root: Path) -> None:
+    def __init__(
+        self, model: OdeResNet, data: str | None, images: int, skip_corrupt: bool, root: Path, output: Output
+    ) -> None:
+        self.output = output
         self.model, self.data, self.images, self.skip_corrupt, self.root = model, data, images, skip_corrupt, root
 
     def measured(self) -> tuple[Tensor, Tensor, str]:
         return self._noise(0) + ("random noise",) if self.data is None else (*self._of("test"), f"{self.data}, test")
 
-    def calibration(self, note: Callable[[str], None]) -> tuple[Tensor, Tensor]:
+    def calibration(self) -> tuple[Tensor, Tensor]:
         if self.data is None:
             return self._noise(1)
         try:
             return self._of("train")
         except ResodeError as error:
-            note(f"calibrating on the images that are measured: {error}")
+            self.output.note(f"calibrating on the images that are measured: {error}")
             return self._of("test")
 
     def _of(self, split: Literal["train", "test"]) -> tuple[Tensor, Tensor]:
-        from ..data import batches, check_classes, open_data
+        from ..data import batches, open_labelled
 
         assert self.data is not None
         info = self.model.info
-        samples = open_data(
-            self.data, info.preprocessing, split, images=self.images, skip_corrupt=self.skip_corrupt, root=self.root
+        samples = open_labelled(
+            self.data, info, split, images=self.images, skip_corrupt=self.skip_corrupt, root=self.root
         )
-        check_classes(samples, info.num_classes, info.class_names)
+        self.output.notes(samples.notes)
         batch = next(batches(samples, len(samples)))
+        self.output.notes([samples.skipped_note()])
         return batch.images, batch.labels
 
     def _noise(self, seed: int) -> tuple[Tensor, Tensor]:

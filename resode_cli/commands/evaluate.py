@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -22,11 +22,16 @@ from .options import (
 )
 from .output import Output, start
 
+if TYPE_CHECKING:
+    from ..data.folders import Split
+
 
 def eval_command(
     model: ModelArgument,
     data: DataOption,
-    split: Annotated[str, typer.Option("--split", help="'test' (or val) or 'train'.")] = "test",
+    split: Annotated[
+        str, typer.Option("--split", help="'test' (val where there is no labelled one), 'val' or 'train'.")
+    ] = "test",
     images: ImagesOption = None,
     batch_size: BatchSizeOption = 100,
     device: DeviceOption = "auto",
@@ -40,8 +45,8 @@ def eval_command(
     """Top-1 and top-5 accuracy and cross-entropy of a model."""
     start()
     from .. import model_file
-    from ..data import batches, check_classes, open_data
-    from ..errors import first_few, unknown
+    from ..data import batches, open_labelled
+    from ..errors import unknown
     from ..evaluate import evaluate
     from ..model import as_device
     from ..report import evaluation_json, evaluation_line
@@ -49,24 +54,23 @@ def eval_command(
     from .progress import counting
 
     output = Output(json_mode=json)
-    if split not in ("train", "test"):
-        raise unknown("split", split, ["test", "train"])
+    if split not in ("train", "val", "test"):
+        raise unknown("split", split, ["test", "val", "train"])
     loaded = model_file.load(model, source=source)
-    images_of = open_data(
+    images_of = open_labelled(
         data,
-        loaded.info.preprocessing,
-        "train" if split == "train" else "test",
+        loaded.info,
+        cast("Split", split),
         images=images,
         skip_corrupt=skip_corrupt,
         root=data_root,
     )
-    check_classes(images_of, loaded.info.num_classes, loaded.info.class_names)
+    output.notes(images_of.notes)
     where = as_device(device)
     with counting(output, "evaluating", len(images_of)) as advance:
         result = evaluate(
             loaded.to(where), batches(images_of, batch_size, workers=workers), device=where, on_batch=advance
         )
-    if result.skipped:
-        output.note(f"skipped {len(result.skipped)} corrupt files: {first_few(list(result.skipped))}")
+    output.notes([images_of.skipped_note()])
     output.show(evaluation_line(result))
-    output.json(finite(evaluation_json(result)))
+    output.json(finite({**evaluation_json(result), "split": images_of.split}))

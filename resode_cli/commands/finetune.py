@@ -36,6 +36,10 @@ from .options import (
 from .output import Output, start
 
 if TYPE_CHECKING:
+    import torch
+
+    from ..data import ImageData
+    from ..model import OdeResNet
     from ..settings import Settings
 
 
@@ -113,7 +117,7 @@ def finetune_command(
     """Train a model with a backward pass that need not store activations."""
     start()
     from .. import model_file, run_folder
-    from ..data import check_classes, open_data
+    from ..data import held_out_splits, open_labelled
     from ..finetune import Callbacks, check_resumable, finetune
     from ..model import as_device
     from ..report import evaluation_line, finetune_json
@@ -165,10 +169,9 @@ def finetune_command(
     state = run_folder.load_state(out) if resume else None
     settings = chosen if state is None else _resumed(ctx, chosen, state.settings)
     loaded = state.model if state is not None else model_file.load(model, source=source)
-    pre = loaded.info.preprocessing
-    train = open_data(
+    train = open_labelled(
         data,
-        pre,
+        loaded.info,
         "train",
         augment=settings.augment,
         seed=settings.seed,
@@ -176,9 +179,14 @@ def finetune_command(
         skip_corrupt=skip_corrupt,
         root=data_root,
     )
-    test = open_data(data, pre, "test", images=test_images, skip_corrupt=skip_corrupt, root=data_root)
-    for split in (train, test):
-        check_classes(split, loaded.info.num_classes, loaded.info.class_names)
+    test, *at_end = (
+        open_labelled(data, loaded.info, split, images=test_images, skip_corrupt=skip_corrupt, root=data_root)
+        for split in held_out_splits(data)
+    )
+    for split in (train, test, *at_end):
+        output.notes(split.notes)
+    if at_end:
+        output.note(f"{test.split} chooses the best model; {at_end[0].split} is looked at once, at the end")
     if state is not None:
         check_resumable(state, train, settings)
         output.note(f"resuming at step {state.progress['step']}")
@@ -211,10 +219,38 @@ def finetune_command(
         f"{result.steps} steps in {result.seconds:.0f} s with adjoint {settings.adjoint},"
         f" peak memory {size(result.peak_bytes)}; best and last model, log.csv in {out}"
     )
-    output.json(finetune_json(result))
+    document = finetune_json(result)
+    if at_end and not result.interrupted:
+        document["test"] = _on_test(out, loaded, at_end[0], settings, where, source, output)
+    output.notes(split.skipped_note() for split in (train, test, *at_end))
+    output.json(document)
     if result.interrupted:
         output.note(f"interrupted at step {result.steps} of {result.total_steps}; --resume goes on from there")
         raise typer.Exit(130)
+
+
+def _on_test(
+    out: Path,
+    last: OdeResNet,
+    data: ImageData,
+    settings: Settings,
+    device: torch.device,
+    source: str | None,
+    output: Output,
+) -> dict[str, Any]:
+    """The best model on images that neither trained nor chose it."""
+    from .. import model_file
+    from ..data import batches
+    from ..evaluate import evaluate
+    from ..report import evaluation_json, evaluation_line
+
+    best = out / "best.safetensors"
+    model = model_file.load(best, source=source) if best.is_file() else last
+    found = evaluate(
+        model.to(device), batches(data, max(settings.batch_size, 100), workers=settings.workers), device=device
+    )
+    output.show(f"{'best' if best.is_file() else 'last'} model on {data.split}: {evaluation_line(found)}")
+    return evaluation_json(found)
 
 
 def _check_teacher(ctx: typer.Context, chosen: Settings) -> None:

@@ -115,6 +115,7 @@ class FitJob:
         from ..fitting import PROBED, fit
         from ..report_fit import block_table, cost_table, phase_line
 
+        output.notes(self.data.plain.notes)
         output.note(f"teacher: {self.teacher.name}; {len(self.data.plain):,} images of {self.request.data}")
         with ExitStack() as stack:
             should_stop = stack.enter_context(stop_on_interrupt(output))
@@ -140,6 +141,8 @@ class FitJob:
                 callbacks=callbacks,
                 **deepening,
             )
+        self.data.plain.skipped |= self.data.train.skipped
+        output.notes([self.data.plain.skipped_note()])
         if result.phases and result.phases[-1].after.states:
             output.show(block_table(result.phases[-1]))
         return result

@@ -87,7 +87,10 @@ SourceOption = Annotated[
     typer.Option("--source", help="FILE.py:FUNCTION, if the network's own file has moved."),
 ]
 DataOption = Annotated[
-    str, typer.Option("--data", "-d", help="'digits', a torchvision name (cifar10, …) or a folder with train and test.")
+    str,
+    typer.Option(
+        "--data", "-d", help="'digits', a torchvision name (cifar10, …) or a folder with train and test (or val)."
+    ),
 ]
 OptionalDataOption = Annotated[
     str | None,

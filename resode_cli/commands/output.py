@@ -6,6 +6,7 @@ With --json, standard output carries one JSON document and nothing else.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -22,6 +23,7 @@ class Output:
     def __init__(self, *, json_mode: bool) -> None:
         self.json_mode = json_mode
         self.aside = _console(stderr=True)
+        self.said: set[str] = set()
         self.main = self.aside if json_mode else _console(stderr=False)
 
     def show(self, what: RenderableType) -> None:
@@ -31,6 +33,13 @@ class Output:
     def note(self, text: str) -> None:
         """A remark: standard error always."""
         self.aside.print(text, markup=False)
+
+    def notes(self, texts: Iterable[str | None]) -> None:
+        """Remarks, each once however often it comes: two splits may have the same to say."""
+        for text in texts:
+            if text is not None and text not in self.said:
+                self.said.add(text)
+                self.note(text)
 
     def json(self, document: dict[str, Any] | list[Any]) -> None:
         """The result, for programs, where --json asks for it."""

@@ -68,7 +68,7 @@ class Rewrite:
         data_root: Path,
     ) -> None:
         """Measure on the test split of `data`; on fixed random images without any."""
-        from ..data import check_classes, open_data
+        from ..data import open_labelled
         from ..model import as_device
 
         self.device = as_device(device)
@@ -76,10 +76,10 @@ class Rewrite:
         self.batch_size, self.workers = batch_size, workers
         self.data_root, self.skip_corrupt = data_root, skip_corrupt
         if data is not None:
-            self.data = open_data(
-                data, self.model.info.preprocessing, "test", images=images, skip_corrupt=skip_corrupt, root=data_root
+            self.data = open_labelled(
+                data, self.model.info, "test", images=images, skip_corrupt=skip_corrupt, root=data_root
             )
-            check_classes(self.data, self.model.info.num_classes, self.model.info.class_names)
+            self.output.notes(self.data.notes)
 
     def pick(self, names: list[str] | None) -> dict[str, OdeStage]:
         """The stages called `names`, or all that have steps."""
@@ -175,6 +175,7 @@ class Rewrite:
         if self.data is not None and accuracy:
             self.output.note(f"{name}: evaluating on {len(self.data):,} images of {self.data.name}")
             evaluation = evaluate(model, batches(self.data, self.batch_size, workers=self.workers), device=self.device)
+            self.output.notes([self.data.skipped_note()])
         figures = network_figures(
             name,
             model,

@@ -270,7 +270,7 @@ def recalibrate_command(
 ) -> None:
     """Re-estimate BatchNorm statistics on training images, as after --form pre. Labels are not used."""
     start()
-    from ..data import batches, open_data
+    from ..data import batches, open_labelled
     from ..recalibrate import recalibrate
 
     rewrite = Rewrite(
@@ -283,15 +283,15 @@ def recalibrate_command(
         settings={"data": data, "images": images},
         gradients=gradients,
     )
-    train = open_data(
-        data, rewrite.model.info.preprocessing, "train", images=images, skip_corrupt=skip_corrupt, root=data_root
-    )
+    train = open_labelled(data, rewrite.model.info, "train", images=images, skip_corrupt=skip_corrupt, root=data_root)
     # Consecutive images of a folder are of one class, and a batch of one class has its own statistics.
     order = [i for start in range(_STRIDE) for i in range(start, len(train), _STRIDE)]
+    rewrite.output.notes(train.notes)
     rewrite.measure_on(data, test_images, batch_size, device, workers, skip_corrupt, data_root)
 
     def change(loaded: OdeResNet) -> None:
         recalibrate(loaded, batches(train, batch_size, order=order, workers=workers), device=rewrite.device)
+        rewrite.output.notes([train.skipped_note()])
 
     rewrite.whole(change)
 

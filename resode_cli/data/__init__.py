@@ -1,0 +1,31 @@
+"""Images and labels: folders with splits, the embedded digits, and torchvision's data sets.
+
+folders: which folders hold which split, which files are images · classes: whose order of classes holds ·
+images: from a file to RGB · named: data sets with a name · loading: what a model is fed.
+"""
+
+from .classes import check_classes
+from .loading import (
+    DEFAULT_ROOT,
+    Batch,
+    ImageData,
+    batches,
+    held_out_splits,
+    open_data,
+    open_labelled,
+    transform,
+)
+from .named import NAMES
+
+__all__ = [
+    "DEFAULT_ROOT",
+    "NAMES",
+    "Batch",
+    "ImageData",
+    "batches",
+    "check_classes",
+    "held_out_splits",
+    "open_data",
+    "open_labelled",
+    "transform",
+]

@@ -1,0 +1,320 @@
+"""What a model is fed: images as its preprocessing asks for them, with labels that are its classes, in batches.
+
+Augmentation draws from a generator seeded by (seed, epoch, image), so a run is the same whatever the number of
+workers and wherever it was resumed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import InterpolationMode, v2
+
+from ..errors import ResodeError, UsageError, first_few, unknown
+from ..model import ModelInfo
+from ..parts import Preprocessing
+from .classes import check_classes, order_note, places, without_images
+from .folders import SPLIT_FOLDERS, Split, has_splits, held_out_of, open_folder, open_unlabelled
+from .images import UnreadableImage, shown, to_rgb
+from .named import DIGITS, NAMES, NOT_FLIPPED, PREFIX, WITH_VAL, open_named
+
+DEFAULT_ROOT = Path("~/.cache/resode")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """images: (B, 3, H, W) float32, normalised; labels: (B,); skipped: corrupt files left out.
+
+    failure: what kept a worker from reading it; `batches` raises it.
+    """
+
+    images: Tensor
+    labels: Tensor
+    skipped: tuple[str, ...] = ()
+    failure: ResodeError | None = None
+
+
+class ImageData(Dataset[tuple[Tensor, int] | str]):
+    """One split of a data set, preprocessed for a model.
+
+    samples: (image, number) pairs. labels: what each number means, a place in class_names; None: the number itself.
+    notes: what the user should know of it. skipped: the corrupt files that `batches` met, each once.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        samples: Any,
+        class_names: Sequence[str],
+        *,
+        transform: Callable[[Image.Image], Tensor],
+        indices: Sequence[int] | None = None,
+        seed: int | None = None,
+        skip_corrupt: bool = False,
+        labels: Sequence[int] | None = None,
+        split: Split = "test",
+        notes: Sequence[str] = (),
+    ) -> None:
+        self.name = name
+        self.samples = samples
+        self.class_names = tuple(class_names)
+        self.transform = transform
+        self.indices = range(len(samples)) if indices is None else indices
+        self.seed = seed  # None: the transform draws nothing
+        self.epoch = 0
+        self.skip_corrupt = skip_corrupt
+        self.labels = labels
+        self.split = split
+        self.notes = tuple(notes)
+        self.skipped: dict[str, None] = {}
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int] | str:
+        """The image and its label, or the name of a corrupt file that is skipped."""
+        index = self.indices[i]
+        try:
+            image, label = self._read(index)
+        except UnreadableImage as error:
+            if self.skip_corrupt:
+                return self._file(index)
+            raise ResodeError(
+                f"{shown(self._file(index))}: not a readable image ({shown(str(error))});"
+                " --skip-corrupt leaves such files out"
+            ) from error
+        except MemoryError as error:
+            raise ResodeError(f"{shown(self._file(index))}: not enough memory to read this image") from error
+        if self.seed is None:
+            return self.transform(image), label
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed((self.seed * 1_000_003 + self.epoch) * 10_000_019 + index)
+            return self.transform(image), label
+
+    def __getitems__(self, chosen: Sequence[int]) -> list[tuple[Tensor, int] | str | ResodeError]:
+        """Items for a loader. An error comes as the last of them: raised in a worker it would arrive as a traceback."""
+        items: list[tuple[Tensor, int] | str | ResodeError] = []
+        for i in chosen:
+            try:
+                items.append(self[i])
+            except ResodeError as error:
+                items.append(error)
+                break
+        return items
+
+    def received(self, batch: Batch) -> Batch:
+        """The batch, once it is in the main process. Raises the error that reading it met; notes what was skipped."""
+        if batch.failure is not None:
+            raise batch.failure
+        self.skipped.update(dict.fromkeys(batch.skipped))
+        return batch
+
+    def skipped_note(self) -> str | None:
+        """What to say of the corrupt files that were left out so far."""
+        if not self.skipped:
+            return None
+        files = first_few([shown(name) for name in self.skipped])
+        return f"skipped {len(self.skipped)} corrupt files of {shown(self.name)}, {self.split}: {files}"
+
+    def _read(self, index: int) -> tuple[Image.Image, int]:
+        try:
+            image, number = self.samples[index]
+            image = to_rgb(image)
+        except (UnreadableImage, ResodeError, MemoryError):
+            raise
+        except Exception as error:  # whatever a decoder of torchvision's stumbles over
+            raise UnreadableImage(str(error) or type(error).__name__) from error
+        return image, int(number) if self.labels is None else self.labels[int(number)]
+
+    def _file(self, index: int) -> str:
+        return str(self.samples.samples[index][0]) if hasattr(self.samples, "samples") else f"image {index}"
+
+
+def open_data(
+    name: str,
+    preprocessing: Preprocessing,
+    split: Split,
+    *,
+    augment: bool = False,
+    seed: int = 0,
+    images: int | None = None,
+    skip_corrupt: bool = False,
+    root: Path = DEFAULT_ROOT,
+    labelled: bool = True,
+    class_names: Sequence[str] | None = None,
+) -> ImageData:
+    """One split of `name`: 'digits', a torchvision data set, or a folder of train, val and test folders.
+
+    split: 'test' is `val` where there is no labelled test split, and a note says so.
+    images: take this many, evenly spaced through the split, so that sorted classes are all seen.
+    labelled: False takes any folder of images, however they are sorted into it; all labels are then 0.
+    class_names: the model's classes, which labels are places in. Without them: the data's own, sorted, as numbers
+        where every name is one.
+    root: where torchvision data sets are downloaded to.
+    Raises UsageError for a name or folder that does not exist, ResodeError for one without the split.
+    """
+    if split not in SPLIT_FOLDERS:
+        raise unknown("split", split, SPLIT_FOLDERS)
+    if images is not None and images < 1:
+        raise UsageError(f"--images {images}: must be 1 or more")
+    samples: Any
+    folder, notes = _folder_of(name)
+    labels: Sequence[int] | None = None
+    if folder is None:
+        samples, names = open_named(name.removeprefix(PREFIX), split, root)
+        classes, there, where = names, set(range(len(names))), name
+    elif labelled:
+        found = open_folder(folder, split, all_splits=class_names is None)
+        samples, names, classes, where = found.files, found.names, found.classes, shown(found.folder)
+        there, split = {label for _, label in samples.samples}, found.split
+        notes += found.notes
+    else:
+        samples, found_notes = open_unlabelled(folder, split)
+        notes += found_notes
+    if labelled:
+        if class_names is not None:
+            classes = list(class_names)
+        elif folder is not None and (order := order_note(classes)) is not None:
+            notes.append(order)
+        labels = places(names, classes, where)
+        missing = without_images(classes, {labels[k] for k in there}, split, where)
+        notes += [missing] if missing is not None else []
+        labels = None if list(labels) == list(range(len(labels))) else labels
+    else:
+        classes = ["unlabelled"]
+    indices = None
+    if images is not None:
+        n = min(images, len(samples))
+        indices = [i * len(samples) // n for i in range(n)]
+    return ImageData(
+        name,
+        samples,
+        classes,
+        transform=transform(preprocessing, augment=augment, flip=name.removeprefix(PREFIX) not in NOT_FLIPPED),
+        indices=indices,
+        seed=seed if augment else None,
+        skip_corrupt=skip_corrupt,
+        labels=labels,
+        split=split,
+        notes=notes,
+    )
+
+
+def open_labelled(name: str, info: ModelInfo, split: Split, **arguments: Any) -> ImageData:
+    """A split whose labels are a model's classes; arguments are those of `open_data`.
+
+    Raises ResodeError for data with other classes than the model's.
+    """
+    data = open_data(name, info.preprocessing, split, class_names=info.class_names, **arguments)
+    check_classes(data, info.num_classes, info.class_names)
+    return data
+
+
+def held_out_splits(name: str) -> tuple[Split, ...]:
+    """The splits to measure a training run on: the one that chooses among its models, then any for the end alone."""
+    folder, _ = _folder_of(name)
+    if folder is not None:
+        return held_out_of(folder)
+    return ("val", "test") if name.removeprefix(PREFIX) in WITH_VAL else ("test",)
+
+
+def _folder_of(name: str) -> tuple[Path | None, list[str]]:
+    """The folder that a name means, None for a data set with a name, and what to say of it. Raises UsageError."""
+    if not name:
+        raise UsageError("the name of the data is empty; pass a folder, or 'digits', or a name such as cifar10")
+    path = Path(name)
+    if name in NAMES:
+        if not path.is_dir():
+            return None, []
+        if not has_splits(path):
+            return None, [f"data: the data set {name}; the folder {name} here holds no folder train or test"]
+        other = "the embedded images" if name == DIGITS else f"torchvision's, which is {PREFIX}{name}"
+        return path, [f"data: the folder {name} here, not {other}"]
+    if name.startswith(PREFIX):
+        if name.removeprefix(PREFIX) not in NAMES[1:]:
+            raise unknown("data set of torchvision", name.removeprefix(PREFIX), NAMES[1:])
+        return None, []
+    if path.is_dir():
+        return path, []
+    if path.is_file():
+        raise UsageError(f"data {shown(name)!r} is a file; unpack it if it is an archive, and pass the folder")
+    if "/" in name or path.suffix or path.exists():
+        raise UsageError(f"data folder {name!r} does not exist, or is not a folder")
+    raise unknown("data set (and there is no such folder)", name, NAMES)
+
+
+def transform(preprocessing: Preprocessing, *, augment: bool, flip: bool = True) -> Callable[[Image.Image], Tensor]:
+    """From a PIL image to a normalised tensor (3, H, W).
+
+    Augmentation is the usual one: a random crop with an eighth of padding and a mirror image for
+    small images (He et al. 2015, section 4.2), a random resized crop and a mirror image for large ones.
+    """
+    size = preprocessing.size
+    interpolation = InterpolationMode(preprocessing.interpolation)
+    steps: list[Any]
+    if augment and size > 64:
+        steps = [v2.RandomResizedCrop(size, interpolation=interpolation)]
+    elif augment:
+        steps = [v2.Resize(size, interpolation), v2.CenterCrop(size), v2.RandomCrop(size, padding=max(size // 8, 1))]
+    else:
+        steps = _central(preprocessing, interpolation)
+    if augment and flip:
+        steps.append(v2.RandomHorizontalFlip())
+    steps += [
+        v2.ToImage(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(list(preprocessing.mean), list(preprocessing.std)),
+    ]
+    return v2.Compose(steps)
+
+
+def _central(preprocessing: Preprocessing, interpolation: InterpolationMode) -> list[Any]:
+    size = preprocessing.size
+    resized = math.floor(size / preprocessing.crop_fraction + 1e-6)  # as timm does it; 1e-6: 224 / (224/232) is 232
+    if preprocessing.crop_mode == "border":
+        from timm.data.transforms import CenterCropOrPad, ResizeKeepRatio
+
+        colour = tuple(round(255 * value) for value in preprocessing.mean)
+        whole = ResizeKeepRatio(resized, longest=1.0, interpolation=preprocessing.interpolation)
+        return [whole, CenterCropOrPad(size, fill=colour)]
+    shape = [resized, resized] if preprocessing.crop_mode == "squash" else resized
+    return [v2.Resize(shape, interpolation), v2.CenterCrop(size)]
+
+
+def batches(
+    data: ImageData,
+    batch_size: int,
+    *,
+    order: Sequence[int] | None = None,
+    workers: int = 0,
+    drop_last: bool = False,
+    skip: int = 0,
+) -> Iterator[Batch]:
+    """The data in batches, in the given order; `skip` batches are left out without being read."""
+    order = range(len(data)) if order is None else order
+    chunks = [list(order[i : i + batch_size]) for i in range(0, len(order), batch_size)]
+    if drop_last and len(chunks) > 1 and len(chunks[-1]) < batch_size:
+        chunks.pop()
+    own = torch.Generator()  # a loader draws a seed for its workers; not from the generator that dropout uses
+    loader: DataLoader[Any] = DataLoader(
+        data, batch_sampler=chunks[skip:], num_workers=workers, collate_fn=_collate, generator=own
+    )
+    for batch in loader:
+        yield data.received(batch)
+
+
+def _collate(items: Sequence[tuple[Tensor, int] | str | ResodeError]) -> Batch:
+    good = [item for item in items if isinstance(item, tuple)]
+    skipped = tuple(item for item in items if isinstance(item, str))
+    failure = next((item for item in items if isinstance(item, ResodeError)), None)
+    if not good or failure is not None:
+        return Batch(torch.empty(0), torch.empty(0, dtype=torch.long), skipped, failure)
+    return Batch(torch.stack([image for image, _ in good]), torch.tensor([label for _, label in good]), skipped)
