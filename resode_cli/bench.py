@@ -145,7 +145,7 @@ def _check(workload: Workload, methods: Sequence[Method], depths: Sequence[int] 
         what, schemes = str(workload.shape), {workload.shape.scheme}
     else:
         assert workload.model is not None
-        model = model_file.load(workload.model, source=workload.source)
+        model = model_file.load(workload.model, source=workload.source, trust_source=workload.trust_source)
         for depth in depths or ():
             check_depth(model, depth)
         size = workload.input_size or model.info.preprocessing.size

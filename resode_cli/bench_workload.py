@@ -198,13 +198,14 @@ def _call(block: nn.Module, x: Tensor) -> Tensor:
 class Workload:
     """Everything that decides what is measured, but depth and method. Plain values, for a fresh process to be told.
 
-    model: a model file; source: FILE.py:FUNCTION, where it has moved; input_size: pixels, if not the
+    model: a model file; source, trust_source: see `model_file.load`; input_size: pixels, if not the
         model's own. Or shape: a stage by itself.
     bn: 'batch' or 'frozen' statistics. amp: autocast, as for a training run.
     """
 
     model: str | None = None
     source: str | None = None
+    trust_source: bool = False
     input_size: int | None = None
     shape: StageShape | None = None
     batch_size: int = 64
@@ -251,7 +252,9 @@ class Trial:
             self.stages = {"stage": stage}
         else:
             assert workload.model is not None
-            self.module = model = model_file.load(Path(workload.model), source=workload.source)
+            self.module = model = model_file.load(
+                Path(workload.model), source=workload.source, trust_source=workload.trust_source
+            )
             if depth is not None:
                 check_depth(model, depth)
                 for name, own in model.stages.items():

@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -121,26 +121,33 @@ def save(model: OdeResNet, path: Path) -> None:
     write_tensors(Path(path), model.file_state(), model_metadata(model))
 
 
-def load(path: str | Path, *, source: str | nn.Module | None = None) -> OdeResNet:
+def load(path: str | Path, *, source: str | nn.Module | None = None, trust_source: bool = False) -> OdeResNet:
     """Read a model file. The result is an nn.Module: images (B, 3, H, W) to logits (B, K).
 
     Its parameters are plain parameters, each distinct block once, and its backward is autograd's
     until `model.use_adjoint(Adjoint("pc"))` says otherwise. Long reconstructions on a CPU are much
     faster after `torch.set_flush_denormal(True)`, which the commands call at start-up.
 
-    source: FILE.py:FUNCTION, where the user's own file is no longer where it was; or the network that was
-        converted, built anew, which is used up. A file made of a network from Python needs it.
-    Raises ResodeError if the file is not whole, not ours, newer or inconsistent.
+    source: FILE.py:FUNCTION that builds the network, for a model made by a file of the user's own; or the network
+        that was converted, built anew, which is used up. A file made of a network from Python needs the latter.
+    trust_source: run the FILE.py that the model file itself names. A model file is data: nothing that it names is
+        run without this.
+    Raises ResodeError if the file is not whole, not ours, newer or inconsistent, or if it names code.
     """
     path = Path(path)
     tensors, metadata = read_tensors(path)
     if "run" in metadata:
         raise ResodeError(f"{path}: the state of a run, not a model; its folder holds best and last models")
-    return from_tensors(path, tensors, metadata, source=source)
+    return from_tensors(path, tensors, metadata, source=source, trust_source=trust_source)
 
 
 def from_tensors(
-    path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any], *, source: str | nn.Module | None = None
+    path: Path,
+    tensors: dict[str, Tensor],
+    metadata: dict[str, Any],
+    *,
+    source: str | nn.Module | None = None,
+    trust_source: bool = False,
 ) -> OdeResNet:
     """The model that a file's metadata describes, with the given tensors."""
     try:
@@ -150,7 +157,10 @@ def from_tensors(
     for spec in specs:
         _check(spec, path)
     try:
-        net = source if isinstance(source, nn.Module) else sources.build(origin_of(info.source, source, path))
+        if isinstance(source, nn.Module):
+            net = source
+        else:
+            net = sources.build(origin_of(info.source, source, trust_source=trust_source))
         model = assemble(net, specs, info)
         model.load_file_state(tensors)
     except ResodeError as error:
@@ -158,8 +168,11 @@ def from_tensors(
     return model.eval()
 
 
-def origin_of(origin: SourceSpec, source: str | None, path: Path) -> SourceSpec:
-    """What to build the network of: the source that the file at `path` names, where it is now, or the one given."""
+def origin_of(origin: SourceSpec, source: str | None, *, trust_source: bool) -> SourceSpec:
+    """What to build a model's network of: what the user names now, or else what its file names.
+
+    Raises ResodeError where the file names code and the user has not said that it may run.
+    """
     if source is not None:
         library, name = sources.parse_source(source)
         return SourceSpec(library, name, arguments=origin.arguments)
@@ -168,16 +181,18 @@ def origin_of(origin: SourceSpec, source: str | None, path: Path) -> SourceSpec:
             f"made of a network from Python ({origin.name}); load it there, load(path, source=the network), or pass"
             " --source FILE.py:FUNCTION that builds it"
         )
-    return replace(origin, name=_find_source(origin.name, path)) if origin.library == "file" else origin
-
-
-def _find_source(name: str, path: Path) -> str:
-    """FILE.py:FUNCTION where it is now: where it was, or beside the model file."""
-    file, _, function = name.rpartition(":")
-    for candidate in (Path(file), path.parent / Path(file).name):
-        if candidate.is_file():
-            return f"{candidate}:{function}"
-    raise ResodeError(f"made from {name}, which is not there any more; pass --source FILE.py:FUNCTION")
+    if origin.library != "file":
+        return origin
+    file, _, function = origin.name.rpartition(":")
+    if not trust_source:
+        raise ResodeError(
+            f"its network is built by the function {function} of {Path(file).absolute()}, which a model file must not"
+            f" run by itself; if you trust that code, pass --source {origin.name} or --trust-source (in Python:"
+            " source= or trust_source=True)"
+        )
+    if not Path(file).is_file():
+        raise ResodeError(f"made from {origin.name}, which is not there any more; pass --source FILE.py:FUNCTION")
+    return origin
 
 
 def _parse(metadata: dict[str, Any]) -> tuple[ModelInfo, list[StageSpec]]:

@@ -100,15 +100,18 @@ def _run_metadata(folder: Path) -> dict[str, Any]:
     return metadata["run"]
 
 
-def load_state(folder: Path) -> State:
-    """The run saved in `folder`. Raises UsageError if there is none."""
+def load_state(folder: Path, *, source: str | None = None, trust_source: bool = False) -> State:
+    """The run saved in `folder`. Raises UsageError if there is none.
+
+    source, trust_source: see `model_file.load`.
+    """
     run = _run_metadata(folder)
     tensors, metadata = model_file.read_tensors(folder / STATE)
     parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "generator": {}}
     for name, tensor in tensors.items():
         part, _, rest = name.partition("/")
         parts[part][rest] = tensor
-    model = model_file.from_tensors(folder / STATE, parts["model"], metadata)
+    model = model_file.from_tensors(folder / STATE, parts["model"], metadata, source=source, trust_source=trust_source)
     return State(
         model,
         run["progress"],

@@ -75,14 +75,16 @@ def _changes_weights(entry: dict[str, object]) -> bool:
     )
 
 
-def open_teacher(given: str, model: OdeResNet) -> Teacher:
+def open_teacher(given: str, model: OdeResNet, *, trust_source: bool = False) -> Teacher:
     """A model file, or a source as `convert` takes it, with its pretrained weights.
+
+    trust_source: run the file of the user's own that a model file names.
 
     Raises UsageError if its classes are not the model's.
     """
     pre = model.info.preprocessing
     if given.endswith(".safetensors"):
-        loaded = model_file.load(given)
+        loaded = model_file.load(given, trust_source=trust_source)
         teacher, classes = _frozen(loaded, given, pre, loaded.info.preprocessing), loaded.info.num_classes
     else:
         if parse_source(given)[0] in ("cifar", "file"):

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from resode_cli import model_file
 from resode_cli.adapters.cifar import CifarResNet
 from resode_cli.adapters.sources import open_source
 from resode_cli.conversion import convert
@@ -40,6 +41,17 @@ PICO_PREPROCESSING = Preprocessing(size=8, crop_fraction=1.0)
 def seed():
     """Every test draws the same random numbers, whichever tests ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def trust(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most model files of these tests are of networks that a test's own file builds: let them, as --trust-source does.
+
+    `test_untrusted_files.py`, which asks what happens without, is left out by its mark.
+    """
+    if "untrusted" not in request.keywords:
+        ask = model_file.origin_of
+        monkeypatch.setattr(model_file, "origin_of", lambda origin, source, **_: ask(origin, source, trust_source=True))
 
 
 @pytest.fixture(scope="session")

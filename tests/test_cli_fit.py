@@ -144,7 +144,16 @@ def test_a_mistake_is_one_line(net: Path, pictures: Path, tmp_path: Path, capsys
 def test_ctrl_c_keeps_what_is_fitted_so_far(net: Path, pictures: Path, tmp_path: Path):
     out = tmp_path / "deep.safetensors"
     arguments = ["deepen", str(net), "--blocks", "8", "--fit", str(pictures), "-o", str(out)]
-    arguments += ["--fit-steps", "100000", "--fit-images", "40", "--fit-batch-size", "8", "--no-gradients"]
+    arguments += [
+        "--fit-steps",
+        "100000",
+        "--fit-images",
+        "40",
+        "--fit-batch-size",
+        "8",
+        "--no-gradients",
+        "--trust-source",
+    ]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
         [sys.executable, "-m", "resode_cli", *arguments], stderr=subprocess.PIPE, text=True, env=environment

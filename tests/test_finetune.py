@@ -217,7 +217,7 @@ def start_run(folder: Path) -> subprocess.Popen[str]:
         "5",
     ]
     arguments += ["--batch-size", "16", "--images", "96", "--test-images", "20", "-o", "run", "--log-every", "5"]
-    arguments += ["--eval-every", "500"]
+    arguments += ["--eval-every", "500", "--trust-source"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "resode_cli", *arguments]
     return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)

@@ -157,7 +157,7 @@ from safetensors.torch import load_file, save_file
 from resode_cli.model_file import load
 torch.set_num_threads(1)
 with torch.no_grad():
-    save_file({"logits": load(sys.argv[1])(load_file(sys.argv[2])["images"])}, sys.argv[3])
+    save_file({"logits": load(sys.argv[1], trust_source=True)(load_file(sys.argv[2])["images"])}, sys.argv[3])
 """
 
 

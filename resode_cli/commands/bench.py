@@ -20,6 +20,7 @@ from .options import (
     RecipeOption,
     SnapshotsOption,
     SourceOption,
+    TrustSourceOption,
     depth_list,
     number,
 )
@@ -80,6 +81,7 @@ def bench_command(
         Path | None, typer.Option("--plot", help="Draw memory, error and time to this .png, .pdf or .svg.")
     ] = None,
     source: SourceOption = None,
+    trust_source: TrustSourceOption = False,
     recipe: RecipeOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -102,6 +104,7 @@ def bench_command(
     workload = Workload(
         model=None if model is None else str(model),
         source=source,
+        trust_source=trust_source,
         input_size=input_size,
         shape=shape,
         batch_size=batch_size,

@@ -24,6 +24,7 @@ from .options import (
     SkipCorruptOption,
     SnapshotsOption,
     SourceOption,
+    TrustSourceOption,
     depth_list,
     number,
 )
@@ -66,6 +67,7 @@ def check_grad_command(
     skip_corrupt: SkipCorruptOption = False,
     data_root: DataRootOption = DATA_ROOT,
     source: SourceOption = None,
+    trust_source: TrustSourceOption = False,
     recipe: RecipeOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -90,7 +92,7 @@ def check_grad_command(
         from ..plot import check_plot
 
         check_plot(plot)
-    loaded = model_file.load(model, source=source).to(where := as_device(device))
+    loaded = model_file.load(model, source=source, trust_source=trust_source).to(where := as_device(device))
     batches_of = _Batches(loaded, data, images, skip_corrupt, data_root, output)
     inputs, labels, what = batches_of.measured()
     if data is None:

@@ -18,6 +18,7 @@ from .options import (
     RecipeOption,
     SkipCorruptOption,
     SourceOption,
+    TrustSourceOption,
     WorkersOption,
 )
 from .output import Output, start
@@ -39,6 +40,7 @@ def eval_command(
     skip_corrupt: SkipCorruptOption = False,
     data_root: DataRootOption = DATA_ROOT,
     source: SourceOption = None,
+    trust_source: TrustSourceOption = False,
     recipe: RecipeOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -56,7 +58,7 @@ def eval_command(
     output = Output(json_mode=json)
     if split not in ("train", "val", "test"):
         raise unknown("split", split, ["test", "val", "train"])
-    loaded = model_file.load(model, source=source)
+    loaded = model_file.load(model, source=source, trust_source=trust_source)
     images_of = open_labelled(
         data,
         loaded.info,

@@ -9,7 +9,7 @@ import typer
 
 from ..errors import UsageError
 from ..ranges import COUNT
-from .options import ForceOption, JsonOption, ModelArgument, SourceOption, number
+from .options import ForceOption, JsonOption, ModelArgument, SourceOption, TrustSourceOption, number
 from .output import Output, start
 
 
@@ -28,6 +28,7 @@ def export_command(
         number("--batch-size", "-b", range=COUNT, help="Of .pt2 and .onnx: this many images alone. Default: any."),
     ] = None,
     source: SourceOption = None,
+    trust_source: TrustSourceOption = False,
     force: ForceOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -45,9 +46,9 @@ def export_command(
     if out.resolve() == model.resolve():
         raise UsageError(f"output {str(out)!r} is the model itself")
     model_file.check_output(out, force=force)
-    loaded = model_file.load(model, source=source)
+    loaded = model_file.load(model, source=source, trust_source=trust_source)
     images = random_batch(loaded.info.preprocessing, batch_size or VERIFIED)
-    origin = model_file.origin_of(loaded.info.source, source, model)
+    origin = model_file.origin_of(loaded.info.source, source, trust_source=trust_source)
     verified = export(loaded, out, images, fixed_batch=batch_size is not None, origin=origin).record()
     output.show(f"read back {verification_line(verified)}")
     output.note(f"wrote {out} ({size(out.stat().st_size)})")

@@ -31,6 +31,7 @@ from .options import (
     SourceOption,
     StageOption,
     TestImagesOption,
+    TrustSourceOption,
     WorkersOption,
 )
 from .output import Output, start
@@ -110,6 +111,7 @@ def finetune_command(
     data_root: DataRootOption = DATA_ROOT,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, as if never stopped.")] = False,
     source: SourceOption = None,
+    trust_source: TrustSourceOption = False,
     recipe: RecipeOption = None,
     force: ForceOption = False,
     json: JsonOption = False,
@@ -166,9 +168,9 @@ def finetune_command(
     _check_teacher(ctx, chosen)
     _check_folder(out, resume=resume, force=force)
     where = as_device(device)
-    state = run_folder.load_state(out) if resume else None
+    state = run_folder.load_state(out, source=source, trust_source=trust_source) if resume else None
     settings = chosen if state is None else _resumed(ctx, chosen, state.settings)
-    loaded = state.model if state is not None else model_file.load(model, source=source)
+    loaded = state.model if state is not None else model_file.load(model, source=source, trust_source=trust_source)
     train = open_labelled(
         data,
         loaded.info,
@@ -190,7 +192,9 @@ def finetune_command(
     if state is not None:
         check_resumable(state, train, settings)
         output.note(f"resuming at step {state.progress['step']}")
-    learned_from = open_teacher(settings.teacher, loaded) if settings.teacher is not None else None
+    learned_from = (
+        open_teacher(settings.teacher, loaded, trust_source=trust_source) if settings.teacher is not None else None
+    )
     done = state.progress["step"] if state is not None else 0
     total = settings.steps(len(train))
     with stop_on_interrupt(output) as should_stop, training(output, total, done) as on_step:

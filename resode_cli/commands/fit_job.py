@@ -33,6 +33,7 @@ class FitRequest:
     teacher: str | None
     form: Form | None
     settings: FitSettings
+    trust_source: bool = False
 
 
 class FitJob:
@@ -53,7 +54,11 @@ class FitJob:
         self.request, self.model, self.device = request, model, device
         settings, pre = request.settings, model.info.preprocessing
         given = request.teacher
-        teacher = own_teacher(model, str(path)) if given is None else open_teacher(given, model)
+        teacher = (
+            own_teacher(model, str(path))
+            if given is None
+            else open_teacher(given, model, trust_source=request.trust_source)
+        )
         self.teacher = teacher.to(device)
 
         def images(augment: bool) -> Any:

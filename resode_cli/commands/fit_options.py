@@ -145,4 +145,4 @@ def request(ctx: typer.Context, *, bn: str) -> FitRequest | None:
                 f" {','.join(settings.phases)}"
             )
     form = as_form(given["form"]) if given["form"] is not None else None
-    return FitRequest(given["fit"], given["teacher"], form, settings)
+    return FitRequest(given["fit"], given["teacher"], form, settings, trust_source=given["trust_source"])

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .options import JsonOption, ModelArgument, SourceOption
+from .options import JsonOption, ModelArgument, SourceOption, TrustSourceOption
 from .output import Output, start
 
 
@@ -16,6 +16,7 @@ def info_command(
         bool, typer.Option("--history", help="Show every setting of the commands that made it.")
     ] = False,
     source: SourceOption = None,
+    trust_source: TrustSourceOption = False,
     json: JsonOption = False,
 ) -> None:
     """Show what a model file holds: source, stages, preprocessing, and the commands that made it."""
@@ -25,7 +26,7 @@ def info_command(
     from ..tables import finite, size
 
     output = Output(json_mode=json)
-    loaded = model_file.load(model, source=source)
+    loaded = model_file.load(model, source=source, trust_source=trust_source)
     metadata = model_file.model_metadata(loaded)
     rows = stage_rows(loaded)
     parameters = sum(p.numel() for p in loaded.parameters())

@@ -16,16 +16,22 @@ from ..recipe import read_recipe
 def fill_from_recipe(ctx: typer.Context, value: Path | None) -> Path | None:
     """Let a recipe supply defaults: flags win wherever they stand, and values are checked as flags are."""
     if value is not None:
-        names = [p.name for p in ctx.command.params if p.name not in (None, "recipe", "help", "resume")]
+        names = [p.name for p in ctx.command.params if p.name not in (None, *NOT_OF_A_RECIPE)]
         settings = read_recipe(value, ctx.info_name or "", [name for name in names if name])
         kinds = get_type_hints(ctx.command.callback)
         for name, given in settings.items():
+            if name == "source" and isinstance(given, str) and given.rpartition(":")[0].endswith(".py"):
+                raise UsageError(
+                    f"recipe {value.name}: source = {given!r}: a recipe must not name code to run;"
+                    " name it on the command line, and leave it out there"
+                )
             settings[name] = as_kind(kinds[name], given, f"recipe {value.name}: {name.replace('_', '-')}")
         ctx.default_map = {**(ctx.default_map or {}), **settings}
         ctx.meta[RECIPE] = (value.name, settings)
     return value
 
 
+NOT_OF_A_RECIPE = ("recipe", "help", "resume", "trust_source")  # what is asked for in the very command, or not at all
 RECIPE = "resode recipe"  # in a context's meta: a recipe's name, and its settings by parameter
 
 
@@ -84,7 +90,10 @@ RecipeOption = Annotated[
 ]
 SourceOption = Annotated[
     str | None,
-    typer.Option("--source", help="FILE.py:FUNCTION, if the network's own file has moved."),
+    typer.Option("--source", help="FILE.py:FUNCTION that builds the network, where a file of one's own made it."),
+]
+TrustSourceOption = Annotated[
+    bool, typer.Option("--trust-source", help="Run the FILE.py that the model file names: it is code.")
 ]
 DataOption = Annotated[
     str,

@@ -39,6 +39,7 @@ class Rewrite:
         out: Path,
         *,
         source: str | None,
+        trust_source: bool,
         force: bool,
         json: bool,
         settings: dict[str, Any],
@@ -51,7 +52,7 @@ class Rewrite:
         self.gradients = bool(gradients)
         self.output = Output(json_mode=json)
         model_file.check_output(check_safetensors(out), force=force)
-        self.model = model_file.load(model, source=source)
+        self.model = model_file.load(model, source=source, trust_source=trust_source)
         self.data: ImageData | None = None
         self.device = as_device("cpu")
         self.data_root = Path()

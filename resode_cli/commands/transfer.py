@@ -51,6 +51,7 @@ from .options import (
     SourceOption,
     StageOption,
     TestImagesOption,
+    TrustSourceOption,
     WorkersOption,
     number,
 )
@@ -101,6 +102,7 @@ def tie_command(
     data_root: DataRootOption = DATA_ROOT,
     gradients: GradientsOption = None,
     source: SourceOption = None,
+    trust_source: TrustSourceOption = False,
     recipe: RecipeOption = None,
     force: ForceOption = False,
     json: JsonOption = False,
@@ -119,6 +121,7 @@ def tie_command(
         model,
         out,
         source=source,
+        trust_source=trust_source,
         force=force,
         json=json,
         settings={"rule": rule, "depth_weights": depth_weights},
@@ -148,6 +151,7 @@ def untie_command(
     data_root: DataRootOption = DATA_ROOT,
     gradients: GradientsOption = None,
     source: SourceOption = None,
+    trust_source: TrustSourceOption = False,
     recipe: RecipeOption = None,
     force: ForceOption = False,
     json: JsonOption = False,
@@ -156,7 +160,17 @@ def untie_command(
     start()
     from ..transfer import untie
 
-    rewrite = Rewrite("untie", model, out, source=source, force=force, json=json, settings={}, gradients=gradients)
+    rewrite = Rewrite(
+        "untie",
+        model,
+        out,
+        source=source,
+        trust_source=trust_source,
+        force=force,
+        json=json,
+        settings={},
+        gradients=gradients,
+    )
     rewrite.measure_on(data, images, batch_size, device, workers, skip_corrupt, data_root)
     rewrite.stages(stage, untie)
 
@@ -210,6 +224,7 @@ def deepen_command(
     data_root: DataRootOption = DATA_ROOT,
     gradients: GradientsOption = None,
     source: SourceOption = None,
+    trust_source: TrustSourceOption = False,
     recipe: RecipeOption = None,
     force: ForceOption = False,
     json: JsonOption = False,
@@ -226,6 +241,7 @@ def deepen_command(
         model,
         out,
         source=source,
+        trust_source=trust_source,
         force=force,
         json=json,
         settings={"blocks": blocks, "mode": mode, "depth_weights": depth_weights},
@@ -264,6 +280,7 @@ def recalibrate_command(
     data_root: DataRootOption = DATA_ROOT,
     gradients: GradientsOption = None,
     source: SourceOption = None,
+    trust_source: TrustSourceOption = False,
     recipe: RecipeOption = None,
     force: ForceOption = False,
     json: JsonOption = False,
@@ -278,6 +295,7 @@ def recalibrate_command(
         model,
         out,
         source=source,
+        trust_source=trust_source,
         force=force,
         json=json,
         settings={"data": data, "images": images},
