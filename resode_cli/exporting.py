@@ -22,10 +22,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .adapters.sources import build
+from .atomic import atomic_path, is_full
 from .conversion import ROUNDING, Verification, compare_logits
 from .errors import ResodeError, UsageError
 from .model import OdeResNet, describe_misfit
-from .model_file import atomic_path
 from .ode import Adjoint
 from .parts import SourceSpec
 from .residual import GENERIC, LINEAR
@@ -107,6 +107,8 @@ def export(
             except ResodeError:
                 raise
             except Exception as error:  # of many kinds, from deep inside
+                if is_full(error):
+                    raise
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
                 hint = "" if fixed_batch else "; --batch-size N may help, for a graph of that many images alone"
                 raise ResodeError(f"{path.name}: the network cannot be exported: {reason}{hint}") from error

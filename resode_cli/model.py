@@ -137,11 +137,17 @@ class OdeResNet(nn.Module):
 
     def load_file_state(self, tensors: dict[str, Tensor]) -> None:
         """Load tensors under their file names. Raises ResodeError naming what does not fit."""
+        floats = {t.dtype for t in tensors.values() if t.is_floating_point()}
+        if floats == {torch.float64}:
+            self.net.to(torch.float64)  # as it was saved
         state = distinct(self.net.state_dict(keep_vars=True).items())
         names = {self.file_name(key): key for key in state}
         problems = describe_misfit({name: state[key] for name, key in names.items()}, tensors)
         if problems:
             raise ResodeError(problems)
+        negative = [n for n, t in tensors.items() if n.rpartition(".")[2] == "running_var" and bool((t < 0).any())]
+        if negative:
+            raise ResodeError(f"a variance below 0: {first_few(negative)}")
         # Not strict: the other names of a shared tensor are left out, and what fits was checked above.
         self.net.load_state_dict({names[name]: value for name, value in tensors.items()}, strict=False)
 
@@ -174,8 +180,33 @@ def describe_misfit(expected: dict[str, Tensor], given: dict[str, Tensor]) -> st
         for k in expected
         if k in given and expected[k].shape != given[k].shape
     ]
-    kinds = (("missing", missing), ("unexpected", unexpected), ("wrong shape", shapes))
+    types = [
+        f"{k} {_type(given[k])} instead of {_type(expected[k])}"
+        for k in expected
+        if k in given and not _keeps_values(given[k].dtype, expected[k].dtype)
+    ]
+    kinds = (("missing", missing), ("unexpected", unexpected), ("wrong shape", shapes), ("wrong type", types))
     return "; ".join(f"{len(names)} {kind}: {first_few(names)}" for kind, names in kinds if names)
+
+
+def _type(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _keeps_values(given: torch.dtype, expected: torch.dtype) -> bool:
+    """Whether numbers of one type become the other's without being changed in kind or range.
+
+    A complex number would lose its imaginary part, a fraction all behind the point.
+    """
+    if given == expected:
+        return True
+    floats = given.is_floating_point and expected.is_floating_point
+    return floats and given.itemsize <= expected.itemsize and given in (torch.float16, torch.bfloat16, torch.float32)
+
+
+def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that hold NaN or infinity."""
+    return [name for name, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
 
 
 def assemble(net: nn.Module, specs: Sequence[StageSpec], info: ModelInfo) -> OdeResNet:

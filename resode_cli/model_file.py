@@ -6,80 +6,73 @@ by name.
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
 from dataclasses import asdict
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .adapters import sources
-from .errors import ResodeError, UsageError
-from .model import ModelInfo, OdeResNet, assemble
-from .ode import SCHEMES
-from .parts import Preprocessing, SourceSpec
-from .residual import FORMS
-from .stage import BlockSpec, StageSpec
+from .atomic import atomic_path
+from .errors import ResodeError, UsageError, first_few, join
+from .model import ModelInfo, OdeResNet, assemble, non_finite
+from .model_schema import FORMAT_VERSION, parse_json, parse_metadata
+from .parts import SourceSpec
 
-FORMAT_VERSION = 2  # 2: blocks that share tensors, weights linear in depth
 METADATA_KEY = "resode"
+CHECKSUM = "checksum"
 
 
-def check_output(path: Path, *, force: bool) -> None:
-    """Refuse, before any work is done, an output that exists or cannot be written."""
-    if path.is_dir():
-        raise UsageError(f"output {str(path)!r} is a folder; name a file")
-    if path.exists() and not force:
-        raise ResodeError(f"{path} exists; pass --force to overwrite it")
-    if not path.parent.is_dir():
-        raise UsageError(f"output folder {str(path.parent)!r} does not exist")
-    if not os.access(path.parent, os.W_OK):
-        raise ResodeError(f"output folder {str(path.parent)!r} cannot be written to")
-
-
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well, and is removed when not."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+class NonFiniteWarning(UserWarning):
+    """A model with weights that are no numbers, which gives none either."""
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Write a safetensors file with one JSON metadata entry, atomically."""
+    """Write a safetensors file with one JSON metadata entry and a checksum of all, atomically."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
-        with atomic_path(path) as temporary:
-            save_file(contiguous, temporary, metadata={METADATA_KEY: json.dumps(metadata)})
-    except OSError as error:
-        raise ResodeError(f"{path} cannot be written: {error.strerror or error}") from error
+    text = json.dumps({**metadata, CHECKSUM: checksum(contiguous, metadata)})
+    need = sum(tensor.nbytes for tensor in contiguous.values()) + len(text)
+    with atomic_path(path, need=need) as temporary:
+        save_file(contiguous, temporary, metadata={METADATA_KEY: text})
+
+
+def checksum(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str:
+    """SHA-256 of what a file says and of its tensors: names, types, shapes and bytes."""
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the JSON metadata entry of a file written by `write_tensors`."""
+    """The tensors and the JSON metadata entry of a file written by `write_tensors`.
+
+    Raises ResodeError if they are not what was written.
+    """
     metadata = read_metadata(path)
     with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, metadata
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    written = metadata.pop(CHECKSUM, None)  # files of the first two formats have none
+    if written is None and metadata["format"] > 2:
+        raise ResodeError(f"{path}: its checksum is missing")
+    if written is not None and written != checksum(tensors, metadata):
+        raise ResodeError(f"{path}: damaged or changed since it was written (its checksum does not agree)")
+    return tensors, metadata
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """The JSON metadata entry alone."""
+    """The JSON metadata entry alone, its checksum included."""
     path = Path(path)
+    if path.is_dir():
+        raise UsageError(_not_the_folder(path))
     if not path.is_file():
         raise UsageError(f"model file {str(path)!r} does not exist")
     try:
@@ -90,15 +83,23 @@ def read_metadata(path: Path) -> dict[str, Any]:
     if text is None:
         raise ResodeError(f"{path}: a safetensors file, but not a resode model; `resode convert` makes one")
     try:
-        metadata = json.loads(text)
+        metadata = parse_json(text)
         version = metadata["format"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ResodeError(f"{path}: its resode metadata cannot be read") from error
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise ResodeError(
             f"{path}: format version {version}, newer than this resode reads ({FORMAT_VERSION}); upgrade resode"
         )
     return metadata
+
+
+def _not_the_folder(folder: Path) -> str:
+    first = ("best.safetensors", "last.safetensors")
+    found = sorted(path.name for path in folder.glob("*.safetensors") if path.name != "state.safetensors")
+    models = [name for name in first if name in found] + [name for name in found if name not in first]
+    hint = f"; did you mean {join([str(folder / name) for name in models[:3]], 'or')}?" if models else ""
+    return f"model file {str(folder)!r} is a folder{hint}"
 
 
 def model_metadata(model: OdeResNet) -> dict[str, Any]:
@@ -151,18 +152,16 @@ def from_tensors(
 ) -> OdeResNet:
     """The model that a file's metadata describes, with the given tensors."""
     try:
-        info, specs = _parse(metadata)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise ResodeError(f"{path}: its metadata is inconsistent ({type(error).__name__}: {error})") from error
-    for spec in specs:
-        _check(spec, path)
-    try:
+        info, specs = parse_metadata({name: value for name, value in metadata.items() if name != "run"})
+        check_classes(info, tensors)
         if isinstance(source, nn.Module):
             net = source
         else:
             net = sources.build(origin_of(info.source, source, trust_source=trust_source))
         model = assemble(net, specs, info)
         model.load_file_state(tensors)
+        if unusable := non_finite(tensors):
+            warnings.warn(f"{path} holds NaN or infinity in {first_few(unusable)}", NonFiniteWarning, stacklevel=3)
     except ResodeError as error:
         raise ResodeError(f"{path}: {error}") from error
     return model.eval()
@@ -195,44 +194,8 @@ def origin_of(origin: SourceSpec, source: str | None, *, trust_source: bool) -> 
     return origin
 
 
-def _parse(metadata: dict[str, Any]) -> tuple[ModelInfo, list[StageSpec]]:
-    preprocessing = dict(metadata["preprocessing"])
-    for name in ("mean", "std"):
-        preprocessing[name] = tuple(preprocessing[name])
-    names = metadata["class_names"]
-    info = ModelInfo(
-        SourceSpec(**metadata["source"]),
-        Preprocessing(**preprocessing),
-        metadata["num_classes"],
-        tuple(names) if names else None,
-        tuple(metadata["history"]),
-        tuple(metadata.get("left_out", ())),
-    )
-    specs = []
-    for raw in metadata["stages"]:
-        fields = dict(raw)
-        fields["blocks"] = tuple(BlockSpec(**block) for block in fields["blocks"])
-        fields["horizon"] = Fraction(fields["horizon"])
-        for name in ("transition", "source_blocks", "schedule", "blends", "further"):
-            fields[name] = tuple(fields.get(name, ()))
-        specs.append(StageSpec(**fields))
-    return info, specs
-
-
-def _check(spec: StageSpec, path: Path) -> None:
-    n_blocks = len(spec.blocks)
-    if any(not isinstance(b, int) or not 0 <= b < n_blocks for b in spec.schedule):
-        raise ResodeError(f"{path}: stage {spec.name}: schedule out of range of its {n_blocks} blocks")
-    if spec.blends and (
-        len(spec.blends) != spec.depth
-        or not all(isinstance(w, (int, float)) and 0 <= w < 1 for w in spec.blends)
-        or any(w and b + 1 >= n_blocks for b, w in zip(spec.schedule, spec.blends, strict=True))
-    ):
-        raise ResodeError(f"{path}: stage {spec.name}: weights linear in depth reach beyond its {n_blocks} blocks")
-    used = set(spec.schedule) | {b + 1 for b, w in zip(spec.schedule, spec.blends, strict=False) if w}
-    if used != set(range(n_blocks)):
-        raise ResodeError(f"{path}: stage {spec.name}: a block is not in the schedule")
-    if spec.scheme not in SCHEMES:
-        raise ResodeError(f"{path}: stage {spec.name}: unknown forward rule {spec.scheme!r}")
-    if spec.form not in FORMS:
-        raise ResodeError(f"{path}: stage {spec.name}: unknown form {spec.form!r}")
+def check_classes(info: ModelInfo, tensors: dict[str, Tensor]) -> None:
+    """Raises ResodeError for a number of classes that no tensor of the file has: a layer of that size is not built."""
+    count = info.source.arguments.get("num_classes")
+    if count is not None and count not in {tensor.shape[0] for tensor in tensors.values() if tensor.ndim}:
+        raise ResodeError(f"its network was built for {count} classes, but no tensor has {count} rows")

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .atomic import atomic_path
 from .errors import ResodeError, UsageError
-from .model_file import atomic_path
 
 if TYPE_CHECKING:
     from .check_grad import GradientReport, SweepRow

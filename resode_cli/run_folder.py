@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import model_file
+from .atomic import atomic_path
 from .errors import ResodeError, UsageError
 from .evaluate import Evaluation
 from .model import OdeResNet
@@ -157,7 +158,7 @@ class Log:
         if keep_up_to and path.is_file():
             with path.open(newline="") as file:
                 rows = [row for row in csv.DictReader(file) if int(row["step"]) <= keep_up_to]
-        with model_file.atomic_path(path) as temporary, temporary.open("w", newline="") as file:
+        with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.fields, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)

@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "resode_cli"
 # From the bottom up. A module may import from its own level or one below.
 LEVELS = [
     {"errors", "tables", "arguments"},
+    {"atomic"},
     {"ode", "digits", "memory_budget", "catalog", "ranges"},
     {"sharing"},
     {"adjoint_choice", "compilation", "residual", "parts", "recipe", "fit_settings"},
@@ -25,6 +26,7 @@ LEVELS = [
     {"calibrate"},
     {"guard"},
     {"depth_weights"},
+    {"model_schema"},
     {"model_file", "transfer", "recalibrate", "evaluate", "conversion"},
     {"teacher"},
     {"objective"},

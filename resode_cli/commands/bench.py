@@ -126,7 +126,7 @@ def bench_command(
         )
     output.show(bench_table(report))
     if csv is not None:
-        from ..model_file import atomic_path
+        from ..atomic import atomic_path
 
         with atomic_path(csv) as temporary:
             temporary.write_text(bench_csv(report))

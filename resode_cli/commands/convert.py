@@ -66,13 +66,14 @@ def convert_command(
 
     from .. import model_file
     from ..adapters.sources import open_source
+    from ..atomic import check_output
     from ..conversion import VERIFIED, check_rule, convert, random_batch
     from ..forecast import forecast_inference
     from ..report import stage_rows, stage_table, verification_line
     from ..tables import duration, finite, size
 
     output = Output(json_mode=json)
-    model_file.check_output(check_safetensors(out), force=force)
+    check_output(check_safetensors(out), force=force)
     check_rule(scheme, form)  # before anything is downloaded
     preprocessing: dict[str, object] = {}
     if input_size is not None:

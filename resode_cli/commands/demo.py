@@ -31,7 +31,7 @@ def demo_command(
 ) -> None:
     """Convert, deepen, check gradients and fine-tune a small pretrained ResNet on handwritten digits. No network."""
     start()
-    from ..model_file import check_output
+    from ..atomic import check_output
 
     output = Output(json_mode=json)
     began = time.perf_counter()

@@ -35,6 +35,7 @@ def export_command(
     """Write a model for other programs: a plain state dict, a torch.export program or an ONNX graph."""
     start()
     from .. import model_file
+    from ..atomic import check_output
     from ..conversion import VERIFIED, random_batch
     from ..exporting import export
     from ..report import verification_line
@@ -45,7 +46,7 @@ def export_command(
         raise UsageError("--batch-size is of .pt2 and .onnx; a state dict has none")
     if out.resolve() == model.resolve():
         raise UsageError(f"output {str(out)!r} is the model itself")
-    model_file.check_output(out, force=force)
+    check_output(out, force=force)
     loaded = model_file.load(model, source=source, trust_source=trust_source)
     images = random_batch(loaded.info.preprocessing, batch_size or VERIFIED)
     origin = model_file.origin_of(loaded.info.source, source, trust_source=trust_source)

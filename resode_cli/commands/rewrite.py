@@ -46,12 +46,13 @@ class Rewrite:
         gradients: bool | None = None,
     ) -> None:
         from .. import model_file
+        from ..atomic import check_output
         from ..model import as_device
 
         self.command, self.path, self.out, self.settings = command, model, out, settings
         self.gradients = bool(gradients)
         self.output = Output(json_mode=json)
-        model_file.check_output(check_safetensors(out), force=force)
+        check_output(check_safetensors(out), force=force)
         self.model = model_file.load(model, source=source, trust_source=trust_source)
         self.data: ImageData | None = None
         self.device = as_device("cpu")
