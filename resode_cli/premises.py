@@ -1,0 +1,355 @@
+"""What a reading of a block's forward rests on beside tensors, so that a change of it is seen.
+
+A forward is traced once, and the traced code runs in its place. While it was traced Python had a say: by the block's
+own attributes, the classes of its children, the functions that forward calls and the globals that they name. Which
+of them it looked at is taken from the code of these functions. Whatever they name counts: that may be too much, and
+then a block is read again for nothing, but what they look at is among it.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import random
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_modules_of_torch = nn.modules.module
+_OWN = frozenset(nn.Module().__dict__)  # what torch itself keeps in a module
+_PLAIN = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format, slice, enum.Enum)
+_BY_IDENTITY = (type, FunctionType, BuiltinFunctionType, ModuleType, property, staticmethod, classmethod)
+_COLLECTIONS = (tuple, list, set, frozenset, deque)
+_STATEFUL = (random.Random, torch.Generator, ContextVar, Iterator, type(os.environ))
+_CLOCKS = frozenset({"time", "datetime", "secrets", "uuid"})
+# Their functions are not looked into.
+_LIBRARIES = frozenset({"torch", "numpy", "builtins"}) | sys.stdlib_module_names
+_ABSENT = object()
+
+
+class Restless(Exception):
+    """What forward looks at may be another at each call: a generator, an iterator, the clock."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A module of the block; the block itself is the first.
+
+    outer: place of the part that holds it, under its name.
+    children, tensors: the names of those that it holds, None where its own call decides about them.
+    values: the attributes that count, as `_as_seen` sees them; a number that the code reads itself by its type alone.
+    erased: whether the traced code leaves it out: what follows the addition, and identities.
+    size: how many attributes the block itself has.
+    """
+
+    outer: int
+    name: str
+    kind: type
+    children: list[str] | None
+    tensors: list[str] | None
+    values: tuple[tuple[str, Any], ...]
+    erased: bool = False
+    size: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Premises:
+    """What was found when a block was read. It may hold of another block too, a copy for instance.
+
+    parts: the modules whose classes and attributes counted.
+    names: what the functions that were looked at name, which decides what counts of an object.
+    outside: entries of dictionaries: of classes, and of the modules in which functions stand; cells: of closures.
+    """
+
+    parts: tuple[_Part, ...]
+    names: frozenset[str]
+    outside: tuple[tuple[Mapping[str, Any], str, Any], ...]
+    cells: tuple[tuple[CellType, Any], ...]
+
+    def hold(self, block: nn.Module) -> bool:
+        """Whether all that the reading rests on is as it was."""
+        names, modules = self.names, []
+        try:
+            for part in self.parts:
+                module = modules[part.outer]._modules[part.name] if modules else block
+                modules.append(module)
+                if type(module) is not part.kind:
+                    return False
+                own = module.__dict__
+                if part.size is not None and len(own) != part.size:
+                    return False
+                if part.children is not None and part.children != _present(own["_modules"]):
+                    return False
+                if part.tensors is not None and part.tensors != _tensors_of(own):
+                    return False
+                if part.erased and (has_hooks(module) or "forward" in own):
+                    return False
+                for name, seen in part.values:
+                    if own[name] is not seen and not _is_as_seen(own[name], seen, names):
+                        return False
+        except KeyError:
+            return False
+        return all(_is_as_seen(table.get(name, _ABSENT), seen, names) for table, name, seen in self.outside) and all(
+            _is_as_seen(_content(cell), seen, names) for cell, seen in self.cells
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Premises:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unknown, ()
+
+
+def _unknown() -> Premises:
+    """Of a rule from another process: its block is read anew before it is used."""
+    return Premises((_Part(0, "", type(None), None, None, ()),), frozenset(), (), ())
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its forward: by its own hooks, or those of all modules."""
+    own = module.__dict__
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or _modules_of_torch._global_forward_hooks
+        or _modules_of_torch._global_forward_pre_hooks
+        or _modules_of_torch._global_backward_hooks
+        or _modules_of_torch._global_backward_pre_hooks
+    )
+
+
+def premises_of(
+    block: nn.Module, *, called: Iterable[str] = (), erased: Iterable[str] = (), live: Iterable[str] = ()
+) -> Premises:
+    """What a reading of the block's forward rests on. Raises Restless where that cannot be told from its values.
+
+    called: paths of the modules that the traced code calls as they are, so that what is in them does not count.
+    erased: paths of the modules that it leaves out. live: the block's own numbers that it reads when it runs.
+    """
+    called, erased, live = set(called), set(erased), set(live)
+    modules = {
+        path: module
+        for path, module in block.named_modules()
+        if not any(path.startswith(f"{outer}.") for outer in called - erased)
+    }
+    try:
+        search = _Search(block, [module for path, module in modules.items() if path not in called])
+        parts = [
+            _part(path, list(modules), module, search.names, called - erased, erased, live)
+            for path, module in modules.items()
+        ]
+        tables = [*search.outside.values(), *((kind.__dict__, "forward") for kind in _forwards(block, erased))]
+        outside = tuple((table, name, _as_seen(table[name], search.names)) for table, name in tables)
+        cells = tuple((cell, _as_seen(_content(cell), search.names)) for cell in search.cells)
+    except RecursionError as error:
+        raise Restless("what it looks at holds itself") from error
+    return Premises(tuple(parts), frozenset(search.names), outside, cells)
+
+
+def _part(
+    path: str,
+    paths: list[str],
+    module: nn.Module,
+    names: set[str],
+    called: set[str],
+    erased: set[str],
+    live: set[str],
+) -> _Part:
+    own = module.__dict__
+    counting = [n for n in own if n not in _OWN and (not path or n in names or (path in erased and n == "approximate"))]
+    outer, _, name = path.rpartition(".")
+    return _Part(
+        paths.index(outer),
+        name,
+        type(module),
+        _present(own["_modules"]) if path not in called else None,
+        _tensors_of(own) if path not in called else None,
+        tuple((n, float if n in live and not path else _as_seen(own[n], names)) for n in counting),
+        path in erased,
+        None if path else len(own),
+    )
+
+
+def _forwards(block: nn.Module, erased: Iterable[str]) -> set[type]:
+    """The classes that the erased modules have their forward from."""
+    kinds = (kind for path in erased for kind in type(block.get_submodule(path)).__mro__)
+    return {kind for kind in kinds if "forward" in kind.__dict__}
+
+
+def _present(table: Mapping[str, Any]) -> list[str]:
+    return [name for name, value in table.items() if value is not None]
+
+
+def _tensors_of(own: Mapping[str, Any]) -> list[str]:
+    return _present(own["_parameters"]) + _present(own["_buffers"])
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty
+        return _ABSENT
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A value that may change and stay the same object: its class, and what counts of it."""
+
+    kind: type
+    content: Any
+
+
+def _as_seen(value: Any, names: Iterable[str]) -> Any:
+    """The value, where it cannot change in place, else what is to be compared. Raises Restless."""
+    if isinstance(value, _PLAIN) or isinstance(value, _BY_IDENTITY) or value is _ABSENT:
+        return value
+    if isinstance(value, (Tensor, nn.Module)):
+        return _Seen(type(value), None)
+    if isinstance(value, _STATEFUL) or type(value).__module__.startswith("numpy.random"):
+        raise Restless(f"{type(value).__name__} moves on with each use")
+    if isinstance(value, MethodType):
+        return _Seen(MethodType, value.__func__)
+    if isinstance(value, partial):
+        return _Seen(partial, (value.func, _as_seen((value.args, value.keywords), names)))
+    if isinstance(value, Mapping):
+        return _Seen(type(value), tuple((_as_seen(k, names), _as_seen(v, names)) for k, v in value.items()))
+    if isinstance(value, _COLLECTIONS):
+        return _Seen(type(value), tuple(_as_seen(v, names) for v in value))
+    if type(value).__module__ == "numpy":
+        return _Seen(type(value), (value.shape, value.tobytes()))
+    attributes = getattr(value, "__dict__", {})
+    return _Seen(type(value), tuple((n, _as_seen(v, names)) for n, v in attributes.items() if n in names))
+
+
+def _is_as_seen(value: Any, seen: Any, names: frozenset[str]) -> bool:
+    if value is seen:
+        return True
+    if seen is float:  # a number that the code reads itself
+        return type(value) is float
+    if not isinstance(seen, _Seen):
+        return type(value) is type(seen) and isinstance(value, _PLAIN) and bool(value == seen)
+    if type(value) is not seen.kind:
+        return False
+    try:
+        return bool(_as_seen(value, names) == seen)
+    except (Restless, RecursionError):
+        return False
+
+
+class _Search:
+    """The functions that a block's forward may call, what they name, and what these names stand for.
+
+    names: identifiers in their code. outside: entries of dictionaries that they read. cells: of their closures.
+    """
+
+    def __init__(self, block: nn.Module, modules: list[nn.Module]) -> None:
+        """modules: those of the block whose methods its forward may call, the block among them."""
+        self.names: set[str] = {"forward"}
+        self.outside: dict[tuple[int, str], tuple[Mapping[str, Any], str]] = {}
+        self.cells: list[CellType] = []
+        self._functions: set[int] = set()
+        self._holders: list[Any] = list(modules)
+        self._known = {id(module) for module in block.modules()}
+        self._note_methods(type(block), {"forward"})
+        for value in list(block.__dict__.values()):
+            self._meet(value)
+        looked_at = -1
+        while looked_at != (now := len(self.names) + len(self._holders)):
+            looked_at = now
+            for holder in list(self._holders):
+                self._note_methods(type(holder), self.names)
+                for name in self.names & getattr(holder, "__dict__", {}).keys() - _OWN:
+                    self._meet(holder.__dict__[name])
+
+    def _note_methods(self, kind: type, names: set[str]) -> None:
+        for base in kind.__mro__:
+            if base is nn.Module or _root(base) in _LIBRARIES:
+                continue
+            for name in names & base.__dict__.keys():
+                if name == "__call__" or not name.startswith("__"):
+                    self._note(base.__dict__, name, base)
+
+    def _note(self, table: Mapping[str, Any], name: str, owner: object) -> None:
+        key = (id(owner), name)
+        if key not in self.outside:
+            self.outside[key] = (table, name)
+            self._meet(table[name])
+
+    def _meet(self, value: Any) -> None:
+        """Look at a value that a function may use."""
+        if isinstance(value, (staticmethod, classmethod, MethodType)):
+            value = value.__func__
+        if isinstance(value, property):
+            for accessor in (value.fget, value.fset):
+                self._meet(accessor)
+        elif isinstance(value, partial):
+            for part in (value.func, *value.args, *value.keywords.values()):
+                self._meet(part)
+        elif isinstance(value, FunctionType):
+            self._read(value)
+        elif isinstance(value, BuiltinFunctionType):
+            if value.__module__ in _CLOCKS:
+                raise Restless(f"it calls {value.__name__}")
+        elif isinstance(value, Mapping) and not isinstance(value, _STATEFUL):
+            for element in value.values():
+                self._meet(element)
+        elif isinstance(value, _COLLECTIONS):
+            for element in value:
+                self._meet(element)
+        elif not isinstance(value, (*_PLAIN, *_BY_IDENTITY, *_STATEFUL, Tensor)) and id(value) not in self._known:
+            self._known.add(id(value))
+            if _root(type(value)) not in _LIBRARIES:
+                self._holders.append(value)
+                self._note_methods(type(value), {"__call__"})
+
+    def _read(self, function: FunctionType) -> None:
+        if id(function) in self._functions:
+            return
+        self._functions.add(id(function))
+        self._meet(getattr(function, "__wrapped__", None))
+        for cell in function.__closure__ or ():
+            content = _content(cell)
+            if not isinstance(content, nn.Module) and content is not _ABSENT:
+                self.cells.append(cell)
+                self._meet(content)
+        if _root(function) in _LIBRARIES:
+            return
+        named = _names_in(function.__code__)
+        self.names |= named
+        for name in named & function.__globals__.keys():
+            value = function.__globals__[name]
+            if isinstance(value, ModuleType):
+                self._read_module(value, named)
+            elif not isinstance(value, type):
+                self._note(function.__globals__, name, function.__globals__)
+
+    def _read_module(self, module: ModuleType, named: frozenset[str]) -> None:
+        if module.__name__ in _CLOCKS or (module is os and named & {"environ", "getenv"}):
+            raise Restless(f"it looks at {module.__name__}")
+        if module.__name__.partition(".")[0] in _LIBRARIES:
+            return
+        for name in named & vars(module).keys():
+            if not isinstance(vars(module)[name], (ModuleType, type)):
+                self._note(vars(module), name, vars(module))
+
+
+def _root(thing: Any) -> str:
+    return (getattr(thing, "__module__", None) or "").partition(".")[0]
+
+
+@lru_cache(maxsize=4096)
+def _names_in(code: CodeType) -> frozenset[str]:
+    """The names in a function's code, those in strings and in functions inside it among them."""
+    words = {c for c in code.co_consts if isinstance(c, str) and c.isidentifier()}
+    inner = [_names_in(c) for c in code.co_consts if isinstance(c, CodeType)]
+    return frozenset(code.co_names).union(words, *inner)
