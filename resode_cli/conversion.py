@@ -115,8 +115,8 @@ def _check_in_training(expected: list[Tensor], model: OdeResNet, batch: Tensor, 
         if not difference <= ROUNDING * scale:
             raise ResodeError(
                 f"in train mode the converted network does not agree with {source}: what they return differs by"
-                f" {difference:.3g} (largest value {scale:.3g}), with equal random numbers; something outside its blocks,"
-                " such as a loop that skips some of them, does more when it trains; nothing was written"
+                f" {difference:.3g} (largest value {scale:.3g}), with equal random numbers; something outside its"
+                " blocks, such as a loop that skips some of them, does more when it trains; nothing was written"
             )
 
 

@@ -76,13 +76,14 @@ class Premises:
 
     def hold(self, block: nn.Module) -> bool:
         """Whether all that the reading rests on is as it was."""
-        names, modules = self.names, []
+        names = self.names
+        modules: list[nn.Module] = []
         try:
             for part in self.parts:
                 module = modules[part.outer]._modules[part.name] if modules else block
-                modules.append(module)
-                if type(module) is not part.kind:
+                if module is None or type(module) is not part.kind:
                     return False
+                modules.append(module)
                 own = module.__dict__
                 if part.size is not None and len(own) != part.size:
                     return False

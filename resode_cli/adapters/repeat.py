@@ -30,12 +30,16 @@ def generators_kept() -> Iterator[None]:
     numpy = sys.modules.get("numpy")
     before = random.getstate(), numpy and numpy.random.get_state(legacy=False)
     try:
-        with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()):
+        with torch.random.fork_rng(range(torch.cuda.device_count()) if _on_cuda() else ()):
             yield
     finally:
         random.setstate(before[0])
         if numpy:
             numpy.random.set_state(before[1])
+
+
+def _on_cuda() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
 def generator_states() -> tuple[object, ...]:

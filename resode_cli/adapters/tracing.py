@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import FunctionType
 from typing import Any
 
@@ -92,11 +93,9 @@ def _untouched(module: nn.Module) -> Iterator[None]:
 
 
 class _Number(fx.Proxy):
-    """Stands for a number of the module's own."""
+    """Stands for a number of the module's own, and says so to what asks isinstance(x, float)."""
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
-        return float  # for what asks isinstance(x, float)
+    __class__ = property(lambda _: float)  # type: ignore[assignment]
 
 
 class _BlockTracer(fx.Tracer):
@@ -104,13 +103,13 @@ class _BlockTracer(fx.Tracer):
 
     def __init__(self) -> None:
         super().__init__()
-        self.ambient = _ambient()
+        self.ambient: tuple[bool, ...] = ()
         self.numbers: dict[str, fx.Proxy] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
-    def number(self, name: str) -> fx.Proxy:
+    def number(self, name: str, _: nn.Module) -> fx.Proxy:
         """The module's own number of that name, read where the graph reads it."""
         if name not in self.numbers:
             node = self.create_node("get_attr", name, (), {})
@@ -161,16 +160,16 @@ def _once(module: nn.Module, training: bool, own: list[str], *, ambient: bool) -
         probe.__dict__[name] = value
 
     # A shallow copy takes the constants that tracing finds; its class answers for the mode and the numbers.
-    tracer = None
+    tracer = _BlockTracer()
     probe = copy.copy(module)
-    answers = {name: property(lambda _, name=name: tracer.number(name)) for name in own}
+    answers = {name: property(partial(tracer.number, name)) for name in own}
     probe.__class__ = type(
         type(module).__name__, (type(module),), {"training": property(mode), "__setattr__": assign, **answers}
     )
     defaults = {p.name: p.default for p in others if p.default is not p.empty}
     try:
         with _as_ambient(ambient):
-            tracer = _BlockTracer()
+            tracer.ambient = _ambient()
             graph = tracer.trace(probe, concrete_args=defaults or None)
     except Exception as error:  # whatever a forward does with a symbol instead of a tensor
         reason = str(error).strip().splitlines()
