@@ -71,13 +71,16 @@ def convert(
         source = source_of(source)
     net = source.net.eval()
     batch = random_batch(source.preprocessing, images) if example is None else example
-    before = _logits(net, batch, str(source.spec))
+    with as_before(net):
+        before = _logits(net, batch, str(source.spec))
     trained = _outputs_in_training(net, batch)
-    found = find_stages(net, batch[:1])
+    with as_before(net):
+        found = find_stages(net, batch[:1])
     specs = stage_specs(found.stages, scheme=scheme, form=form)
     info = ModelInfo(source.spec, source.preprocessing, before.shape[1], left_out=tuple(found.left_out))
     model = assemble(net, specs, info).eval()
-    after = _logits(model, batch, "the converted network")
+    with as_before(model):
+        after = _logits(model, batch, "the converted network")
     changed = any(_changes_function(model, name) for name in model.stages)
     kind = "random images" if example is None else "images given"
     result = compare_logits(before, after, batch=f"{kind}, {batch.shape[-1]}×{batch.shape[-2]}", kept=not changed)

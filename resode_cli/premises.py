@@ -91,7 +91,7 @@ class Premises:
                     return False
                 if part.tensors is not None and part.tensors != _tensors_of(own):
                     return False
-                if part.erased and (has_hooks(module) or "forward" in own):
+                if part.erased and not runs_its_class(module):
                     return False
                 for name, seen in part.values:
                     if own[name] is not seen and not _is_as_seen(own[name], seen, names):
@@ -114,14 +114,22 @@ def _unknown() -> Premises:
     return Premises((_Part(0, "", type(None), None, None, ()),), frozenset(), (), ())
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module does more than its forward: by its own hooks, or those of all modules."""
+def _has_own_hooks(module: nn.Module) -> bool:
     own = module.__dict__
     return bool(
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    )
+
+
+def runs_its_class(module: nn.Module) -> bool:
+    """Whether calling the module means the forward of its class: no hook of its own, no forward of its own."""
+    return not _has_own_hooks(module) and "forward" not in module.__dict__
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its forward: by its own hooks, or those of all modules."""
+    return bool(
+        _has_own_hooks(module)
         or _modules_of_torch._global_forward_hooks
         or _modules_of_torch._global_forward_pre_hooks
         or _modules_of_torch._global_backward_hooks

@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 
 from ..errors import first_few
 from ..parts import BlockRule, Branch
-from ..premises import Restless, premises_of
+from ..premises import Restless, premises_of, runs_its_class
 from ..residual import GENERIC, LINEAR, activation_name
 from .tracing import NotTraceable, Trace, trace
 
@@ -224,6 +224,8 @@ def _read_trace(traced: Trace, block: nn.Module) -> Reading:
         return Reading(BlockRule(whole, GENERIC))
     passed = [node for term in last.args for node in _passed(term, children)]
     erased = frozenset(str(node.target) for node in (*after, *passed) if node.op == "call_module")
+    if not all(runs_its_class(children[path]) for path in erased):
+        return Reading(BlockRule(whole, GENERIC))
     output.args = (branches[0],)
     for node in (*after, last):
         graph.erase_node(node)

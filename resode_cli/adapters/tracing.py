@@ -7,7 +7,6 @@ of autograd or autocast than its caller's, which traced code would leave out.
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -161,7 +160,8 @@ def _once(module: nn.Module, training: bool, own: list[str], *, ambient: bool) -
 
     # A shallow copy takes the constants that tracing finds; its class answers for the mode and the numbers.
     tracer = _BlockTracer()
-    probe = copy.copy(module)
+    probe = type(module).__new__(type(module))
+    probe.__dict__.update(module.__dict__)
     answers = {name: property(partial(tracer.number, name)) for name in own}
     probe.__class__ = type(
         type(module).__name__, (type(module),), {"training": property(mode), "__setattr__": assign, **answers}
