@@ -119,7 +119,8 @@ def _check_in_training(expected: list[Tensor], model: OdeResNet, batch: Tensor, 
             raise ResodeError(
                 f"in train mode the converted network does not agree with {source}: what they return differs by"
                 f" {difference:.3g} (largest value {scale:.3g}), with equal random numbers; something outside its"
-                " blocks, such as a loop that skips some of them, does more when it trains; nothing was written"
+                " blocks, such as a loop that skips some of them, does more when it trains, or a block goes by what it"
+                " keeps from call to call; nothing was written"
             )
 
 

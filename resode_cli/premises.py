@@ -14,6 +14,7 @@ import random
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -175,7 +176,15 @@ def _part(
     live: set[str],
 ) -> _Part:
     own = module.__dict__
-    counting = [n for n in own if n not in _OWN and (not path or n in names or (path in erased and n == "approximate"))]
+    values = []
+    for name in own.keys() - _OWN:
+        if name in live and not path:
+            values.append((name, float))
+        elif name in names or (path in erased and name == "approximate"):  # a GELU's: which one it is
+            values.append((name, _as_seen(own[name], names)))
+        elif not path:  # named nowhere, but its name may have been put together
+            with suppress(Restless):
+                values.append((name, _as_seen(own[name], names)))
     outer, _, name = path.rpartition(".")
     return _Part(
         paths.index(outer),
@@ -183,7 +192,7 @@ def _part(
         type(module),
         _present(own["_modules"]) if path not in called else None,
         _tensors_of(own) if path not in called else None,
-        tuple((n, float if n in live and not path else _as_seen(own[n], names)) for n in counting),
+        tuple(values),
         path in erased,
         None if path else len(own),
     )
@@ -270,8 +279,6 @@ class _Search:
         self._holders: list[Any] = list(modules)
         self._known = {id(module) for module in block.modules()}
         self._note_methods(type(block), {"forward"})
-        for value in list(block.__dict__.values()):
-            self._meet(value)
         looked_at = -1
         while looked_at != (now := len(self.names) + len(self._holders)):
             looked_at = now

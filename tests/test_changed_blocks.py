@@ -18,10 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
 import resode_cli
-from resode_cli.adapters.reading import TracedBranch
-from resode_cli.errors import ResodeError
 from resode_cli.ode import Adjoint
-from resode_cli.transfer import deepen, tie, untie
 
 WIDTH = 12
 FLAGS = {"half": False}
@@ -140,14 +137,6 @@ class Counter(Block):
         return x + self.layer(x) / self.calls
 
 
-class Notes(Block):
-    """Keeps what it did in a dictionary."""
-
-    def forward(self, x):
-        self.table["n"] = self.table.get("n", 0) + 1
-        return x + self.layer(x) / self.table["n"]
-
-
 class TorchCoin(Block):
     def forward(self, x):
         if self.training and torch.rand(()) > 0.5:
@@ -163,15 +152,6 @@ class NumpyCoin(Block):
 class PythonCoin(Block):
     def forward(self, x):
         return x + self.layer(x) * (random.random() if self.training else 1.0)
-
-
-class OwnGenerator(Block):
-    def __init__(self) -> None:
-        super().__init__()
-        self.rng = numpy.random.default_rng(0)
-
-    def forward(self, x):
-        return x + self.layer(x) * float(self.rng.random())
 
 
 class Shape(Block):
@@ -322,13 +302,13 @@ CHANGES: list[tuple[type[Block], Callable[[nn.Module], object]]] = [
     (Decorated, sets("scale", 0.0)),
     (Undecorated, sets("scale", 0.0)),
     (Checkpointed, sets("act", nn.SiLU())),
-    *((kind, lambda block: None) for kind in (Counter, Notes, TorchCoin, NumpyCoin, PythonCoin, OwnGenerator, Shape)),
+    *((kind, lambda block: None) for kind in (Counter, TorchCoin, NumpyCoin, PythonCoin, Shape)),
     *((kind, lambda block: None) for kind in (WithoutGradient, ModeOfAChild, Environment)),
 ]
 names = [f"{kind.__name__}-{i}" for i, (kind, _) in enumerate(CHANGES)]
 each_change = pytest.mark.parametrize(("kind", "change"), CHANGES, ids=names)
 # What draws from a generator or counts is another function when it is evaluated again.
-NOT_REPEATED = (Counter, Notes, NumpyCoin, PythonCoin, OwnGenerator)
+NOT_REPEATED = (Counter, NumpyCoin, PythonCoin)
 
 
 def network(kind: type[nn.Module]) -> nn.Sequential:
@@ -369,7 +349,9 @@ def outcome(net: nn.Module, training: bool, *, gradients: bool = True) -> list[T
 
 
 def by_block(tensors: dict[str, nn.Parameter]) -> list[tuple[str, nn.Parameter]]:
-    return sorted((name.replace("2.3.", "3.").replace("2.2.", "2."), p) for name, p in tensors.items() if p.grad is not None)
+    return sorted(
+        (name.replace("2.3.", "3.").replace("2.2.", "2."), p) for name, p in tensors.items() if p.grad is not None
+    )
 
 
 def assert_alike(net: nn.Module, model: nn.Module, *, gradients: bool = True) -> None:
