@@ -19,7 +19,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,36 +40,43 @@ class Restless(Exception):
     """What forward looks at may be another at each call: a generator, an iterator, the clock."""
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A module of the block; the block itself is the first.
+class _Place(NamedTuple):
+    """Where a module of the block is: under its name in the module at place `outer`. The block itself is at place 0.
 
-    outer: place of the part that holds it, under its name.
-    children, tensors: the names of those that it holds, None where its own call decides about them.
-    values: the attributes that count, as `_as_seen` sees them; a number that the code reads itself by its type alone.
-    erased: whether the traced code leaves it out: what follows the addition, and identities.
-    size: how many attributes the block itself has.
+    first: the place where the same module is under its first name.
     """
 
     outer: int
     name: str
     kind: type
-    children: list[str] | None
-    tensors: list[str] | None
+    first: int
+
+
+class _Part(NamedTuple):
+    """What counts of the module at a place, beside its class.
+
+    names: of the children and tensors that it holds, None where its own call decides about them.
+    values: attributes, as `_as_seen` sees them; of a number that the code reads itself the type alone.
+    erased: whether the traced code leaves the module out: it follows the addition, or is an identity.
+    size: how many attributes the block itself has.
+    """
+
+    place: int
+    names: list[str] | None
     values: tuple[tuple[str, Any], ...]
-    erased: bool = False
-    size: int | None = None
+    erased: bool
+    size: int | None
 
 
 @dataclass(frozen=True, eq=False)
 class Premises:
     """What was found when a block was read. It may hold of another block too, a copy for instance.
 
-    parts: the modules whose classes and attributes counted.
     names: what the functions that were looked at name, which decides what counts of an object.
     outside: entries of dictionaries: of classes, and of the modules in which functions stand; cells: of closures.
     """
 
+    places: tuple[_Place, ...]
     parts: tuple[_Part, ...]
     names: frozenset[str]
     outside: tuple[tuple[Mapping[str, Any], str, Any], ...]
@@ -77,31 +84,30 @@ class Premises:
 
     def hold(self, block: nn.Module) -> bool:
         """Whether all that the reading rests on is as it was."""
-        names = self.names
         modules: list[nn.Module] = []
         try:
-            for part in self.parts:
-                module = modules[part.outer]._modules[part.name] if modules else block
-                if module is None or type(module) is not part.kind:
+            for outer, name, kind, first in self.places:
+                module = modules[outer]._modules[name] if modules else block
+                if module is None or type(module) is not kind:
                     return False
                 modules.append(module)
-                own = module.__dict__
-                if part.size is not None and len(own) != part.size:
+                if modules[first] is not module:
                     return False
-                if part.children is not None and part.children != _present(own["_modules"]):
+            for place, held, values, erased, size in self.parts:
+                own = modules[place].__dict__
+                if (size is not None and len(own) != size) or (held is not None and held != _held(own)):
                     return False
-                if part.tensors is not None and part.tensors != _tensors_of(own):
+                if erased and not runs_its_class(modules[place]):
                     return False
-                if part.erased and not runs_its_class(module):
-                    return False
-                for name, seen in part.values:
-                    if own[name] is not seen and not _is_as_seen(own[name], seen, names):
+                for name, seen in values:
+                    if own[name] is not seen and not _is_as_seen(own[name], seen, self.names):
                         return False
         except KeyError:
             return False
-        return all(_is_as_seen(table.get(name, _ABSENT), seen, names) for table, name, seen in self.outside) and all(
-            _is_as_seen(_content(cell), seen, names) for cell, seen in self.cells
-        )
+        for table, name, seen in self.outside:
+            if not _is_as_seen(table.get(name, _ABSENT), seen, self.names):
+                return False
+        return all(_is_as_seen(_content(cell), seen, self.names) for cell, seen in self.cells)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Premises:
         return self
@@ -112,7 +118,7 @@ class Premises:
 
 def _unknown() -> Premises:
     """Of a rule from another process: its block is read anew before it is used."""
-    return Premises((_Part(0, "", type(None), None, None, ()),), frozenset(), (), ())
+    return Premises((_Place(0, "", type(None), 0),), (), frozenset(), (), ())
 
 
 def _has_own_hooks(module: nn.Module) -> bool:
@@ -147,55 +153,50 @@ def premises_of(
     erased: paths of the modules that it leaves out. live: the block's own numbers that it reads when it runs.
     """
     called, erased, live = set(called), set(erased), set(live)
-    modules = {
-        path: module
-        for path, module in block.named_modules()
-        if not any(path.startswith(f"{outer}.") for outer in called - erased)
-    }
+    closed, paths, places, aliases = called - erased, dict[str, nn.Module](), list[_Place](), set[str]()
+    for path, module in block.named_modules(remove_duplicate=False):
+        outer, _, name = path.rpartition(".")
+        if path and (outer not in paths or outer in closed | aliases):
+            continue
+        first = next((known for known, other in paths.items() if other is module), path)
+        aliases |= {path} - {first}
+        paths[path] = module
+        order = list(paths)
+        places.append(_Place(order.index(outer), name, type(module), order.index(first)))
+    if any(_holds_twice(module) for path, module in paths.items() if path not in closed):
+        raise Restless("it holds a tensor under two names")  # of which a trace knows one
+    counting = {path: module for path, module in paths.items() if path not in aliases}
     try:
-        search = _Search(block, [module for path, module in modules.items() if path not in called])
+        search = _Search(block, [module for path, module in counting.items() if path not in called])
         parts = [
-            _part(path, list(modules), module, search.names, called - erased, erased, live)
-            for path, module in modules.items()
+            _Part(
+                list(paths).index(path),
+                None if path in closed else _held(module.__dict__),
+                tuple(_values(module, search.names, live if not path else set(), is_block=not path)),
+                path in erased,
+                None if path else len(module.__dict__),
+            )
+            for path, module in counting.items()
         ]
         tables = [*search.outside.values(), *((kind.__dict__, "forward") for kind in _forwards(block, erased))]
         outside = tuple((table, name, _as_seen(table[name], search.names)) for table, name in tables)
         cells = tuple((cell, _as_seen(_content(cell), search.names)) for cell in search.cells)
     except RecursionError as error:
         raise Restless("what it looks at holds itself") from error
-    return Premises(tuple(parts), frozenset(search.names), outside, cells)
+    parts = [part for part in parts if part[1:] != (None, (), False, None)]
+    return Premises(tuple(places), tuple(parts), frozenset(search.names), outside, cells)
 
 
-def _part(
-    path: str,
-    paths: list[str],
-    module: nn.Module,
-    names: set[str],
-    called: set[str],
-    erased: set[str],
-    live: set[str],
-) -> _Part:
+def _values(module: nn.Module, names: set[str], live: set[str], *, is_block: bool) -> Iterator[tuple[str, Any]]:
     own = module.__dict__
-    values = []
     for name in own.keys() - _OWN:
-        if name in live and not path:
-            values.append((name, float))
-        elif name in names or (path in erased and name == "approximate"):  # a GELU's: which one it is
-            values.append((name, _as_seen(own[name], names)))
-        elif not path:  # named nowhere, but its name may have been put together
+        if name in live:
+            yield name, float
+        elif name in names or name == "approximate":  # which GELU it is
+            yield name, _as_seen(own[name], names)
+        elif is_block:  # named nowhere, but its name may have been put together
             with suppress(Restless):
-                values.append((name, _as_seen(own[name], names)))
-    outer, _, name = path.rpartition(".")
-    return _Part(
-        paths.index(outer),
-        name,
-        type(module),
-        _present(own["_modules"]) if path not in called else None,
-        _tensors_of(own) if path not in called else None,
-        tuple(values),
-        path in erased,
-        None if path else len(own),
-    )
+                yield name, _as_seen(own[name], names)
 
 
 def _forwards(block: nn.Module, erased: Iterable[str]) -> set[type]:
@@ -204,12 +205,15 @@ def _forwards(block: nn.Module, erased: Iterable[str]) -> set[type]:
     return {kind for kind in kinds if "forward" in kind.__dict__}
 
 
-def _present(table: Mapping[str, Any]) -> list[str]:
-    return [name for name, value in table.items() if value is not None]
+def _held(own: Mapping[str, Any]) -> list[str]:
+    """The names of a module's children and tensors."""
+    tables = own["_modules"], own["_parameters"], own["_buffers"]
+    return [name for table in tables for name, value in table.items() if value is not None]
 
 
-def _tensors_of(own: Mapping[str, Any]) -> list[str]:
-    return _present(own["_parameters"]) + _present(own["_buffers"])
+def _holds_twice(module: nn.Module) -> bool:
+    tensors = [id(t) for table in (module._parameters, module._buffers) for t in table.values() if t is not None]
+    return len(set(tensors)) < len(tensors)
 
 
 def _content(cell: CellType) -> Any:

@@ -1,4 +1,4 @@
-"""Hooks on blocks and on what holds them, set before or after the conversion: they fire, and what they change counts."""
+"""Hooks on blocks and on what holds them, set before or after the conversion: they fire and count."""
 
 from __future__ import annotations
 

@@ -192,6 +192,26 @@ class Gained(Block):
         return x + self.gain * self.layer(x)
 
 
+class Shared(Block):
+    """One module under two names, which a trace knows by the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.again = self.act
+
+    def forward(self, x):
+        return self.again(x + self.layer(self.act(x)))
+
+
+class SharedGain(Gained):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = self.gain
+
+    def forward(self, x):
+        return x + self.gain * self.layer(x) + 0 * self.bias
+
+
 class Inner(Block):
     def forward(self, x):
         out = x
@@ -290,6 +310,9 @@ CHANGES: list[tuple[type[Block], Callable[[nn.Module], object]]] = [
     (Block, lambda block: prune.l1_unstructured(block.layer, "weight", 0.5)),
     (Gained, lambda block: prune.l1_unstructured(block, "gain", 0.5)),
     (Gained, lambda block: nn.utils.parametrize.register_parametrization(block, "gain", nn.Softplus(), unsafe=True)),
+    (Shared, sets("again", nn.SiLU())),
+    (Shared, sets("act", nn.SiLU())),
+    (SharedGain, lambda block: setattr(block, "gain", nn.Parameter(torch.zeros(WIDTH)))),
     (Inner, lambda block: block.inner.append(nn.Tanh())),
     (Inner, lambda block: block.inner.__setitem__(0, nn.Tanh())),
     (Block, lambda block: block.register_forward_hook(negated)),

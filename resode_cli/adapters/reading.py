@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import operator
 import re
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -79,6 +80,20 @@ def read_again(block: nn.Module, rule: BlockRule, *, as_branch: bool = False) ->
 
 def read(block: nn.Module) -> Reading:
     """What the block's forward says."""
+    for known in _recent:
+        if known.rule is not None and known.rule.premises is not None and known.rule.premises.hold(block):
+            return known
+    reading = _read(block)
+    if reading.rule is not None and reading.rule.premises is not None:
+        _recent.append(reading)
+    return reading
+
+
+# Blocks of one network are alike, and a reading holds of each for which all that it rests on is the same.
+_recent: deque[Reading] = deque(maxlen=8)
+
+
+def _read(block: nn.Module) -> Reading:
     try:
         first = trace(block, block.training)
         reading = _read_trace(first, block)

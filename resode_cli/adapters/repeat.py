@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -45,7 +46,8 @@ def _on_cuda() -> bool:
 def generator_states() -> tuple[object, ...]:
     """Where the generators on the host stand, to be compared."""
     numpy = sys.modules.get("numpy")
-    return random.getstate(), torch.get_rng_state().tolist(), numpy and str(numpy.random.get_state(legacy=False))
+    of_numpy = pickle.dumps(numpy.random.get_state(legacy=False)) if numpy else b""
+    return random.getstate(), torch.get_rng_state().tolist(), of_numpy
 
 
 @contextmanager
