@@ -152,7 +152,7 @@ class _Search:
                 block.train(training)
                 try:
                     expected = repeatable(lambda: block(kept.clone(), **further))
-                except ValueError:  # a norm that wants more values than one image has
+                except Exception:  # such as a norm that wants more values than one image has
                     if training:
                         break
                     raise

@@ -150,9 +150,14 @@ def runs_its_children(module: nn.Module) -> bool:
     if not children or type(module).__module__.startswith("torch.nn."):
         return False
     try:
-        before, *nodes, output = trace(module, module.training).graph.nodes
+        traced = trace(module, module.training)
+        if traced.mode_matters:
+            other = trace(module, not module.training).graph.python_code("self").src
+            if traced.graph.python_code("self").src != other:
+                return False
     except NotTraceable:
         return False
+    before, *nodes, output = traced.graph.nodes
     for node in nodes:
         if node.op != "call_module" or node.args != (before,) or node.kwargs:
             return False
