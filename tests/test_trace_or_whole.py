@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
 import random
 import time
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -22,6 +24,11 @@ from resode_cli.transfer import deepen, tie, untie
 
 WIDTH = 12
 COUNTER, LOG = itertools.count(), []
+FLAGS, FACTOR, SETTINGS = {"half": False}, 1.0, SimpleNamespace(factor=1.0)
+
+
+def doubled(x: Tensor) -> Tensor:
+    return 2 * x
 
 
 class Block(nn.Module):
@@ -279,12 +286,57 @@ def test_a_number_changed_between_forward_and_backward_is_an_error():
     loss.backward()
 
 
-def test_a_class_or_a_helper_patched_later_is_used(monkeypatch):
-    net = rows_of(Block(), Block())
+class Global(Block):
+    factor = 1.0
+
+    def forward(self, x):
+        return x + self.layer(x) * (0.5 if FLAGS["half"] else 1.0) * FACTOR * SETTINGS.factor * self.factor
+
+
+class Helper(Block):
+    def forward(self, x):
+        return x + doubled(self.layer(x))
+
+
+class Environment(Block):
+    def forward(self, x):
+        return x + self.layer(x) * float(os.environ.get("RESODE_FACTOR", "1"))
+
+
+def made_with(factor: float) -> type[Block]:
+    def forward(self, x):
+        return x + factor * self.layer(x)
+
+    def change():
+        nonlocal factor
+        factor = 3.0
+
+    return type("Closure", (Block,), {"forward": forward, "change": staticmethod(change)})
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        (Block, lambda patch: patch.setattr(Block, "forward", lambda self, x: x - self.layer(x))),
+        (Global, lambda patch: patch.setitem(FLAGS, "half", True)),
+        (Global, lambda patch: patch.setitem(globals(), "FACTOR", 3.0)),
+        (Global, lambda patch: patch.setattr(SETTINGS, "factor", 3.0)),
+        (Global, lambda patch: patch.setattr(Global, "factor", 3.0)),
+        (Helper, lambda patch: patch.setitem(globals(), "doubled", torch.sin)),
+        (Environment, lambda patch: patch.setenv("RESODE_FACTOR", "3")),
+        (made_with(0.5), lambda _: None),
+    ],
+    ids=["class", "dictionary", "global", "object", "class attribute", "function", "environment", "closure"],
+)
+def test_what_changes_outside_a_block_is_followed(kind, change, monkeypatch):
+    net = rows_of(kind(), kind())
     model, _ = resode_cli.convert(copy.deepcopy(net), example=grey())
+    before = net(grey())
+    assert torch.equal(model(grey()), before)
+    change(monkeypatch)
+    getattr(kind, "change", lambda: None)()
     assert torch.equal(model(grey()), net(grey()))
-    monkeypatch.setattr(Block, "forward", lambda self, x: x - self.layer(x))
-    assert torch.equal(model(grey()), net(grey()))
+    assert not torch.equal(net(grey()), before)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
