@@ -18,7 +18,9 @@ Result = TypeVar("Result")
 def repeatable(run: Callable[[], Result], seed: int = 0) -> Result:
     """What `run` returns with freshly seeded generators of torch, numpy and Python; these are put back."""
     with generators_kept():
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
+        if _on_cuda():  # else `torch.manual_seed` would seed the devices for good, once they are used
+            torch.cuda.manual_seed_all(seed)
         random.seed(seed)
         if numpy := sys.modules.get("numpy"):
             numpy.random.seed(seed)
