@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .adapters.discover import find_stages
+from .adapters.repeat import as_before, repeatable
 from .adapters.sources import source_of
+from .arguments import tensors_in
 from .errors import ResodeError, unknown
 from .model import ModelInfo, OdeResNet, assemble
 from .ode import SCHEMES
@@ -69,12 +71,16 @@ def convert(
         source = source_of(source)
     net = source.net.eval()
     batch = random_batch(source.preprocessing, images) if example is None else example
-    before = _logits(net, batch, str(source.spec))
-    found = find_stages(net, batch[:1])
+    with as_before(net):
+        before = _logits(net, batch, str(source.spec))
+    trained = _outputs_in_training(net, batch)
+    with as_before(net):
+        found = find_stages(net, batch[:1])
     specs = stage_specs(found.stages, scheme=scheme, form=form)
     info = ModelInfo(source.spec, source.preprocessing, before.shape[1], left_out=tuple(found.left_out))
     model = assemble(net, specs, info).eval()
-    after = _logits(model, batch, "the converted network")
+    with as_before(model):
+        after = _logits(model, batch, "the converted network")
     changed = any(_changes_function(model, name) for name in model.stages)
     kind = "random images" if example is None else "images given"
     result = compare_logits(before, after, batch=f"{kind}, {batch.shape[-1]}×{batch.shape[-2]}", kept=not changed)
@@ -84,7 +90,39 @@ def convert(
             f"the converted network does not agree with {source.spec}:"
             f" logits differ by {result.max_difference:.3g} (largest logit {scale:.3g}); nothing was written"
         )
+    if not changed and trained is not None:
+        _check_in_training(trained, model, batch, str(source.spec))
     return model, result
+
+
+def _outputs_in_training(net: nn.Module, batch: Tensor) -> list[Tensor] | None:
+    """What the network returns in train mode, with random numbers that come again. It is left as it was.
+
+    None where it does not run on this batch, as where norms want more values than there are.
+    """
+    with as_before(net), torch.no_grad():
+        net.train()
+        try:
+            return tensors_in(repeatable(lambda: net(batch)))
+        except Exception:  # whatever a network of one's own raises
+            return None
+
+
+def _check_in_training(expected: list[Tensor], model: OdeResNet, batch: Tensor, source: str) -> None:
+    """Raises ResodeError if the converted network does not do in train mode what its source did."""
+    found = _outputs_in_training(model, batch)
+    if found is None or len(found) != len(expected):
+        raise ResodeError(f"in train mode {source} runs, but the converted network does not; nothing was written")
+    for a, b in zip(expected, found, strict=True):
+        scale = max(float(a.abs().max()), 1.0)
+        difference = float((a - b).abs().max())
+        if not difference <= ROUNDING * scale:
+            raise ResodeError(
+                f"in train mode the converted network does not agree with {source}: what they return differs by"
+                f" {difference:.3g} (largest value {scale:.3g}), with equal random numbers; something outside its"
+                " blocks, such as a loop that skips some of them, does more when it trains, or a block goes by what it"
+                " keeps from call to call; nothing was written"
+            )
 
 
 def check_rule(scheme: str, form: str) -> None:

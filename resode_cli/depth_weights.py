@@ -74,7 +74,7 @@ def step_blocks(stage: OdeStage) -> list[nn.Module]:
     for b, w in zip(spec.schedule, spec.blends, strict=True):
         module = stage.blocks[b]
         if w:
-            module = copy.deepcopy(stage.blocks[b if w < 0.5 else b + 1])
+            module = copy.deepcopy(module)  # in all but tensors the block that its name in a file tells to build
             states = [stage.blocks[k].state_dict() for k in (b, b + 1)]
             module.load_state_dict(_mean(states, [1 - w, w], spec.name))
         modules.append(module)
@@ -98,7 +98,7 @@ def tied_with_norms(stage: OdeStage, shared: nn.Module, steps: Sequence[nn.Modul
         raise UsageError(f"the blocks of stage {stage.spec.name} have no norms to keep; tie them without")
     spec = stage.spec
     modules = [copy.deepcopy(step) for step in steps]
-    modules[0] = _with_norms_of(shared, steps[0])
+    modules[0] = _with_layers_of(shared, steps[0])
     for module in modules[1:]:
         share_layers(module, modules[0])
     blocks = named([spec.blocks[b].origin for b in spec.schedule])
@@ -107,10 +107,11 @@ def tied_with_norms(stage: OdeStage, shared: nn.Module, steps: Sequence[nn.Modul
     return rebuilt(stage, own, modules, [stage.rules[b] for b in spec.schedule])
 
 
-def _with_norms_of(module: nn.Module, other: nn.Module) -> nn.Module:
-    module = copy.deepcopy(module)
+def _with_layers_of(shared: nn.Module, step: nn.Module) -> nn.Module:
+    """A copy of the step's block with all of `shared` but its norms."""
+    module = copy.deepcopy(step)
     norms = norm_names(module)
-    module.load_state_dict({n: t for n, t in other.state_dict().items() if n in norms}, strict=False)
+    module.load_state_dict({n: t for n, t in shared.state_dict().items() if n not in norms}, strict=False)
     return module
 
 

@@ -90,6 +90,8 @@ class OdeResNet(nn.Module):
         compilation = self.stages[name].compilation
         if compilation is not None and stage.compilation is None:
             stage.compile_branch(**compilation.options)
+        if stage is not self.stages[name]:
+            take_hooks(stage, self.stages[name])
         self.net = _with_submodule(self.net, self.paths[name], stage)
 
     def use_adjoint(self, adjoint: Adjoint | Mapping[str, Adjoint]) -> None:
@@ -226,6 +228,7 @@ def assemble(net: nn.Module, specs: Sequence[StageSpec], info: ModelInfo) -> Ode
         is_whole = {first, *others} == set(children) and not isinstance(container, nn.ModuleList)
         if is_whole and runs_its_children(container):
             paths[spec.name] = spec.container
+            take_hooks(stage, container)
             net = _with_submodule(net, spec.container, stage)
             continue
         # The stage takes the first one's place. The others stay, emptied, for what counts or indexes them.
@@ -241,6 +244,13 @@ def assemble(net: nn.Module, specs: Sequence[StageSpec], info: ModelInfo) -> Ode
                 if hasattr(owner, method):
                     owner.__dict__[method] = partial(_refuse_features, spec.name)
     return OdeResNet(net, paths, info)
+
+
+def take_hooks(module: nn.Module, other: nn.Module) -> None:
+    """Let `module`, which takes the place of another, take its hooks too. Their handles go on removing them."""
+    for name, hooks in other.__dict__.items():
+        if name in module.__dict__ and "_hook" in name and (hooks or not module.__dict__[name]):
+            module.__dict__[name] = hooks
 
 
 class _Emptied(nn.Identity):

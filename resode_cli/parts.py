@@ -7,15 +7,21 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from .premises import Premises
+
 Branch = Callable[[nn.Module, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class BlockRule:
-    """How to read a block: its branch g and what follows the addition (see residual.py)."""
+    """How to read a block: its branch g and what follows the addition (see residual.py).
+
+    premises: what that rests on beside the block's tensors; None for a block that is called as it is.
+    """
 
     branch: Branch
     activation: str
+    premises: Premises | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,14 @@ x: state (B, C, H, W); g: the block's branch; a: the activation after the additi
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import UsageError, unknown
+from .errors import ResodeError, UsageError, unknown
 from .ode import Residual
 from .sharing import tensors_of
 
@@ -58,14 +58,22 @@ class BlockResidual(Residual):
 
     branch: g, as a function of the block's module and the state; for a generic block, B itself.
     activation: the name of what follows the addition, 'linear' or 'generic'.
+    numbers: the values of the attributes that the branch reads as numbers (`scale = 0.5`), now. The backward pass
+        evaluates r again, and must find them the same.
     """
 
     module: nn.Module
     branch: Callable[[nn.Module, Tensor], Tensor]
     activation: str
     form: Form = "exact"
+    numbers: dict[str, Any] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        names = getattr(self.branch, "numbers", ())
+        object.__setattr__(self, "numbers", {name: getattr(self.module, name) for name in names})
 
     def __call__(self, x: Tensor) -> Tensor:
+        self._check_numbers()
         if self.activation == GENERIC:
             return self.branch(self.module, x) - x
         if self.activation == LINEAR:
@@ -82,11 +90,22 @@ class BlockResidual(Residual):
 
     def step(self, x: Tensor, h: float) -> Tensor:
         """x + h r(x). At h = 1 that is the block itself, computed so to the last bit."""
+        self._check_numbers()
         if h == 1.0 and self.activation == GENERIC:
             return self.branch(self.module, x).to(x.dtype)  # autocast may have lowered it
         if h == 1.0 and self.activation != LINEAR and self.form == "exact":
             return ACTIVATIONS[self.activation](x + self.branch(self.module, x))
         return torch.add(x, self(x), alpha=h)
+
+    def _check_numbers(self) -> None:
+        if not self.numbers or torch.compiler.is_compiling():
+            return
+        changed = [name for name, value in self.numbers.items() if getattr(self.module, name) != value]
+        if changed:
+            raise ResodeError(
+                f"{changed[0]} of block {type(self.module).__name__} was changed between the forward pass and its"
+                " backward pass, which evaluates the block again; run backward first"
+            )
 
 
 class BlendedResidual(Residual):

@@ -12,12 +12,14 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
+from .adapters.reading import read_again, whole
 from .arguments import WithArguments, further_arguments, tensors_in
 from .compilation import Compilation, CompiledResidual
 from .errors import ResodeError, UsageError, first_few
 from .ode import SCHEMES, Adjoint, Evaluator, Field, Monitor, Residual, solve, trajectory
 from .parts import BlockRule
-from .residual import ACTIVATIONS, BlendedResidual, BlockResidual, Form, check_form
+from .premises import has_hooks
+from .residual import ACTIVATIONS, GENERIC, LINEAR, BlendedResidual, BlockResidual, Form, check_form
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,16 @@ class OdeStage(nn.Module):
     The state (B, C, H, W) is float32 under autocast, whatever dtype the branches compute in.
     Children keep the names they have in the source network, so parameters do too.
 
+    The stage holds its blocks, `stage.blocks`, and runs the code of their branches, as read from their forward. It
+    looks again at each call: numbers of a block's own are read as they are then, and a block that has changed
+    otherwise since it was read, in an attribute, a child, a function that its forward uses, is called itself.
+
+    Hooks on a block fire whenever it is evaluated: under the adjoint methods other than 'backprop' in the backward
+    pass too, as `torch.utils.checkpoint` has it, and in the forward pass without a gradient then. Where steps have
+    weights of their own, linear in depth, those of the lower of two blocks fire.
+
     adjoint: the method of the backward pass; see `resode_cli.ode.METHODS`.
+    rules: how each block is run, as found when the stage last ran.
     monitor: what the last passes did (drift, evaluations).
     compilation: the compiled residual functions, if the steps run compiled.
     further: what the blocks were called with beside the state, the last time that the stage ran: for looks at
@@ -129,14 +140,10 @@ class OdeStage(nn.Module):
         super().__init__()
         for name, module in transition.items():
             self._add(name, module)
-        for block, module, rule in zip(spec.blocks, blocks, rules, strict=True):
-            check_form(spec.form, rule.activation, f"{spec.name}.{block.origin}")
+        for block, module in zip(spec.blocks, blocks, strict=True):
             self._add(block.name, module)
-        if spec.form == "pre" and len({rule.activation for rule in rules}) > 1:
-            endings = ", ".join(f"{b.origin}: {rule.activation}" for b, rule in zip(spec.blocks, rules, strict=True))
-            raise UsageError(f"form 'pre' needs blocks that end alike, but those of {spec.name} do not ({endings})")
         self.spec = spec
-        self.rules = tuple(rules)
+        self.rules = self._checked(rules)
         self.adjoint = Adjoint("backprop")
         self.monitor = Monitor()
         self.compilation: Compilation | None = None
@@ -147,6 +154,28 @@ class OdeStage(nn.Module):
         if hasattr(self, name):
             raise ResodeError(f"the block name {name!r} clashes with another block or an attribute of a stage")
         self.add_module(name, module)
+
+    def _checked(self, rules: Sequence[BlockRule]) -> tuple[BlockRule, ...]:
+        """The rules, if the stage's form suits them."""
+        spec = self.spec
+        for block, rule in zip(spec.blocks, rules, strict=True):
+            check_form(spec.form, rule.activation, f"{spec.name}.{block.origin}")
+        if spec.form == "pre" and len({rule.activation for rule in rules}) > 1:
+            endings = ", ".join(f"{b.origin}: {rule.activation}" for b, rule in zip(spec.blocks, rules, strict=True))
+            raise UsageError(f"form 'pre' needs blocks that end alike, but those of {spec.name} do not ({endings})")
+        return tuple(rules)
+
+    def _look_again(self, blocks: Sequence[nn.Module]) -> None:
+        """Read anew the blocks that are no longer what their rules rest on."""
+        rules = [
+            rule if rule.premises is None or rule.premises.hold(block) else self._read_again(block, rule)
+            for block, rule in zip(blocks, self.rules, strict=True)
+        ]
+        if any(new is not old for new, old in zip(rules, self.rules, strict=True)):
+            self.rules = self._checked(rules)
+
+    def _read_again(self, block: nn.Module, rule: BlockRule) -> BlockRule:
+        return read_again(block, rule, as_branch=self.spec.form == "pre" and rule.activation != LINEAR)
 
     @property
     def blocks(self) -> tuple[nn.Module, ...]:
@@ -173,10 +202,25 @@ class OdeStage(nn.Module):
                 f"stage {self.spec.name} takes {first_few(self.spec.further) or 'nothing'} beside the state,"
                 f" but was given {first_few(list(given)) or 'nothing'}"
             )
+        blocks = self.blocks
+        if not torch.compiler.is_dynamo_compiling():  # dynamo guards what it sees by itself
+            self._look_again(blocks)
         return tuple(
-            BlockResidual(module, WithArguments(given) if given else rule.branch, rule.activation, self.spec.form)
-            for module, rule in zip(self.blocks, self.rules, strict=True)
+            self._residual(name.origin, block, rule, given)
+            for name, block, rule in zip(self.spec.blocks, blocks, self.rules, strict=True)
         )
+
+    def _residual(self, name: str, block: nn.Module, rule: BlockRule, given: Mapping[str, Any]) -> BlockResidual:
+        if given:
+            return BlockResidual(block, WithArguments(given), rule.activation, self.spec.form)
+        if rule.activation == GENERIC or not has_hooks(block):
+            return BlockResidual(block, rule.branch, rule.activation, self.spec.form)
+        if self.spec.form == "pre" and rule.activation != LINEAR:
+            raise ResodeError(
+                f"block {self.spec.name}.{name} has hooks, but in form 'pre' only its branch runs, never the block;"
+                " put them on its children, or convert with form 'exact'"
+            )
+        return BlockResidual(block, whole, GENERIC, self.spec.form)  # only the block itself calls them
 
     def field(self, further: Mapping[str, Any] | None = None) -> Field:
         """What the engine runs: the residual functions, compiled if the stage is, and the schedule."""
@@ -187,7 +231,11 @@ class OdeStage(nn.Module):
             residuals, schedule = self._blended(blocks), tuple(range(self.spec.depth))
         if self.compilation is not None:
             replayed = self.adjoint.method != "backprop"
-            residuals = tuple(CompiledResidual(r, self.compilation, replayed=replayed) for r in residuals)
+            # Compiled code keeps the hooks that it was compiled with, so blocks that have any run as they are.
+            residuals = tuple(
+                r if has_hooks(r.module) else CompiledResidual(r, self.compilation, replayed=replayed)
+                for r in residuals
+            )
         return Field(residuals, schedule, self.spec.step_size)
 
     def _blended(self, knots: tuple[BlockResidual, ...]) -> tuple[Residual, ...]:

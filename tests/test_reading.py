@@ -244,11 +244,14 @@ def test_a_branch_follows_the_block_that_it_is_given():
 
 def test_blocks_of_equal_code_share_their_branch_and_others_do_not():
     first, second, third = Functions(), Functions(), Functions()
-    third.scale = 0.25
-    a, b, c = (read(block).rule for block in (first, second, third))
-    assert a == b != c
+    third.scale = 0.25  # the code reads it
+    a, b, c, d = (read(block).rule for block in (first, second, third, Methods()))
+    assert a == b == c != d
     x = torch.randn(2, WIDTH)
-    assert torch.equal(2 * residual(third).branch(first, x), residual(first).branch(first, x))
+    twice = residual(first).branch(third, x)
+    first.scale = 0.25
+    assert torch.equal(residual(third).branch(first, x) / 0.25, first.layer(x).tanh())
+    assert torch.equal(twice / 0.25, third.layer(x).tanh())
 
 
 @pytest.mark.parametrize("kind", [Functions, OwnDropout, Mish])

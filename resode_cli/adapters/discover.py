@@ -24,8 +24,10 @@ from torch import Tensor, nn
 from ..arguments import WithArguments, equal, tensors_in
 from ..errors import ResodeError
 from ..parts import BlockRule, StageParts
+from ..premises import has_hooks
 from ..residual import ACTIVATIONS, GENERIC, BlockResidual
 from .reading import Reading, is_plain_sequence, read, runs_its_children, whole
+from .repeat import as_before, repeatable
 from .watch import Watch, watch
 
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -141,20 +143,27 @@ class _Search:
         assert rule is not None
         if x.is_meta:  # no values to compare: the structure alone is asked for
             return reading
-        branch = WithArguments(further) if further else rule.branch
-        kept, training = x.clone(), {m: m.training for m in block.modules()}
-        block.eval()
-        try:
-            with torch.no_grad():
-                found = BlockResidual(block, branch, rule.activation).step(x, 1.0)
-                expected = block(kept.clone(), **further)
-        finally:
-            for module, mode in training.items():
-                module.training = mode
-        if not torch.equal(x, kept):
-            return Reading(None, "writes to its input", near=True)
-        if not torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())):
-            return Reading(None, "does more than its own forward says", near=True)
+        if has_hooks(block):  # only the block itself calls them
+            rule = BlockRule(whole, GENERIC)
+        residual = BlockResidual(block, WithArguments(further) if further else rule.branch, rule.activation)
+        kept = x.clone()
+        with as_before(block), torch.no_grad():
+            for training in (False, True):
+                block.train(training)
+                try:
+                    expected = repeatable(lambda: block(kept.clone(), **further))
+                except Exception:  # such as a norm that wants more values than one image has
+                    if training:
+                        break
+                    raise
+                found = repeatable(lambda: residual.step(x, 1.0))
+                if not torch.equal(x, kept):
+                    return Reading(None, "writes to its input", near=True)
+                if rule.branch is whole and not further:  # the block itself, which may count, or draw from its own
+                    continue
+                if not torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())):
+                    mode = " in train mode" if training else ""
+                    return Reading(None, f"does more{mode} than its own forward says", near=True)
         return reading
 
     def _passes_zero_test(self, block: nn.Module) -> bool:

@@ -9,12 +9,11 @@ The traced code runs on the block itself: its children are called as they are, i
 
 from __future__ import annotations
 
-import copy
-import inspect
 import operator
 import re
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -25,7 +24,9 @@ from torch import Tensor, fx, nn
 
 from ..errors import first_few
 from ..parts import BlockRule, Branch
+from ..premises import Restless, premises_of, runs_its_class
 from ..residual import GENERIC, LINEAR, activation_name
+from .tracing import NotTraceable, Trace, trace
 
 _ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 # Activations for which no residual formula is known: blocks that end in one are steps taken as a whole.
@@ -41,6 +42,7 @@ class Reading:
     near: it comes near enough to one for the reason to be of interest.
     adds: its own forward adds something, as that of a mere container of blocks does not.
     untraceable: what its forward does cannot be told.
+    basis: what the traced code of its rule made of the block, if it has any.
     """
 
     rule: BlockRule | None
@@ -48,15 +50,12 @@ class Reading:
     near: bool = False
     adds: bool = False
     untraceable: bool = False
+    basis: _Basis | None = field(default=None, repr=False)
 
     @property
     def unclear(self) -> bool:
         """Whether only a run of the block can tell."""
         return self.rule is None and (self.adds or self.untraceable)
-
-
-class _NotTraceable(Exception):
-    pass
 
 
 def whole(block: nn.Module, x: Tensor) -> Tensor:
@@ -69,24 +68,71 @@ def read_rule(block: nn.Module) -> BlockRule:
     return read(block).rule or BlockRule(whole, GENERIC)
 
 
+def read_again(block: nn.Module, rule: BlockRule, *, as_branch: bool = False) -> BlockRule:
+    """The rule of a block for which the premises of its rule no longer hold.
+
+    Another reading was never compared with the block, so the block is called instead, which is right in any case,
+    unless its branch is needed (`as_branch`).
+    """
+    again = read_rule(block)
+    return again if as_branch or again == rule else BlockRule(whole, GENERIC)
+
+
 def read(block: nn.Module) -> Reading:
     """What the block's forward says."""
+    for known in _recent:
+        if known.rule is not None and known.rule.premises is not None and known.rule.premises.hold(block):
+            return known
+    reading = _read(block)
+    if reading.rule is not None and reading.rule.premises is not None:
+        _recent.append(reading)
+    return reading
+
+
+# Blocks of one network are alike, and a reading holds of each for which all that it rests on is the same.
+_recent: deque[Reading] = deque(maxlen=8)
+
+
+def _read(block: nn.Module) -> Reading:
     try:
-        graph, mode_matters = _trace(block, block.training)
-        reading = _read_graph(graph, block)
-        if not mode_matters or reading.rule is None:
+        first = trace(block, block.training)
+        reading = _read_trace(first, block)
+        if not first.mode_matters or reading.rule is None:
             return reading
-        other = _read_graph(_trace(block, not block.training)[0], block)
-    except _NotTraceable as error:
+        other = _read_trace(trace(block, not block.training), block)
+    except NotTraceable as error:
         return Reading(None, f"cannot be traced ({error})", untraceable=True)
     here, there = reading.rule, other.rule or BlockRule(whole, GENERIC)
-    if here == there:
-        return reading
     if here.activation != there.activation or not isinstance(here.branch, TracedBranch):
         return Reading(BlockRule(whole, GENERIC))
-    assert isinstance(there.branch, TracedBranch)
-    first, second = (here.branch, there.branch) if block.training else (there.branch, here.branch)
-    return Reading(BlockRule(ByMode(first, second), here.activation))
+    assert isinstance(there.branch, TracedBranch) and reading.basis is not None and other.basis is not None
+    branches = (here.branch, there.branch) if block.training else (there.branch, here.branch)
+    return _founded(
+        block,
+        BlockRule(here.branch if here == there else ByMode(*branches), here.activation),
+        reading.basis.and_of(other.basis),
+    )
+
+
+@dataclass(frozen=True)
+class _Basis:
+    """What traced code made of a block's modules and numbers; the arguments of `premises_of`."""
+
+    called: frozenset[str]
+    erased: frozenset[str]
+    live: frozenset[str]
+
+    def and_of(self, other: _Basis) -> _Basis:
+        return _Basis(self.called & other.called, self.erased | other.erased, self.live & other.live)
+
+
+def _founded(block: nn.Module, rule: BlockRule, basis: _Basis) -> Reading:
+    """The reading with the premises of its rule, or with the block as a whole where they cannot be told."""
+    try:
+        premises = premises_of(block, called=basis.called, erased=basis.erased, live=basis.live)
+    except Restless:
+        return Reading(BlockRule(whole, GENERIC))
+    return Reading(replace(rule, premises=premises), basis=basis)
 
 
 def is_plain_sequence(module: nn.Module) -> bool:
@@ -104,10 +150,14 @@ def runs_its_children(module: nn.Module) -> bool:
     if not children or type(module).__module__.startswith("torch.nn."):
         return False
     try:
-        graph, _ = _trace(module, module.training)
-    except _NotTraceable:
+        traced = trace(module, module.training)
+        if traced.mode_matters:
+            other = trace(module, not module.training).graph.python_code("self").src
+            if traced.graph.python_code("self").src != other:
+                return False
+    except NotTraceable:
         return False
-    before, *nodes, output = graph.nodes
+    before, *nodes, output = traced.graph.nodes
     for node in nodes:
         if node.op != "call_module" or node.args != (before,) or node.kwargs:
             return False
@@ -120,10 +170,12 @@ class TracedBranch:
     """A branch as generated code.
 
     scope: what the code's names mean: functions, and modules by name.
+    numbers: the attributes of the block that it reads as numbers.
     """
 
     source: str
     scope: tuple[tuple[str, Any], ...]
+    numbers: tuple[str, ...] = ()
     run: Branch = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -136,13 +188,13 @@ class TracedBranch:
         return g if g.shape == x.shape else g.expand_as(x)  # what is added may be one number per channel
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _traced_branch, (self.source, self.scope)
+        return _traced_branch, (self.source, self.scope, self.numbers)
 
 
 @cache
-def _traced_branch(source: str, scope: tuple[tuple[str, Any], ...]) -> TracedBranch:
+def _traced_branch(source: str, scope: tuple[tuple[str, Any], ...], numbers: tuple[str, ...] = ()) -> TracedBranch:
     """The same object for equal code: torch.compile shares its graphs between blocks that share their branch."""
-    return TracedBranch(source, scope)
+    return TracedBranch(source, scope, numbers)
 
 
 @dataclass(frozen=True)
@@ -152,67 +204,18 @@ class ByMode:
     training: TracedBranch
     evaluating: TracedBranch
 
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """The attributes of the block that the code reads as numbers, in either mode."""
+        return tuple(dict.fromkeys((*self.training.numbers, *self.evaluating.numbers)))
+
     def __call__(self, block: nn.Module, x: Tensor) -> Tensor:
         return (self.training if block.training else self.evaluating)(block, x)
 
 
-class _BlockTracer(fx.Tracer):
-    proxy_buffer_attributes = True  # what is done to the block's own buffers is part of the code, and not done now
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-
-def _trace(block: nn.Module, training: bool) -> tuple[fx.Graph, bool]:
-    """The graph of a block's own forward of one tensor, and whether it looked at its mode."""
-    arguments = inspect.signature(block.forward).parameters.values()
-    others = list(arguments)[1:]
-    if any(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in others):
-        raise _NotTraceable("its forward takes more than the state")
-    asked: list[bool] = []
-
-    def mode(_: nn.Module) -> bool:
-        asked.append(True)
-        return training
-
-    def assign(module: nn.Module, name: str, value: object) -> None:
-        if not name.startswith("_tensor_constant"):
-            raise _NotTraceable(f"it sets its attribute {name}")  # which the traced code would leave out
-        module.__dict__[name] = value
-
-    # A shallow copy takes the constants that tracing finds; its class answers for the mode.
-    probe = copy.copy(block)
-    probe.__class__ = type(type(block).__name__, (type(block),), {"training": property(mode), "__setattr__": assign})
-    defaults = {p.name: p.default for p in others if p.default is not p.empty}
-    try:
-        graph = _BlockTracer().trace(probe, concrete_args=defaults or None)
-    except Exception as error:  # whatever a forward does with a symbol instead of a tensor
-        reason = str(error).strip().splitlines()
-        raise _NotTraceable(reason[0] if reason else type(error).__name__) from error
-    _drop_defaults(graph)
-    return graph, bool(asked)
-
-
-def _drop_defaults(graph: fx.Graph) -> None:
-    """Remove the arguments that keep their defaults, and the checks that they do."""
-    _, *others = [node for node in graph.nodes if node.op == "placeholder"]
-    for node in others:
-        for user in _all_users(node):
-            graph.erase_node(user)
-        graph.erase_node(node)
-
-
-def _all_users(node: fx.Node) -> list[fx.Node]:
-    """The nodes that depend on a node, the last first."""
-    found: dict[fx.Node, None] = {}
-    for user in node.users:
-        found |= dict.fromkeys([*_all_users(user), user])
-    return list(found)
-
-
-def _read_graph(graph: fx.Graph, block: nn.Module) -> Reading:
-    """The reading of a traced forward. Uses the graph up."""
-    children = dict(block.named_modules())
+def _read_trace(traced: Trace, block: nn.Module) -> Reading:
+    """The reading of a traced forward. Uses its graph up."""
+    graph, children = traced.graph, dict(block.named_modules())
     x, output = next(iter(graph.nodes)), list(graph.nodes)[-1]
     last = output.args[0]
     if not isinstance(last, fx.Node):
@@ -239,6 +242,10 @@ def _read_graph(graph: fx.Graph, block: nn.Module) -> Reading:
     read_again = any(len(node.users) > 1 for node in (last, *after))
     if activation == GENERIC or len(terms) > 2 or len(branches) != 1 or read_again:
         return Reading(BlockRule(whole, GENERIC))
+    passed = [node for term in last.args for node in _passed(term, children)]
+    erased = frozenset(str(node.target) for node in (*after, *passed) if node.op == "call_module")
+    if not all(runs_its_class(children[path]) for path in erased):
+        return Reading(BlockRule(whole, GENERIC))
     output.args = (branches[0],)
     for node in (*after, last):
         graph.erase_node(node)
@@ -249,7 +256,11 @@ def _read_graph(graph: fx.Graph, block: nn.Module) -> Reading:
     code = graph.python_code("self")
     used = set(re.findall(r"\w+", code.src))
     scope = ((k, v.__name__ if isinstance(v, ModuleType) else v) for k, v in code.globals.items() if k in used)
-    return Reading(BlockRule(_traced_branch(code.src, tuple(scope)), activation))
+    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    numbers = tuple(name for name in traced.live if name in read)
+    called = frozenset(str(node.target) for node in graph.nodes if node.op == "call_module")
+    rule = BlockRule(_traced_branch(code.src, tuple(scope), numbers), activation)
+    return _founded(block, rule, _Basis(called, erased, frozenset(traced.live)))
 
 
 def _is_identity(node: fx.Node, children: dict[str, nn.Module]) -> bool:
@@ -261,9 +272,17 @@ def _is_identity(node: fx.Node, children: dict[str, nn.Module]) -> bool:
 
 def _behind(node: Any, children: dict[str, nn.Module]) -> Any:
     """The node itself, or what identities were applied to."""
+    passed = _passed(node, children)
+    return passed[-1].args[0] if passed else node
+
+
+def _passed(node: Any, children: dict[str, nn.Module]) -> list[fx.Node]:
+    """The identities that a node ends in, the last first."""
+    found = []
     while isinstance(node, fx.Node) and _is_identity(node, children):
+        found.append(node)
         node = node.args[0]
-    return node
+    return found
 
 
 def _is_addition(node: fx.Node) -> bool:

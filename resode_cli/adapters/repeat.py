@@ -1,0 +1,80 @@
+"""Run a network to look at it: with random numbers that come again, and without a trace in it."""
+
+from __future__ import annotations
+
+import pickle
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+Result = TypeVar("Result")
+
+
+def repeatable(run: Callable[[], Result], seed: int = 0) -> Result:
+    """What `run` returns with freshly seeded generators of torch, numpy and Python; these are put back."""
+    with generators_kept():
+        torch.default_generator.manual_seed(seed)
+        if _on_cuda():  # else `torch.manual_seed` would seed the devices for good, once they are used
+            torch.cuda.manual_seed_all(seed)
+        random.seed(seed)
+        if numpy := sys.modules.get("numpy"):
+            numpy.random.seed(seed)
+        return run()
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Put back the generators of torch on all devices, of numpy and of Python."""
+    numpy = sys.modules.get("numpy")
+    before = random.getstate(), numpy and numpy.random.get_state(legacy=False)
+    try:
+        with torch.random.fork_rng(range(torch.cuda.device_count()) if _on_cuda() else ()):
+            yield
+    finally:
+        random.setstate(before[0])
+        if numpy:
+            numpy.random.set_state(before[1])
+
+
+def _on_cuda() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
+def generator_states() -> tuple[object, ...]:
+    """Where the generators on the host stand, to be compared."""
+    numpy = sys.modules.get("numpy")
+    of_numpy = pickle.dumps(numpy.random.get_state(legacy=False)) if numpy else b""
+    return random.getstate(), torch.get_rng_state().tolist(), of_numpy
+
+
+@contextmanager
+def as_before(net: nn.Module) -> Iterator[None]:
+    """Put back modes, buffers and plain attributes of all modules."""
+    training = [(module, module.training) for module in net.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in net.buffers()]
+    held = [(module, dict(module._buffers)) for module in net.modules()]
+    plain = [
+        (module, {name: value for name, value in module.__dict__.items() if isinstance(value, _PLAIN)})
+        for module in net.modules()
+    ]
+    try:
+        yield
+    finally:
+        for module, mode in training:
+            module.training = mode
+        for module, tensors in held:
+            module._buffers.update(tensors)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                if not (buffer.is_meta or torch.equal(buffer, value)):
+                    buffer.copy_(value)
+        for module, attributes in plain:
+            module.__dict__.update(attributes)
+
+
+_PLAIN = (bool, int, float, str, type(None))

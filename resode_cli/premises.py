@@ -1,0 +1,375 @@
+"""What a reading of a block's forward rests on beside tensors, so that a change of it is seen.
+
+A forward is traced once, and the traced code runs in its place. While it was traced Python had a say: by the block's
+own attributes, the classes of its children, the functions that forward calls and the globals that they name. Which
+of them it looked at is taken from the code of these functions. Whatever they name counts: that may be too much, and
+then a block is read again for nothing, but what they look at is among it.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import random
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+_modules_of_torch = nn.modules.module
+_OWN = frozenset(nn.Module().__dict__)  # what torch itself keeps in a module
+_PLAIN = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format, slice, enum.Enum)
+_BY_IDENTITY = (type, FunctionType, BuiltinFunctionType, ModuleType, property, staticmethod, classmethod)
+_COLLECTIONS = (tuple, list, set, frozenset, deque)
+_STATEFUL = (random.Random, torch.Generator, ContextVar, Iterator, type(os.environ))
+_CLOCKS = frozenset({"time", "datetime", "secrets", "uuid"})
+# Their functions are not looked into.
+_LIBRARIES = frozenset({"torch", "numpy", "builtins"}) | sys.stdlib_module_names
+_ABSENT = object()
+
+
+class Restless(Exception):
+    """What forward looks at may be another at each call: a generator, an iterator, the clock."""
+
+
+class _Place(NamedTuple):
+    """Where a module of the block is: under its name in the module at place `outer`. The block itself is at place 0.
+
+    first: the place where the same module is under its first name.
+    """
+
+    outer: int
+    name: str
+    kind: type
+    first: int
+
+
+class _Part(NamedTuple):
+    """What counts of the module at a place, beside its class.
+
+    names: of the children and tensors that it holds, None where its own call decides about them.
+    values: attributes, as `_as_seen` sees them; of a number that the code reads itself the type alone.
+    erased: whether the traced code leaves the module out: it follows the addition, or is an identity.
+    size: how many attributes the block itself has.
+    """
+
+    place: int
+    names: list[str] | None
+    values: tuple[tuple[str, Any], ...]
+    erased: bool
+    size: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class Premises:
+    """What was found when a block was read. It may hold of another block too, a copy for instance.
+
+    names: what the functions that were looked at name, which decides what counts of an object.
+    outside: entries of dictionaries: of classes, and of the modules in which functions stand; cells: of closures.
+    """
+
+    places: tuple[_Place, ...]
+    parts: tuple[_Part, ...]
+    names: frozenset[str]
+    outside: tuple[tuple[Mapping[str, Any], str, Any], ...]
+    cells: tuple[tuple[CellType, Any], ...]
+
+    def hold(self, block: nn.Module) -> bool:
+        """Whether all that the reading rests on is as it was."""
+        modules: list[nn.Module] = []
+        try:
+            for outer, name, kind, first in self.places:
+                module = modules[outer]._modules[name] if modules else block
+                if module is None or type(module) is not kind:
+                    return False
+                modules.append(module)
+                if modules[first] is not module:
+                    return False
+            for place, held, values, erased, size in self.parts:
+                own = modules[place].__dict__
+                if (size is not None and len(own) != size) or (held is not None and held != _held(own)):
+                    return False
+                if erased and not runs_its_class(modules[place]):
+                    return False
+                for name, seen in values:
+                    if own[name] is not seen and not _is_as_seen(own[name], seen, self.names):
+                        return False
+        except KeyError:
+            return False
+        for table, name, seen in self.outside:
+            if not _is_as_seen(table.get(name, _ABSENT), seen, self.names):
+                return False
+        return all(_is_as_seen(_content(cell), seen, self.names) for cell, seen in self.cells)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Premises:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unknown, ()
+
+
+def _unknown() -> Premises:
+    """Of a rule from another process: its block is read anew before it is used."""
+    return Premises((_Place(0, "", type(None), 0),), (), frozenset(), (), ())
+
+
+def _has_own_hooks(module: nn.Module) -> bool:
+    own = module.__dict__
+    return bool(
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    )
+
+
+def runs_its_class(module: nn.Module) -> bool:
+    """Whether calling the module means the forward of its class: no hook of its own, no forward of its own."""
+    return not _has_own_hooks(module) and "forward" not in module.__dict__
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its forward: by its own hooks, or those of all modules."""
+    return bool(
+        _has_own_hooks(module)
+        or _modules_of_torch._global_forward_hooks
+        or _modules_of_torch._global_forward_pre_hooks
+        or _modules_of_torch._global_backward_hooks
+        or _modules_of_torch._global_backward_pre_hooks
+    )
+
+
+def premises_of(
+    block: nn.Module, *, called: Iterable[str] = (), erased: Iterable[str] = (), live: Iterable[str] = ()
+) -> Premises:
+    """What a reading of the block's forward rests on. Raises Restless where that cannot be told from its values.
+
+    called: paths of the modules that the traced code calls as they are, so that what is in them does not count.
+    erased: paths of the modules that it leaves out. live: the block's own numbers that it reads when it runs.
+    """
+    called, erased, live = set(called), set(erased), set(live)
+    closed, paths, places, aliases = called - erased, dict[str, nn.Module](), list[_Place](), set[str]()
+    for path, module in block.named_modules(remove_duplicate=False):
+        outer, _, name = path.rpartition(".")
+        if path and (outer not in paths or outer in closed | aliases):
+            continue
+        first = next((known for known, other in paths.items() if other is module), path)
+        aliases |= {path} - {first}
+        paths[path] = module
+        order = list(paths)
+        places.append(_Place(order.index(outer), name, type(module), order.index(first)))
+    if any(_holds_twice(module) for path, module in paths.items() if path not in closed):
+        raise Restless("it holds a tensor under two names")  # of which a trace knows one
+    counting = {path: module for path, module in paths.items() if path not in aliases}
+    try:
+        search = _Search(block, [module for path, module in counting.items() if path not in called])
+        parts = [
+            _Part(
+                list(paths).index(path),
+                None if path in closed else _held(module.__dict__),
+                tuple(_values(module, search.names, live if not path else set(), is_block=not path)),
+                path in erased,
+                None if path else len(module.__dict__),
+            )
+            for path, module in counting.items()
+        ]
+        tables = [*search.outside.values(), *((kind.__dict__, "forward") for kind in _forwards(block, erased))]
+        outside = tuple((table, name, _as_seen(table[name], search.names)) for table, name in tables)
+        cells = tuple((cell, _as_seen(_content(cell), search.names)) for cell in search.cells)
+    except RecursionError as error:
+        raise Restless("what it looks at holds itself") from error
+    parts = [part for part in parts if part[1:] != (None, (), False, None)]
+    return Premises(tuple(places), tuple(parts), frozenset(search.names), outside, cells)
+
+
+def _values(module: nn.Module, names: set[str], live: set[str], *, is_block: bool) -> Iterator[tuple[str, Any]]:
+    own = module.__dict__
+    for name in own.keys() - _OWN:
+        if name in live:
+            yield name, float
+        elif name in names or name == "approximate":  # which GELU it is
+            yield name, _as_seen(own[name], names)
+        elif is_block:  # named nowhere, but its name may have been put together
+            with suppress(Restless):
+                yield name, _as_seen(own[name], names)
+
+
+def _forwards(block: nn.Module, erased: Iterable[str]) -> set[type]:
+    """The classes that the erased modules have their forward from."""
+    kinds = (kind for path in erased for kind in type(block.get_submodule(path)).__mro__)
+    return {kind for kind in kinds if "forward" in kind.__dict__}
+
+
+def _held(own: Mapping[str, Any]) -> list[str]:
+    """The names of a module's children and tensors."""
+    tables = own["_modules"], own["_parameters"], own["_buffers"]
+    return [name for table in tables for name, value in table.items() if value is not None]
+
+
+def _holds_twice(module: nn.Module) -> bool:
+    tensors = [id(t) for table in (module._parameters, module._buffers) for t in table.values() if t is not None]
+    return len(set(tensors)) < len(tensors)
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty
+        return _ABSENT
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A value that may change and stay the same object: its class, and what counts of it."""
+
+    kind: type
+    content: Any
+
+
+def _as_seen(value: Any, names: Iterable[str]) -> Any:
+    """The value, where it cannot change in place, else what is to be compared. Raises Restless."""
+    if isinstance(value, _PLAIN) or isinstance(value, _BY_IDENTITY) or value is _ABSENT:
+        return value
+    if isinstance(value, (Tensor, nn.Module)):
+        return _Seen(type(value), None)
+    if isinstance(value, _STATEFUL) or type(value).__module__.startswith("numpy.random"):
+        raise Restless(f"{type(value).__name__} moves on with each use")
+    if isinstance(value, MethodType):
+        return _Seen(MethodType, value.__func__)
+    if isinstance(value, partial):
+        return _Seen(partial, (value.func, _as_seen((value.args, value.keywords), names)))
+    if isinstance(value, Mapping):
+        return _Seen(type(value), tuple((_as_seen(k, names), _as_seen(v, names)) for k, v in value.items()))
+    if isinstance(value, _COLLECTIONS):
+        return _Seen(type(value), tuple(_as_seen(v, names) for v in value))
+    if type(value).__module__ == "numpy":
+        return _Seen(type(value), (value.shape, value.tobytes()))
+    attributes = getattr(value, "__dict__", {})
+    return _Seen(type(value), tuple((n, _as_seen(v, names)) for n, v in attributes.items() if n in names))
+
+
+def _is_as_seen(value: Any, seen: Any, names: frozenset[str]) -> bool:
+    if value is seen:
+        return True
+    if seen is float:  # a number that the code reads itself
+        return type(value) is float
+    if not isinstance(seen, _Seen):
+        return type(value) is type(seen) and isinstance(value, _PLAIN) and bool(value == seen)
+    if type(value) is not seen.kind:
+        return False
+    try:
+        return bool(_as_seen(value, names) == seen)
+    except (Restless, RecursionError):
+        return False
+
+
+class _Search:
+    """The functions that a block's forward may call, what they name, and what these names stand for.
+
+    names: identifiers in their code. outside: entries of dictionaries that they read. cells: of their closures.
+    """
+
+    def __init__(self, block: nn.Module, modules: list[nn.Module]) -> None:
+        """modules: those of the block whose methods its forward may call, the block among them."""
+        self.names: set[str] = {"forward"}
+        self.outside: dict[tuple[int, str], tuple[Mapping[str, Any], str]] = {}
+        self.cells: list[CellType] = []
+        self._functions: set[int] = set()
+        self._holders: list[Any] = list(modules)
+        self._known = {id(module) for module in block.modules()}
+        self._note_methods(type(block), {"forward"})
+        looked_at = -1
+        while looked_at != (now := len(self.names) + len(self._holders)):
+            looked_at = now
+            for holder in list(self._holders):
+                self._note_methods(type(holder), self.names)
+                for name in self.names & getattr(holder, "__dict__", {}).keys() - _OWN:
+                    self._meet(holder.__dict__[name])
+
+    def _note_methods(self, kind: type, names: set[str]) -> None:
+        for base in kind.__mro__:
+            if base is nn.Module or _root(base) in _LIBRARIES:
+                continue
+            for name in names & base.__dict__.keys():
+                if name == "__call__" or not name.startswith("__"):
+                    self._note(base.__dict__, name, base)
+
+    def _note(self, table: Mapping[str, Any], name: str, owner: object) -> None:
+        key = (id(owner), name)
+        if key not in self.outside:
+            self.outside[key] = (table, name)
+            self._meet(table[name])
+
+    def _meet(self, value: Any) -> None:
+        """Look at a value that a function may use."""
+        if isinstance(value, (staticmethod, classmethod, MethodType)):
+            value = value.__func__
+        if isinstance(value, property):
+            for accessor in (value.fget, value.fset):
+                self._meet(accessor)
+        elif isinstance(value, partial):
+            for part in (value.func, *value.args, *value.keywords.values()):
+                self._meet(part)
+        elif isinstance(value, FunctionType):
+            self._read(value)
+        elif isinstance(value, BuiltinFunctionType):
+            if value.__module__ in _CLOCKS:
+                raise Restless(f"it calls {value.__name__}")
+        elif isinstance(value, Mapping) and not isinstance(value, _STATEFUL):
+            for element in value.values():
+                self._meet(element)
+        elif isinstance(value, _COLLECTIONS):
+            for element in value:
+                self._meet(element)
+        elif not isinstance(value, (*_PLAIN, *_BY_IDENTITY, *_STATEFUL, Tensor)) and id(value) not in self._known:
+            self._known.add(id(value))
+            if _root(type(value)) not in _LIBRARIES:
+                self._holders.append(value)
+                self._note_methods(type(value), {"__call__"})
+
+    def _read(self, function: FunctionType) -> None:
+        if id(function) in self._functions:
+            return
+        self._functions.add(id(function))
+        self._meet(getattr(function, "__wrapped__", None))
+        for cell in function.__closure__ or ():
+            content = _content(cell)
+            if not isinstance(content, nn.Module) and content is not _ABSENT:
+                self.cells.append(cell)
+                self._meet(content)
+        if _root(function) in _LIBRARIES:
+            return
+        named = _names_in(function.__code__)
+        self.names |= named
+        for name in named & function.__globals__.keys():
+            value = function.__globals__[name]
+            if isinstance(value, ModuleType):
+                self._read_module(value, named)
+            elif not isinstance(value, type):
+                self._note(function.__globals__, name, function.__globals__)
+
+    def _read_module(self, module: ModuleType, named: frozenset[str]) -> None:
+        if module.__name__ in _CLOCKS or (module is os and named & {"environ", "getenv"}):
+            raise Restless(f"it looks at {module.__name__}")
+        if module.__name__.partition(".")[0] in _LIBRARIES:
+            return
+        for name in named & vars(module).keys():
+            if not isinstance(vars(module)[name], (ModuleType, type)):
+                self._note(vars(module), name, vars(module))
+
+
+def _root(thing: Any) -> str:
+    return (getattr(thing, "__module__", None) or "").partition(".")[0]
+
+
+@lru_cache(maxsize=4096)
+def _names_in(code: CodeType) -> frozenset[str]:
+    """The names in a function's code, those in strings and in functions inside it among them."""
+    words = {c for c in code.co_consts if isinstance(c, str) and c.isidentifier()}
+    inner = [_names_in(c) for c in code.co_consts if isinstance(c, CodeType)]
+    return frozenset(code.co_names).union(words, *inner)
