@@ -14,7 +14,7 @@ from torch import nn
 from ..errors import ResodeError, UsageError, unknown
 from ..parts import Preprocessing, Source, SourceSpec
 from . import cifar, saved_models, user_file
-from .weights import load_weights, state_sha256
+from .weights import describe_not_finite, load_weights, state_sha256
 
 LIBRARIES = ("timm", "torchvision", "hf-hub", "local-dir", "cifar", "file")
 RANDOM_NOTE = "no pretrained weights: the network is random"
@@ -50,10 +50,12 @@ def open_source(
     stem: str | None = None,
     shortcut: str | None = None,
     preprocessing: dict[str, Any] | None = None,
+    prefix: str | None = None,
 ) -> Source:
     """Build the source network and load its weights.
 
     weights: a file; it takes the place of the library's pretrained weights.
+    prefix: of the network's names in that file, where several would do.
     stem: 'cifar' for a 3×3 stem of stride 1 without pooling, on timm's and torchvision's networks.
     shortcut: 'A' or 'B', of the CIFAR networks.
     preprocessing: fields of Preprocessing that differ from the source's own. A size of up to 64 pixels
@@ -62,6 +64,8 @@ def open_source(
     Raises UsageError for a source that does not exist, ResodeError for weights that cannot be had.
     """
     library, name = parse_source(text)
+    if prefix is not None and weights is None:
+        raise UsageError(f"--prefix {prefix}: goes with --weights FILE, in which names begin so")
     if num_classes is not None and num_classes < 1:
         raise UsageError(f"--num-classes {num_classes}: must be 1 or more")
     if stem not in (None, "cifar"):
@@ -70,7 +74,9 @@ def open_source(
     spec = SourceSpec(library, name, arguments={k: v for k, v in arguments.items() if v is not None})
     if library in ("hf-hub", "local-dir"):
         with _clear_download_errors(text, "pass a copy of it as local-dir:FOLDER"):
-            return _open_saved(spec, text, num_classes, pretrained=pretrained, weights=weights, chosen=preprocessing)
+            return _open_saved(
+                spec, text, num_classes, pretrained=pretrained, weights=weights, chosen=preprocessing, prefix=prefix
+            )
     from_library = pretrained and weights is None and library != "file"
     if from_library and library == "cifar":
         raise UsageError(f"{text} has no weights to fetch; pass --weights FILE or --no-pretrained")
@@ -78,7 +84,7 @@ def open_source(
         net = build(spec, pretrained=from_library)
     notes: list[str] = []
     if weights is not None:
-        notes += load_weights(net, weights, num_classes=num_classes)
+        notes += load_weights(net, weights, num_classes=num_classes, prefix=prefix)
         spec = replace(spec, weights=weights.name)
     elif from_library:
         spec = replace(spec, tag=_library(library).tag(name))
@@ -93,6 +99,7 @@ def open_source(
         spec = replace(spec, weights_sha256=state_sha256(net.state_dict()))
     else:
         notes.append(RANDOM_NOTE)
+    notes += _not_finite(net)
     own = _preprocessing(spec, net)
     if library == "file" and own == Preprocessing() and "size" not in (preprocessing or {}):
         notes.append(
@@ -110,6 +117,7 @@ def _open_saved(
     pretrained: bool,
     weights: Path | None,
     chosen: dict[str, Any] | None,
+    prefix: str | None,
 ) -> Source:
     """A network that timm saved. Its spec names the architecture, so that it can be built again without the hub."""
     from . import timm_models
@@ -129,9 +137,13 @@ def _open_saved(
     if pretrained and folder and file is None:
         raise ResodeError(f"{spec.name} holds no weights ({' or '.join(saved_models.WEIGHTS)}); pass --weights FILE")
     from_hub = pretrained and file is None
-    net = build(built) if not from_hub else timm_models.build_from_hub(spec.name, arguments)
+    net = (
+        build(built)
+        if not from_hub
+        else timm_models.build_from_hub(spec.name, saved.architecture, saved.config, arguments)
+    )
     if file is not None:
-        notes += load_weights(net, file, num_classes=num_classes)
+        notes += load_weights(net, file, num_classes=num_classes, prefix=prefix)
     elif from_hub and num_classes not in (None, saved.classes):
         notes.append(_head_note(saved.classes, num_classes))
     if file is None and not from_hub:
@@ -139,7 +151,13 @@ def _open_saved(
     else:
         origin = weights.name if weights is not None else text
         built = replace(built, weights=origin, weights_sha256=state_sha256(net.state_dict()))
+    notes += _not_finite(net)
     return Source(built, net, _chosen(timm_models.preprocessing_of(saved.config), chosen), tuple(notes))
+
+
+def _not_finite(net: nn.Module) -> list[str]:
+    problem = describe_not_finite(net.state_dict())
+    return [f"warning: {problem}"] if problem else []
 
 
 def _head_note(known: int | None, wanted: int | None) -> str:

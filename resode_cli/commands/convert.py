@@ -24,7 +24,12 @@ def convert_command(
     ],
     out: OutputOption,
     weights: Annotated[
-        Path | None, typer.Option("--weights", help="Weights to load: .safetensors, .pth, .pt, .th or .tar.")
+        Path | None,
+        typer.Option("--weights", help="Weights to load: .safetensors, .pth, .pt, .th, .tar, .bin or .ckpt."),
+    ] = None,
+    prefix: Annotated[
+        str | None,
+        typer.Option("--prefix", help="Of the network's names in the weights, where several would do: 'encoder_q'."),
     ] = None,
     pretrained: Annotated[
         bool, typer.Option("--pretrained/--no-pretrained", help="Fetch the library's pretrained weights.")
@@ -90,9 +95,10 @@ def convert_command(
         stem=stem,
         shortcut=shortcut,
         preprocessing=preprocessing,
+        prefix=prefix,
     )
     for note in opened.notes:
-        output.note(f"note: {note}")
+        output.note(note if note.startswith("warning: ") else f"note: {note}")
     image = random_batch(opened.preprocessing, 1)
     forecast = forecast_inference(opened.net.eval(), image, 2 * VERIFIED)
     if forecast is not None:
