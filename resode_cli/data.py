@@ -7,7 +7,6 @@ wherever it was resumed.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
@@ -22,10 +21,10 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
-from torchvision.transforms import InterpolationMode, v2
 
 from .errors import ResodeError, UsageError, first_few, unknown
 from .parts import Preprocessing
+from .transforms import transform
 
 Split = Literal["train", "test"]
 SPLIT_FOLDERS: dict[str, tuple[str, ...]] = {"train": ("train",), "test": ("test", "val", "validation")}
@@ -52,7 +51,7 @@ _NOT_FLIPPED = {"digits", "mnist", "svhn"}
 
 @dataclass(frozen=True)
 class Batch:
-    """images: (B, 3, H, W) float32, normalised; labels: (B,); skipped: corrupt files left out."""
+    """images: (B, C, H, W) float32, normalised; labels: (B,); skipped: corrupt files left out."""
 
     images: Tensor
     labels: Tensor
@@ -150,44 +149,6 @@ def open_data(
         seed=seed if augment else None,
         skip_corrupt=skip_corrupt,
     )
-
-
-def transform(preprocessing: Preprocessing, *, augment: bool, flip: bool = True) -> Callable[[Image.Image], Tensor]:
-    """From a PIL image to a normalised tensor (3, H, W).
-
-    Augmentation is the usual one: a random crop with an eighth of padding and a mirror image for
-    small images (He et al. 2015, section 4.2), a random resized crop and a mirror image for large ones.
-    """
-    size = preprocessing.size
-    interpolation = InterpolationMode(preprocessing.interpolation)
-    steps: list[Any]
-    if augment and size > 64:
-        steps = [v2.RandomResizedCrop(size, interpolation=interpolation)]
-    elif augment:
-        steps = [v2.Resize(size, interpolation), v2.CenterCrop(size), v2.RandomCrop(size, padding=max(size // 8, 1))]
-    else:
-        steps = _central(preprocessing, interpolation)
-    if augment and flip:
-        steps.append(v2.RandomHorizontalFlip())
-    steps += [
-        v2.ToImage(),
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize(list(preprocessing.mean), list(preprocessing.std)),
-    ]
-    return v2.Compose(steps)
-
-
-def _central(preprocessing: Preprocessing, interpolation: InterpolationMode) -> list[Any]:
-    size = preprocessing.size
-    resized = math.floor(size / preprocessing.crop_fraction + 1e-6)  # as timm does it; 1e-6: 224 / (224/232) is 232
-    if preprocessing.crop_mode == "border":
-        from timm.data.transforms import CenterCropOrPad, ResizeKeepRatio
-
-        colour = tuple(round(255 * value) for value in preprocessing.mean)
-        whole = ResizeKeepRatio(resized, longest=1.0, interpolation=preprocessing.interpolation)
-        return [whole, CenterCropOrPad(size, fill=colour)]
-    shape = [resized, resized] if preprocessing.crop_mode == "squash" else resized
-    return [v2.Resize(shape, interpolation), v2.CenterCrop(size)]
 
 
 def check_classes(data: ImageData, num_classes: int, class_names: Sequence[str] | None) -> None:

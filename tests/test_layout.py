@@ -17,6 +17,7 @@ LEVELS = [
     {"ode", "digits", "memory_budget", "catalog"},
     {"sharing"},
     {"adjoint_choice", "compilation", "residual", "parts", "recipe", "fit_settings"},
+    {"transforms"},
     {"settings"},
     {"optimization"},
     {"adapters.reading", "adapters.watch", "adapters.discover", "adapters.cifar", "adapters.stems", "stage"},

@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import ResodeError, UsageError, unknown
+from ..memory_budget import check_room
 from ..parts import Preprocessing, Source, SourceSpec
 from . import cifar, saved_models, user_file
 from .weights import describe_not_finite, load_weights, state_sha256
@@ -100,10 +103,11 @@ def open_source(
     else:
         notes.append(RANDOM_NOTE)
     notes += _not_finite(net)
-    own = _preprocessing(spec, net)
-    if library == "file" and own == Preprocessing() and "size" not in (preprocessing or {}):
+    known = _preprocessing(spec, net)
+    own = channelled(known, net, preprocessing)
+    if library == "file" and known == Preprocessing() and "size" not in (preprocessing or {}):
         notes.append(
-            f"images are taken as {own.size}×{own.size} with ImageNet's mean and std;"
+            f"images are taken as {own.size_text} with {_whose(own)};"
             " --input-size, --mean and --std, or a default_cfg of the network, say otherwise"
         )
     return Source(spec, net, _chosen(own, preprocessing), tuple(notes))
@@ -152,12 +156,55 @@ def _open_saved(
         origin = weights.name if weights is not None else text
         built = replace(built, weights=origin, weights_sha256=state_sha256(net.state_dict()))
     notes += _not_finite(net)
-    return Source(built, net, _chosen(timm_models.preprocessing_of(saved.config), chosen), tuple(notes))
+    own = channelled(timm_models.preprocessing_of(saved.config), net, chosen)
+    if own.channels not in (len(saved.config.get("mean", ())), 3):
+        notes.append(f"images are taken with {_whose(own)}; --mean and --std say otherwise")
+    return Source(built, net, _chosen(own, chosen), tuple(notes))
 
 
 def _not_finite(net: nn.Module) -> list[str]:
     problem = describe_not_finite(net.state_dict())
     return [f"warning: {problem}"] if problem else []
+
+
+def channelled(own: Preprocessing, net: nn.Module, given: dict[str, Any] | None = None) -> Preprocessing:
+    """The preprocessing for as many channels as the network takes, at the size that the user gave.
+
+    Grey images have the mean of the colours' means; of other channels nothing is known.
+    """
+    channels = _channels(net, replace(own, size=(given or {}).get("size", own.size)))
+    if channels == own.channels:
+        return own
+    if channels == 1:
+        return replace(own, mean=(fmean(own.mean),), std=(fmean(own.std),))
+    return replace(own, mean=(0.0,) * channels, std=(1.0,) * channels)
+
+
+def _channels(net: nn.Module, own: Preprocessing) -> int:
+    """How many channels the network's input has: as many as its first convolution, unless it takes others.
+
+    That one does not decide where a stem puts pixels into channels, or layers are registered in another order.
+    """
+    first = next((m for m in net.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d))), None)
+    if not isinstance(first, nn.Conv2d) or first.in_channels == own.channels:
+        return own.channels
+    check_room(1, *own.shape)
+    weight = first.weight
+    training = {module: module.training for module in net.modules()}
+    net.eval()
+    try:
+        for channels in (own.channels, first.in_channels):
+            image = torch.zeros(1, channels, own.height, own.width, dtype=weight.dtype, device=weight.device)
+            try:
+                with torch.no_grad():
+                    net(image)
+            except Exception:  # of whatever kind a network raises for an input that is not its own
+                continue
+            return channels
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    return own.channels
 
 
 def _head_note(known: int | None, wanted: int | None) -> str:
@@ -167,16 +214,30 @@ def _head_note(known: int | None, wanted: int | None) -> str:
 def _chosen(own: Preprocessing, given: dict[str, Any] | None) -> Preprocessing:
     """The source's preprocessing with the fields that the user gave."""
     chosen = dict(given or {})
-    if chosen.get("size", SMALL + 1) <= SMALL:
+    if "size" in chosen and max(Preprocessing(size=chosen["size"]).shape[1:]) <= SMALL:
         chosen.setdefault("crop_fraction", 1.0)
+    for name in ("mean", "std"):
+        if name in chosen and len(chosen[name]) != own.channels:
+            raise UsageError(
+                f"--{name} has {len(chosen[name])} numbers, but the network takes images of {own.channels} channels"
+            )
     return replace(own, **chosen)
+
+
+def _whose(own: Preprocessing) -> str:
+    """Where the mean and the standard deviation of images come from, if no one says."""
+    if own.channels == 3:
+        return "ImageNet's mean and std"
+    if own.channels == 1:
+        return f"{own.channels} channel, grey, mean {own.mean[0]:.3g} and std {own.std[0]:.3g}"
+    return f"{own.channels} channels, mean 0 and std 1"
 
 
 def source_of(net: nn.Module) -> Source:
     """A network made in Python. Its file can be loaded again beside the same network alone."""
     kind = type(net)
     spec = SourceSpec("module", f"{kind.__module__}.{kind.__qualname__}", weights_sha256=state_sha256(net.state_dict()))
-    return Source(spec, net, user_file.preprocessing(net))
+    return Source(spec, net, channelled(user_file.preprocessing(net), net))
 
 
 def build(spec: SourceSpec, *, pretrained: bool = False) -> nn.Module:

@@ -113,7 +113,7 @@ def preprocessing_of(config: dict[str, Any]) -> Preprocessing:
     """What timm's pretrained_cfg says of images."""
     data = resolve_data_config(pretrained_cfg=config)
     return Preprocessing(
-        size=data["input_size"][-1],
+        size=data["input_size"][-2:],
         mean=tuple(data["mean"]),
         std=tuple(data["std"]),
         interpolation=data["interpolation"],

@@ -57,7 +57,10 @@ def bench_command(
         typer.Option("--depths", help="Steps per stage, e.g. 16,64. Default: a model's own; 16,64 of --stage-shape."),
     ] = None,
     batch_size: BatchSizeOption = 64,
-    input_size: Annotated[int | None, typer.Option("--input-size", help="Pixels. Default: the model's own.")] = None,
+    input_size: Annotated[
+        str | None,
+        typer.Option("--input-size", help="Pixels: 224, or height and width: 256x128. Default: the model's."),
+    ] = None,
     repeats: Annotated[int, typer.Option("--repeats", help="Timed steps of each method, after one warm-up.")] = 5,
     bn: BatchNormOption = "batch",
     amp: Annotated[str, typer.Option("--amp", help="Autocast: 'bf16', 'fp16' or 'none'.")] = "none",
@@ -86,6 +89,7 @@ def bench_command(
     from ..bench import bench
     from ..bench_workload import Workload
     from ..model import as_device
+    from ..parts import parse_size
     from ..report_bench import bench_csv, bench_json, bench_table
 
     output = Output(json_mode=json)
@@ -95,7 +99,7 @@ def bench_command(
     workload = Workload(
         model=None if model is None else str(model),
         source=source,
-        input_size=input_size,
+        input_size=None if input_size is None else parse_size(input_size),
         shape=shape,
         batch_size=batch_size,
         bn=bn,

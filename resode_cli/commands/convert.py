@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -50,13 +51,20 @@ def convert_command(
         str, typer.Option("--form", help="'exact', or 'pre': drop the activation after each addition.")
     ] = "exact",
     input_size: Annotated[
-        int | None, typer.Option("--input-size", help="Image size in pixels; up to 64, images are not cropped.")
+        str | None,
+        typer.Option(
+            "--input-size", help="Pixels: 224, or height and width, 256x128. Up to 64, images are not cropped."
+        ),
     ] = None,
     crop_fraction: Annotated[
         float | None, typer.Option("--crop-fraction", help="Part of the resized image's side that is kept, up to 1.")
     ] = None,
-    mean: Annotated[str | None, typer.Option("--mean", help="Of RGB in [0, 1], e.g. 0.485,0.456,0.406.")] = None,
-    std: Annotated[str | None, typer.Option("--std", help="Of RGB in [0, 1], e.g. 0.229,0.224,0.225.")] = None,
+    mean: Annotated[
+        str | None, typer.Option("--mean", help="Of RGB in [0, 1], e.g. 0.485,0.456,0.406; of grey, one number.")
+    ] = None,
+    std: Annotated[
+        str | None, typer.Option("--std", help="Of RGB in [0, 1], e.g. 0.229,0.224,0.225; of grey, one number.")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of weights that start at random.")] = 0,
     recipe: RecipeOption = None,
     force: ForceOption = False,
@@ -68,8 +76,9 @@ def convert_command(
 
     from .. import model_file
     from ..adapters.sources import open_source
-    from ..conversion import VERIFIED, check_rule, convert, random_batch
+    from ..conversion import VERIFIED, check_rule, convert, like, random_batch
     from ..forecast import forecast_inference
+    from ..parts import parse_size
     from ..report import stage_rows, stage_table, verification_line
     from ..tables import duration, finite, size
 
@@ -78,14 +87,12 @@ def convert_command(
     check_rule(scheme, form)  # before anything is downloaded
     preprocessing: dict[str, object] = {}
     if input_size is not None:
-        if input_size < 1:
-            raise UsageError(f"--input-size {input_size}: must be 1 or more")
-        preprocessing |= {"size": input_size}
+        preprocessing |= {"size": parse_size(input_size)}
     if crop_fraction is not None:
         if not 0 < crop_fraction <= 1:
             raise UsageError(f"--crop-fraction {crop_fraction}: must be above 0 and at most 1")
         preprocessing |= {"crop_fraction": crop_fraction}
-    preprocessing |= {name: _triple(name, text) for name, text in (("mean", mean), ("std", std)) if text is not None}
+    preprocessing |= {name: _numbers(name, text) for name, text in (("mean", mean), ("std", std)) if text is not None}
     torch.manual_seed(seed)
     opened = open_source(
         source,
@@ -99,7 +106,7 @@ def convert_command(
     )
     for note in opened.notes:
         output.note(note if note.startswith("warning: ") else f"note: {note}")
-    image = random_batch(opened.preprocessing, 1)
+    image = like(random_batch(opened.preprocessing, 1), opened.net)
     forecast = forecast_inference(opened.net.eval(), image, 2 * VERIFIED)
     if forecast is not None:
         output.note(f"predicted: {duration(forecast.seconds)}, {size(forecast.bytes)} of memory")
@@ -131,11 +138,12 @@ def convert_command(
     )
 
 
-def _triple(name: str, text: str) -> tuple[float, ...]:
+def _numbers(name: str, text: str) -> tuple[float, ...]:
     try:
         values = tuple(float(part) for part in text.split(","))
     except ValueError:
         values = ()
-    if len(values) != 3 or (name == "std" and min(values) <= 0):
-        raise UsageError(f"--{name} {text!r}: write three numbers, as in 0.5,0.5,0.5")
+    good = len(values) in (1, 3) and all(math.isfinite(v) for v in values) and (name != "std" or min(values) > 0)
+    if not good:
+        raise UsageError(f"--{name} {text!r}: write three numbers, as in 0.5,0.5,0.5, or one for grey images")
     return values
