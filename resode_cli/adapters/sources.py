@@ -103,6 +103,7 @@ def open_source(
     else:
         notes.append(RANDOM_NOTE)
     notes += _not_finite(net)
+    _check_scripts(net, str(spec))
     known = _preprocessing(spec, net)
     own = channelled(known, net, preprocessing)
     if library == "file" and known == Preprocessing() and "size" not in (preprocessing or {}):
@@ -110,6 +111,8 @@ def open_source(
             f"images are taken as {own.size_text} with {_whose(own)};"
             " --input-size, --mean and --std, or a default_cfg of the network, say otherwise"
         )
+    elif own.channels != known.channels:
+        notes += _channel_note(own, preprocessing)
     return Source(spec, net, _chosen(own, preprocessing), tuple(notes))
 
 
@@ -158,8 +161,18 @@ def _open_saved(
     notes += _not_finite(net)
     own = channelled(timm_models.preprocessing_of(saved.config), net, chosen)
     if own.channels not in (len(saved.config.get("mean", ())), 3):
-        notes.append(f"images are taken with {_whose(own)}; --mean and --std say otherwise")
+        notes += _channel_note(own, chosen)
     return Source(built, net, _chosen(own, chosen), tuple(notes))
+
+
+def _check_scripts(net: nn.Module, name: str) -> None:
+    """Raises ResodeError for TorchScript inside: stages are found by hooks, which it does not have."""
+    for path, module in net.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ResodeError(
+                f"{name}: {path or 'the network'} is a ScriptModule, whose layers can be neither watched nor replaced;"
+                " build it of plain modules"
+            )
 
 
 def _not_finite(net: nn.Module) -> list[str]:
@@ -224,12 +237,17 @@ def _chosen(own: Preprocessing, given: dict[str, Any] | None) -> Preprocessing:
     return replace(own, **chosen)
 
 
+def _channel_note(own: Preprocessing, given: dict[str, Any] | None) -> list[str]:
+    known = given is not None and {"mean", "std"} <= given.keys()
+    return [] if known else [f"images are taken with {_whose(own)}; --mean and --std say otherwise"]
+
+
 def _whose(own: Preprocessing) -> str:
-    """Where the mean and the standard deviation of images come from, if no one says."""
+    """The mean and the standard deviation of images, where no one says."""
     if own.channels == 3:
         return "ImageNet's mean and std"
     if own.channels == 1:
-        return f"{own.channels} channel, grey, mean {own.mean[0]:.3g} and std {own.std[0]:.3g}"
+        return f"one channel, grey, mean {own.mean[0]:.3g} and std {own.std[0]:.3g}"
     return f"{own.channels} channels, mean 0 and std 1"
 
 
@@ -237,6 +255,7 @@ def source_of(net: nn.Module) -> Source:
     """A network made in Python. Its file can be loaded again beside the same network alone."""
     kind = type(net)
     spec = SourceSpec("module", f"{kind.__module__}.{kind.__qualname__}", weights_sha256=state_sha256(net.state_dict()))
+    _check_scripts(net, str(spec))
     return Source(spec, net, channelled(user_file.preprocessing(net), net))
 
 

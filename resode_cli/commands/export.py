@@ -32,7 +32,7 @@ def export_command(
     """Write a model for other programs: a plain state dict, a torch.export program or an ONNX graph."""
     start()
     from .. import model_file
-    from ..conversion import VERIFIED, random_batch
+    from ..conversion import VERIFIED, like, random_batch
     from ..exporting import export
     from ..report import verification_line
     from ..tables import finite, size
@@ -46,7 +46,7 @@ def export_command(
         raise UsageError(f"output {str(out)!r} is the model itself")
     model_file.check_output(out, force=force)
     loaded = model_file.load(model, source=source)
-    images = random_batch(loaded.info.preprocessing, batch_size or VERIFIED)
+    images = like(random_batch(loaded.info.preprocessing, batch_size or VERIFIED), loaded)
     origin = model_file.origin_of(loaded.info.source, source, model)
     verified = export(loaded, out, images, fixed_batch=batch_size is not None, origin=origin).record()
     output.show(f"read back {verification_line(verified)}")
