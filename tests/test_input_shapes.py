@@ -1,4 +1,4 @@
-"""Networks for grey images, of other channels, of two different sides, and in other precisions, from source to export."""
+"""Networks for grey images, of other channels, of unequal sides and in other precisions, from source to export."""
 
 from __future__ import annotations
 

@@ -150,8 +150,8 @@ class _StandIns:
             made[id(value)] = value, name
             return value
 
-        # A setter of the state that takes any: what an object held is not looked at, but for the walk's own error.
-        members: dict[str, Any] = {"__new__": new, "__init__": _ignore, "__setstate__": _ignore}
+        # Its setters take anything: what an object held is not looked at. (torch of 2.9 sets items of any object.)
+        members: dict[str, Any] = {"__new__": new, "__init__": _ignore, "__setstate__": _ignore, "__setitem__": _ignore}
         return type(f"StandIn_{i}_", (), members)
 
     def learn(self, message: str) -> bool:
