@@ -121,6 +121,11 @@ def _explain(error: Exception) -> tuple[int, str]:
         return error.exit_code, f"{error.format_message().rstrip('.')}{where}"
     if type(error).__name__ == "OutOfMemoryError" or "out of memory" in str(error).lower():
         return 1, "out of memory; try a smaller --batch-size, or --adjoint pc, which holds no activations of a stage"
+    if "Expected more than 1 value per channel when training" in str(error):
+        return 1, (
+            "a BatchNorm layer has one value per channel, of which there is no variance: raise --batch-size (the last"
+            " batch of an epoch may hold one image), or take --bn frozen"
+        )
     if isinstance(error, OSError):
         return 1, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
     return 1, f"unexpected {type(error).__name__}: {error} (--debug shows where; please report it)"

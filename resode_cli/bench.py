@@ -148,8 +148,9 @@ def _check(workload: Workload, methods: Sequence[Method], depths: Sequence[int] 
         model = model_file.load(workload.model, source=workload.source, trust_source=workload.trust_source)
         for depth in depths or ():
             check_depth(model, depth)
-        size = workload.input_size or model.info.preprocessing.size
-        what = f"{os.path.basename(workload.model)} ({model.info.source}), {size}×{size}"
+        own = model.info.preprocessing
+        images = replace(own, size=workload.input_size or own.size)
+        what = f"{os.path.basename(workload.model)} ({model.info.source}), {images.size_text}"
         schemes = {stage.spec.scheme for stage in model.stages.values()}
     for method in methods:
         if isinstance(method, Adjoint):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from .model import OdeResNet, freeze_batch_norm
 from .ode import SCHEMES, Adjoint
 from .ode.field import Evaluator
 from .ode.memory import kept_bytes
-from .parts import BlockRule, Preprocessing
+from .parts import BlockRule
 from .residual import LINEAR
 from .settings import AMP
 from .stage import BlockSpec, OdeStage, StageSpec
@@ -206,7 +206,7 @@ class Workload:
     model: str | None = None
     source: str | None = None
     trust_source: bool = False
-    input_size: int | None = None
+    input_size: int | tuple[int, int] | None = None
     shape: StageShape | None = None
     batch_size: int = 64
     bn: str = "batch"
@@ -222,9 +222,8 @@ class Workload:
         for name, value, allowed in (("BatchNorm mode", self.bn, ("batch", "frozen")), ("amp", self.amp, tuple(AMP))):
             if value not in allowed:
                 raise unknown(name, value, allowed)
-        for name, number in (("batch-size", self.batch_size), ("input-size", self.input_size)):
-            if number is not None and number < 1:
-                raise UsageError(f"--{name} {number}: must be 1 or more")
+        if self.batch_size < 1:
+            raise UsageError(f"--batch-size {self.batch_size}: must be 1 or more")
 
     def record(self) -> dict[str, Any]:
         """The workload in plain values."""
@@ -288,7 +287,7 @@ class Trial:
             assert isinstance(self.module, OdeResNet)
             own = self.module.info.preprocessing
             pixels = self.workload.input_size or own.size
-            inputs = random_batch(Preprocessing(size=pixels), images).to(self.device)
+            inputs = random_batch(replace(own, size=pixels), images).to(self.device)
             classes = self.module.info.num_classes
             self.labels = torch.randint(classes, (images,), generator=generator).to(self.device)
         if self.workload.channels_last:

@@ -14,6 +14,7 @@ from .adapters.repeat import as_before, repeatable
 from .adapters.sources import source_of
 from .arguments import tensors_in
 from .errors import ResodeError, unknown
+from .memory_budget import check_room
 from .model import ModelInfo, OdeResNet, assemble
 from .ode import SCHEMES
 from .parts import Preprocessing, Source, StageParts
@@ -61,7 +62,8 @@ def convert(
 
     source: what `open_source` returns, or any network of one's own from images to logits, of which a
         `pretrained_cfg` or `default_cfg`, a dictionary as timm's, says how images are made its input.
-    example: the batch; normal noise (images, 3, size, size), always the same, if it is not given.
+    example: the batch; normal noise (images, channels, height, width), always the same, in the network's precision
+        and on its device, if it is not given.
 
     Every step gets h = T/N with T = N, so Euler steps of exact residual functions are the source's
     blocks. Raises ResodeError if they then do not agree, or if there is no residual step.
@@ -70,7 +72,7 @@ def convert(
     if not isinstance(source, Source):
         source = source_of(source)
     net = source.net.eval()
-    batch = random_batch(source.preprocessing, images) if example is None else example
+    batch = like(random_batch(source.preprocessing, images), net) if example is None else example
     with as_before(net):
         before = _logits(net, batch, str(source.spec))
     trained = _outputs_in_training(net, batch)
@@ -83,7 +85,7 @@ def convert(
         after = _logits(model, batch, "the converted network")
     changed = any(_changes_function(model, name) for name in model.stages)
     kind = "random images" if example is None else "images given"
-    result = compare_logits(before, after, batch=f"{kind}, {batch.shape[-1]}×{batch.shape[-2]}", kept=not changed)
+    result = compare_logits(before, after, batch=f"{kind}, {batch.shape[-2]}×{batch.shape[-1]}", kept=not changed)
     scale = before.abs().max().item()
     if not changed and not result.max_difference <= ROUNDING * max(scale, 1.0):
         raise ResodeError(
@@ -163,9 +165,18 @@ def stage_specs(parts: list[StageParts], *, scheme: str, form: Form) -> list[Sta
 
 
 def random_batch(preprocessing: Preprocessing, images: int, *, seed: int = 0) -> Tensor:
-    """A fixed batch of normal noise (B, 3, H, W), for where there is no real data."""
-    size = preprocessing.size
-    return torch.randn(images, 3, size, size, generator=torch.Generator().manual_seed(seed))
+    """A fixed batch of normal noise (B, C, H, W), for where there is no real data.
+
+    Raises ResodeError for one that would not leave memory for a network to run on it.
+    """
+    check_room(images, *preprocessing.shape)
+    return torch.randn(images, *preprocessing.shape, generator=torch.Generator().manual_seed(seed))
+
+
+def like(batch: Tensor, net: nn.Module) -> Tensor:
+    """The batch on the network's device, in the precision of its weights."""
+    own = next((t for t in (*net.parameters(), *net.buffers()) if t.is_floating_point()), batch)
+    return batch.to(own.device, own.dtype)
 
 
 def _logits(net: nn.Module, batch: Tensor, name: str) -> Tensor:

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import torch
 
-from .errors import UsageError
+from .errors import ResodeError, UsageError
+from .tables import size
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+FOOTPRINT = 4  # times a batch's own bytes in float32 that the first layers of a network take at least
 CGROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
@@ -48,6 +50,16 @@ def free_bytes(device: torch.device) -> int:
         except (OSError, ValueError):  # no such group, or 'max'
             continue
     return max(min(limits), 0)
+
+
+def check_room(images: int, channels: int, height: int, width: int) -> None:
+    """Raises ResodeError for a batch that would leave no memory for a network to run on it."""
+    needed, free = FOOTPRINT * 4 * images * channels * height * width, free_bytes(torch.device("cpu"))
+    if needed > free:
+        raise ResodeError(
+            f"images of {height}×{width}: a network's first layers take {size(needed)} and more for {images} of them,"
+            f" and {size(free)} are free; choose a smaller --input-size"
+        )
 
 
 def _system_free() -> int:

@@ -265,6 +265,9 @@ class OdeStage(nn.Module):
         adjoint.plan(self.spec.depth, self.spec.scheme)
         self.adjoint = adjoint
 
+    # A compiled network runs its stages as they are, between its own graphs: the engine counts, looks at states and
+    # evaluates again, and `compile_branch` compiles what there is to gain from.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """args, kwargs: what the blocks take beside the state."""
         if getattr(self, "_is_replica", False):

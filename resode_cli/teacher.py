@@ -85,20 +85,29 @@ def open_teacher(given: str, model: OdeResNet, *, trust_source: bool = False) ->
     pre = model.info.preprocessing
     if given.endswith(".safetensors"):
         loaded = model_file.load(given, trust_source=trust_source)
+        _check_channels(given, loaded.info.preprocessing, pre)
         teacher, classes = _frozen(loaded, given, pre, loaded.info.preprocessing), loaded.info.num_classes
     else:
         if parse_source(given)[0] in ("cifar", "file"):
             raise UsageError(f"teacher {given} brings no weights; convert it with --weights and give the model file")
         source = open_source(given, pretrained=True, preprocessing={"size": pre.size})
+        _check_channels(given, source.preprocessing, pre)
         teacher = _frozen(source.net, given, pre, source.preprocessing)
         with torch.no_grad():
-            out = teacher.logits(torch.zeros(1, 3, pre.size, pre.size))
+            out = teacher.logits(torch.zeros(1, *pre.shape))
         if out.ndim != 2:
             raise ResodeError(f"teacher {given} returns {tuple(out.shape)} where logits (images, classes) are needed")
         classes = out.shape[1]
     if classes != model.info.num_classes:
         raise UsageError(f"teacher {given} tells {classes} classes apart, the model {model.info.num_classes}")
     return teacher
+
+
+def _check_channels(given: str, teacher: Preprocessing, student: Preprocessing) -> None:
+    if teacher.channels != student.channels:
+        raise UsageError(
+            f"teacher {given} takes images of {teacher.channels} channels, the model of {student.channels}"
+        )
 
 
 def _frozen(net: nn.Module, name: str, student: Preprocessing, own: Preprocessing) -> Teacher:

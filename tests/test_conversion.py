@@ -308,7 +308,7 @@ def test_a_network_without_logits_is_refused(user_file):
 
 
 def test_a_network_that_fails_on_its_input_is_named(tmp_path):
-    (tmp_path / "grey.py").write_text("from torch import nn\n\n\ndef make():\n    return nn.Conv2d(1, 2, 3)\n")
+    (tmp_path / "grey.py").write_text("from torch import nn\n\n\ndef make():\n    return nn.Linear(5, 2)\n")
     source = open_source(f"{tmp_path / 'grey.py'}:make", pretrained=False, preprocessing={"size": 16})
     with pytest.raises(ResodeError, match=r"grey.py:make fails on a batch of shape \(4, 3, 16, 16\)"):
         convert(source)

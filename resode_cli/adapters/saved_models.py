@@ -7,7 +7,7 @@ and its arguments, and needs neither hub nor folder again.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ class SavedModel:
 
 
 def read_folder(name: str) -> SavedModel:
-    """Raises UsageError for a folder that does not exist, ResodeError for one without config.json."""
+    """Raises UsageError for a folder that does not exist, ResodeError for one without a config.json that can be."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
         raise UsageError(f"folder {name!r} does not exist")
@@ -40,11 +40,11 @@ def read_folder(name: str) -> SavedModel:
         config = {**raw.get("pretrained_cfg", {})}
         if "num_classes" in raw:
             config["num_classes"] = raw["num_classes"]
-        saved = SavedModel(raw["architecture"], config, dict(raw.get("model_args") or {}))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        saved = SavedModel(str(raw["architecture"]), config, dict(raw.get("model_args") or {}))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ResodeError(f"{folder}: no config.json of timm's in it ({type(error).__name__}: {error})") from error
     weights = next((folder / file for file in WEIGHTS if (folder / file).is_file()), None)
-    return SavedModel(saved.architecture, saved.config, saved.arguments, weights)
+    return _checked(replace(saved, weights=weights), str(folder / "config.json"))
 
 
 def read_hub(name: str) -> SavedModel:
@@ -55,4 +55,12 @@ def read_hub(name: str) -> SavedModel:
 
     with offline_if_unreachable():
         config, architecture, arguments = load_model_config_from_hf(name)
-    return SavedModel(architecture, dict(config), dict(arguments or {}))
+    return _checked(SavedModel(architecture, dict(config), dict(arguments or {})), f"hf-hub:{name}")
+
+
+def _checked(saved: SavedModel, where: str) -> SavedModel:
+    """What is said of images, classes and layers, and nothing of where weights are to come from."""
+    from .timm_arguments import check, check_preprocessing
+
+    config = check_preprocessing(saved.config, where)
+    return replace(saved, config=config, arguments=check(saved.arguments, saved.architecture))

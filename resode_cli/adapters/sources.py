@@ -7,14 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import ResodeError, UsageError, unknown
+from ..memory_budget import check_room
 from ..parts import Preprocessing, Source, SourceSpec
 from . import cifar, saved_models, user_file
-from .weights import load_weights, state_sha256
+from .weights import describe_not_finite, load_weights, state_sha256
 
 LIBRARIES = ("timm", "torchvision", "hf-hub", "local-dir", "cifar", "file")
 RANDOM_NOTE = "no pretrained weights: the network is random"
@@ -50,10 +53,12 @@ def open_source(
     stem: str | None = None,
     shortcut: str | None = None,
     preprocessing: dict[str, Any] | None = None,
+    prefix: str | None = None,
 ) -> Source:
     """Build the source network and load its weights.
 
     weights: a file; it takes the place of the library's pretrained weights.
+    prefix: of the network's names in that file, where several would do.
     stem: 'cifar' for a 3×3 stem of stride 1 without pooling, on timm's and torchvision's networks.
     shortcut: 'A' or 'B', of the CIFAR networks.
     preprocessing: fields of Preprocessing that differ from the source's own. A size of up to 64 pixels
@@ -62,6 +67,8 @@ def open_source(
     Raises UsageError for a source that does not exist, ResodeError for weights that cannot be had.
     """
     library, name = parse_source(text)
+    if prefix is not None and weights is None:
+        raise UsageError(f"--prefix {prefix}: goes with --weights FILE, in which names begin so")
     if num_classes is not None and num_classes < 1:
         raise UsageError(f"--num-classes {num_classes}: must be 1 or more")
     if stem not in (None, "cifar"):
@@ -70,7 +77,9 @@ def open_source(
     spec = SourceSpec(library, name, arguments={k: v for k, v in arguments.items() if v is not None})
     if library in ("hf-hub", "local-dir"):
         with _clear_download_errors(text, "pass a copy of it as local-dir:FOLDER"):
-            return _open_saved(spec, text, num_classes, pretrained=pretrained, weights=weights, chosen=preprocessing)
+            return _open_saved(
+                spec, text, num_classes, pretrained=pretrained, weights=weights, chosen=preprocessing, prefix=prefix
+            )
     from_library = pretrained and weights is None and library != "file"
     if from_library and library == "cifar":
         raise UsageError(f"{text} has no weights to fetch; pass --weights FILE or --no-pretrained")
@@ -78,7 +87,7 @@ def open_source(
         net = build(spec, pretrained=from_library)
     notes: list[str] = []
     if weights is not None:
-        notes += load_weights(net, weights, num_classes=num_classes)
+        notes += load_weights(net, weights, num_classes=num_classes, prefix=prefix)
         spec = replace(spec, weights=weights.name)
     elif from_library:
         spec = replace(spec, tag=_library(library).tag(name))
@@ -93,12 +102,17 @@ def open_source(
         spec = replace(spec, weights_sha256=state_sha256(net.state_dict()))
     else:
         notes.append(RANDOM_NOTE)
-    own = _preprocessing(spec, net)
-    if library == "file" and own == Preprocessing() and "size" not in (preprocessing or {}):
+    notes += _not_finite(net)
+    _check_scripts(net, str(spec))
+    known = _preprocessing(spec, net)
+    own = channelled(known, net, preprocessing)
+    if library == "file" and known == Preprocessing() and "size" not in (preprocessing or {}):
         notes.append(
-            f"images are taken as {own.size}×{own.size} with ImageNet's mean and std;"
+            f"images are taken as {own.size_text} with {_whose(own)};"
             " --input-size, --mean and --std, or a default_cfg of the network, say otherwise"
         )
+    elif own.channels != known.channels:
+        notes += _channel_note(own, preprocessing)
     return Source(spec, net, _chosen(own, preprocessing), tuple(notes))
 
 
@@ -110,6 +124,7 @@ def _open_saved(
     pretrained: bool,
     weights: Path | None,
     chosen: dict[str, Any] | None,
+    prefix: str | None,
 ) -> Source:
     """A network that timm saved. Its spec names the architecture, so that it can be built again without the hub."""
     from . import timm_models
@@ -129,9 +144,13 @@ def _open_saved(
     if pretrained and folder and file is None:
         raise ResodeError(f"{spec.name} holds no weights ({' or '.join(saved_models.WEIGHTS)}); pass --weights FILE")
     from_hub = pretrained and file is None
-    net = build(built) if not from_hub else timm_models.build_from_hub(spec.name, arguments)
+    net = (
+        build(built)
+        if not from_hub
+        else timm_models.build_from_hub(spec.name, saved.architecture, saved.config, arguments)
+    )
     if file is not None:
-        notes += load_weights(net, file, num_classes=num_classes)
+        notes += load_weights(net, file, num_classes=num_classes, prefix=prefix)
     elif from_hub and num_classes not in (None, saved.classes):
         notes.append(_head_note(saved.classes, num_classes))
     if file is None and not from_hub:
@@ -139,7 +158,66 @@ def _open_saved(
     else:
         origin = weights.name if weights is not None else text
         built = replace(built, weights=origin, weights_sha256=state_sha256(net.state_dict()))
-    return Source(built, net, _chosen(timm_models.preprocessing_of(saved.config), chosen), tuple(notes))
+    notes += _not_finite(net)
+    own = channelled(timm_models.preprocessing_of(saved.config), net, chosen)
+    if own.channels not in (len(saved.config.get("mean", ())), 3):
+        notes += _channel_note(own, chosen)
+    return Source(built, net, _chosen(own, chosen), tuple(notes))
+
+
+def _check_scripts(net: nn.Module, name: str) -> None:
+    """Raises ResodeError for TorchScript inside: stages are found by hooks, which it does not have."""
+    for path, module in net.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ResodeError(
+                f"{name}: {path or 'the network'} is a ScriptModule, whose layers can be neither watched nor replaced;"
+                " build it of plain modules"
+            )
+
+
+def _not_finite(net: nn.Module) -> list[str]:
+    problem = describe_not_finite(net.state_dict())
+    return [f"warning: {problem}"] if problem else []
+
+
+def channelled(own: Preprocessing, net: nn.Module, given: dict[str, Any] | None = None) -> Preprocessing:
+    """The preprocessing for as many channels as the network takes, at the size that the user gave.
+
+    Grey images have the mean of the colours' means; of other channels nothing is known.
+    """
+    channels = _channels(net, replace(own, size=(given or {}).get("size", own.size)))
+    if channels == own.channels:
+        return own
+    if channels == 1:
+        return replace(own, mean=(fmean(own.mean),), std=(fmean(own.std),))
+    return replace(own, mean=(0.0,) * channels, std=(1.0,) * channels)
+
+
+def _channels(net: nn.Module, own: Preprocessing) -> int:
+    """How many channels the network's input has: as many as its first convolution, unless it takes others.
+
+    That one does not decide where a stem puts pixels into channels, or layers are registered in another order.
+    """
+    first = next((m for m in net.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d))), None)
+    if not isinstance(first, nn.Conv2d) or first.in_channels == own.channels:
+        return own.channels
+    check_room(1, *own.shape)
+    weight = first.weight
+    training = {module: module.training for module in net.modules()}
+    net.eval()
+    try:
+        for channels in (own.channels, first.in_channels):
+            image = torch.zeros(1, channels, own.height, own.width, dtype=weight.dtype, device=weight.device)
+            try:
+                with torch.no_grad():
+                    net(image)
+            except Exception:  # of whatever kind a network raises for an input that is not its own
+                continue
+            return channels
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    return own.channels
 
 
 def _head_note(known: int | None, wanted: int | None) -> str:
@@ -149,16 +227,36 @@ def _head_note(known: int | None, wanted: int | None) -> str:
 def _chosen(own: Preprocessing, given: dict[str, Any] | None) -> Preprocessing:
     """The source's preprocessing with the fields that the user gave."""
     chosen = dict(given or {})
-    if chosen.get("size", SMALL + 1) <= SMALL:
+    if "size" in chosen and max(Preprocessing(size=chosen["size"]).shape[1:]) <= SMALL:
         chosen.setdefault("crop_fraction", 1.0)
+    for name in ("mean", "std"):
+        if name in chosen and len(chosen[name]) != own.channels:
+            raise UsageError(
+                f"--{name} has {len(chosen[name])} numbers, but the network takes images of {own.channels} channels"
+            )
     return replace(own, **chosen)
+
+
+def _channel_note(own: Preprocessing, given: dict[str, Any] | None) -> list[str]:
+    known = given is not None and {"mean", "std"} <= given.keys()
+    return [] if known else [f"images are taken with {_whose(own)}; --mean and --std say otherwise"]
+
+
+def _whose(own: Preprocessing) -> str:
+    """The mean and the standard deviation of images, where no one says."""
+    if own.channels == 3:
+        return "ImageNet's mean and std"
+    if own.channels == 1:
+        return f"one channel, grey, mean {own.mean[0]:.3g} and std {own.std[0]:.3g}"
+    return f"{own.channels} channels, mean 0 and std 1"
 
 
 def source_of(net: nn.Module) -> Source:
     """A network made in Python. Its file can be loaded again beside the same network alone."""
     kind = type(net)
     spec = SourceSpec("module", f"{kind.__module__}.{kind.__qualname__}", weights_sha256=state_sha256(net.state_dict()))
-    return Source(spec, net, user_file.preprocessing(net))
+    _check_scripts(net, str(spec))
+    return Source(spec, net, channelled(user_file.preprocessing(net), net))
 
 
 def build(spec: SourceSpec, *, pretrained: bool = False) -> nn.Module:

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..errors import ResodeError, UsageError, unknown
 from ..parts import Preprocessing
+from . import timm_arguments
 from .stems import three_by_three
 
 
@@ -36,12 +37,16 @@ def build(
     stem: str | None = None,
     model_args: dict[str, Any] | None = None,
 ) -> nn.Module:
-    """The network, with the tag's weights where `pretrained`. model_args: of the architecture's function."""
+    """The network, with the tag's weights where `pretrained`.
+
+    model_args: of the architecture's function, named by a file. Raises ResodeError for those that a file may not set.
+    """
     check_name(name)
-    arguments = {**(model_args or {}), **({} if num_classes is None else {"num_classes": num_classes})}
+    named = timm_arguments.check(model_args or {}, name)
+    arguments = {**named, **({} if num_classes is None else {"num_classes": num_classes})}
     try:
         with offline_if_unreachable():
-            net = timm.create_model(name, pretrained=pretrained, **arguments)
+            net = timm_arguments.build(name, lambda: timm.create_model(name, pretrained=pretrained, **arguments), named)
     except RuntimeError as error:
         if pretrained and "No pretrained weights exist" in str(error):
             raise ResodeError(f"timm:{name} has no pretrained weights; pass --no-pretrained or --weights") from error
@@ -51,11 +56,22 @@ def build(
     return net
 
 
-def build_from_hub(repository: str, arguments: dict[str, Any]) -> nn.Module:
-    """A network of the hub with its weights."""
-    wanted = {name: value for name, value in arguments.items() if name == "num_classes"}
+def build_from_hub(repository: str, architecture: str, config: dict[str, Any], arguments: dict[str, Any]) -> nn.Module:
+    """A network of the hub with its weights, which come from that repository alone.
+
+    config, arguments: what its config.json says, of which only what shapes layers and images is passed on: timm
+        would read other files, from elsewhere, where it names some.
+    """
+    named = timm_arguments.check(arguments.get("model_args", {}), architecture)
+    wanted = {**named, **{name: value for name, value in arguments.items() if name == "num_classes"}}
+    origin = {**config, "architecture": architecture, "hf_hub_id": repository, "source": "hf-hub"}
+
+    def create(pretrained: bool = True) -> nn.Module:
+        return timm.create_model(architecture, pretrained=pretrained, pretrained_cfg=dict(origin), **wanted)
+
     with offline_if_unreachable():
-        return timm.create_model(f"hf-hub:{repository}", pretrained=True, **wanted)
+        timm_arguments.build(architecture, lambda: create(False), named)
+        return create()
 
 
 @contextmanager
@@ -97,7 +113,7 @@ def preprocessing_of(config: dict[str, Any]) -> Preprocessing:
     """What timm's pretrained_cfg says of images."""
     data = resolve_data_config(pretrained_cfg=config)
     return Preprocessing(
-        size=data["input_size"][-1],
+        size=data["input_size"][-2:],
         mean=tuple(data["mean"]),
         std=tuple(data["std"]),
         interpolation=data["interpolation"],

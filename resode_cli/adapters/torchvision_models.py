@@ -72,7 +72,7 @@ def tag(name: str) -> str:
 
 def preprocessing(name: str) -> Preprocessing:
     preset = _weights(name).transforms()
-    size, resize = preset.crop_size[0], preset.resize_size[0]
+    (size,), (resize,) = preset.crop_size, preset.resize_size
     return Preprocessing(
         size=size,
         mean=tuple(preset.mean),

@@ -21,7 +21,7 @@ def preprocessing(net: nn.Module) -> Preprocessing:
     default = Preprocessing()
     size = config.get("input_size", (3, default.size, default.size))
     return Preprocessing(
-        size=int(size[-1]),
+        size=(int(size[-2]), int(size[-1])),
         mean=tuple(config.get("mean", default.mean)),
         std=tuple(config.get("std", default.std)),
         interpolation=str(config.get("interpolation", default.interpolation)),

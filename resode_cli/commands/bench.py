@@ -62,7 +62,8 @@ def bench_command(
     ] = None,
     batch_size: BatchSizeOption = 64,
     input_size: Annotated[
-        int | None, number("--input-size", range=COUNT, help="Pixels. Default: the model's own.")
+        str | None,
+        typer.Option("--input-size", help="Pixels: 224, or height and width: 256x128. Default: the model's."),
     ] = None,
     repeats: Annotated[
         int, number("--repeats", range=COUNT, help="Timed steps of each method, after one warm-up.")
@@ -95,6 +96,7 @@ def bench_command(
     from ..bench import bench
     from ..bench_workload import Workload
     from ..model import as_device
+    from ..parts import parse_size
     from ..report_bench import bench_csv, bench_json, bench_table
 
     output = Output(json_mode=json)
@@ -105,7 +107,7 @@ def bench_command(
         model=None if model is None else str(model),
         source=source,
         trust_source=trust_source,
-        input_size=input_size,
+        input_size=None if input_size is None else parse_size(input_size),
         shape=shape,
         batch_size=batch_size,
         bn=bn,

@@ -25,7 +25,12 @@ def convert_command(
     ],
     out: OutputOption,
     weights: Annotated[
-        Path | None, typer.Option("--weights", help="Weights to load: .safetensors, .pth, .pt, .th or .tar.")
+        Path | None,
+        typer.Option("--weights", help="Weights to load: .safetensors, .pth, .pt, .th, .tar, .bin or .ckpt."),
+    ] = None,
+    prefix: Annotated[
+        str | None,
+        typer.Option("--prefix", help="Of the network's names in the weights, where several would do: 'encoder_q'."),
     ] = None,
     pretrained: Annotated[
         bool, typer.Option("--pretrained/--no-pretrained", help="Fetch the library's pretrained weights.")
@@ -47,14 +52,21 @@ def convert_command(
         str, typer.Option("--form", help="'exact', or 'pre': drop the activation after each addition.")
     ] = "exact",
     input_size: Annotated[
-        int | None, number("--input-size", range=COUNT, help="Image size in pixels; up to 64, images are not cropped.")
+        str | None,
+        typer.Option(
+            "--input-size", help="Pixels: 224, or height and width, 256x128. Up to 64, images are not cropped."
+        ),
     ] = None,
     crop_fraction: Annotated[
         float | None,
         number("--crop-fraction", range=Range(0, 1, above=True), help="Part of the resized image's side that is kept."),
     ] = None,
-    mean: Annotated[str | None, typer.Option("--mean", help="Of RGB in [0, 1], e.g. 0.485,0.456,0.406.")] = None,
-    std: Annotated[str | None, typer.Option("--std", help="Of RGB in [0, 1], e.g. 0.229,0.224,0.225.")] = None,
+    mean: Annotated[
+        str | None, typer.Option("--mean", help="Of RGB in [0, 1], e.g. 0.485,0.456,0.406; of grey, one number.")
+    ] = None,
+    std: Annotated[
+        str | None, typer.Option("--std", help="Of RGB in [0, 1], e.g. 0.229,0.224,0.225; of grey, one number.")
+    ] = None,
     seed: Annotated[int, number("--seed", range=SEED, help="Of weights that start at random.")] = 0,
     recipe: RecipeOption = None,
     force: ForceOption = False,
@@ -67,8 +79,9 @@ def convert_command(
     from .. import model_file
     from ..adapters.sources import open_source
     from ..atomic import check_output
-    from ..conversion import VERIFIED, check_rule, convert, random_batch
+    from ..conversion import VERIFIED, check_rule, convert, like, random_batch
     from ..forecast import forecast_inference
+    from ..parts import parse_size
     from ..report import stage_rows, stage_table, verification_line
     from ..tables import duration, finite, size
 
@@ -77,10 +90,10 @@ def convert_command(
     check_rule(scheme, form)  # before anything is downloaded
     preprocessing: dict[str, object] = {}
     if input_size is not None:
-        preprocessing |= {"size": input_size}
+        preprocessing |= {"size": parse_size(input_size)}
     if crop_fraction is not None:
         preprocessing |= {"crop_fraction": crop_fraction}
-    preprocessing |= {name: _triple(name, text) for name, text in (("mean", mean), ("std", std)) if text is not None}
+    preprocessing |= {name: _numbers(name, text) for name, text in (("mean", mean), ("std", std)) if text is not None}
     torch.manual_seed(seed)
     opened = open_source(
         source,
@@ -90,10 +103,11 @@ def convert_command(
         stem=stem,
         shortcut=shortcut,
         preprocessing=preprocessing,
+        prefix=prefix,
     )
     for note in opened.notes:
-        output.note(f"note: {note}")
-    image = random_batch(opened.preprocessing, 1)
+        output.note(note if note.startswith("warning: ") else f"note: {note}")
+    image = like(random_batch(opened.preprocessing, 1), opened.net)
     forecast = forecast_inference(opened.net.eval(), image, 2 * VERIFIED)
     if forecast is not None:
         output.note(f"predicted: {duration(forecast.seconds)}, {size(forecast.bytes)} of memory")
@@ -125,11 +139,12 @@ def convert_command(
     )
 
 
-def _triple(name: str, text: str) -> tuple[float, ...]:
+def _numbers(name: str, text: str) -> tuple[float, ...]:
     try:
         values = tuple(float(part) for part in text.split(","))
     except ValueError:
         values = ()
-    if len(values) != 3 or not all(value in (POSITIVE if name == "std" else FINITE) for value in values):
-        raise UsageError(f"--{name} {text!r}: write three numbers, as in 0.5,0.5,0.5")
+    allowed = POSITIVE if name == "std" else FINITE
+    if len(values) not in (1, 3) or not all(value in allowed for value in values):
+        raise UsageError(f"--{name} {text!r}: write three numbers, as in 0.5,0.5,0.5, or one for grey images")
     return values

@@ -36,7 +36,7 @@ def export_command(
     start()
     from .. import model_file
     from ..atomic import check_output
-    from ..conversion import VERIFIED, random_batch
+    from ..conversion import VERIFIED, like, random_batch
     from ..exporting import export
     from ..report import verification_line
     from ..tables import finite, size
@@ -48,7 +48,7 @@ def export_command(
         raise UsageError(f"output {str(out)!r} is the model itself")
     check_output(out, force=force)
     loaded = model_file.load(model, source=source, trust_source=trust_source)
-    images = random_batch(loaded.info.preprocessing, batch_size or VERIFIED)
+    images = like(random_batch(loaded.info.preprocessing, batch_size or VERIFIED), loaded)
     origin = model_file.origin_of(loaded.info.source, source, trust_source=trust_source)
     verified = export(loaded, out, images, fixed_batch=batch_size is not None, origin=origin).record()
     output.show(f"read back {verification_line(verified)}")

@@ -38,12 +38,13 @@ def info_command(
     output.show(f"source         {origin}{tag}{weights}{digest}")
     output.show(f"parameters     {parameters:,}")
     names = loaded.info.class_names
+    colours = {1: " grey", 3: ""}.get(pre.channels, f" {pre.channels} channels")
     output.show(
         f"classes        {loaded.info.num_classes}"
         + (f" ({', '.join(names[:10])}{'…' if len(names) > 10 else ''})" if names else "")
     )
     output.show(
-        f"preprocessing  {pre.size}×{pre.size} {pre.interpolation}, crop {pre.crop_fraction:g} ({pre.crop_mode}),"
+        f"preprocessing  {pre.size_text}{colours} {pre.interpolation}, crop {pre.crop_fraction:g} ({pre.crop_mode}),"
         f" mean {pre.mean}, std {pre.std}"
     )
     for block in loaded.info.left_out:

@@ -1,7 +1,8 @@
 """Images and labels: folders with splits, the embedded digits, and torchvision's data sets.
 
 folders: which folders hold which split, which files are images · classes: whose order of classes holds ·
-images: from a file to RGB · named: data sets with a name · loading: what a model is fed.
+images: from a file to RGB · transforms: from there to an input · named: data sets with a name ·
+loading: what a model is fed.
 """
 
 from .classes import check_classes
@@ -13,9 +14,9 @@ from .loading import (
     held_out_splits,
     open_data,
     open_labelled,
-    transform,
 )
 from .named import NAMES
+from .transforms import transform
 
 __all__ = [
     "DEFAULT_ROOT",

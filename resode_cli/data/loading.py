@@ -6,7 +6,6 @@ workers and wherever it was resumed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import InterpolationMode, v2
 
 from ..errors import ResodeError, UsageError, first_few, unknown
 from ..model import ModelInfo
@@ -25,13 +23,14 @@ from .classes import check_classes, order_note, places, without_images
 from .folders import SPLIT_FOLDERS, Split, has_splits, held_out_of, open_folder, open_unlabelled
 from .images import UnreadableImage, shown, to_rgb
 from .named import DIGITS, NAMES, NOT_FLIPPED, PREFIX, WITH_VAL, open_named
+from .transforms import transform
 
 DEFAULT_ROOT = Path("~/.cache/resode")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """images: (B, 3, H, W) float32, normalised; labels: (B,); skipped: corrupt files left out.
+    """images: (B, C, H, W) float32, normalised; labels: (B,); skipped: corrupt files left out.
 
     failure: what kept a worker from reading it; `batches` raises it.
     """
@@ -249,44 +248,6 @@ def _folder_of(name: str) -> tuple[Path | None, list[str]]:
     if "/" in name or path.suffix or path.exists():
         raise UsageError(f"data folder {name!r} does not exist, or is not a folder")
     raise unknown("data set (and there is no such folder)", name, NAMES)
-
-
-def transform(preprocessing: Preprocessing, *, augment: bool, flip: bool = True) -> Callable[[Image.Image], Tensor]:
-    """From a PIL image to a normalised tensor (3, H, W).
-
-    Augmentation is the usual one: a random crop with an eighth of padding and a mirror image for
-    small images (He et al. 2015, section 4.2), a random resized crop and a mirror image for large ones.
-    """
-    size = preprocessing.size
-    interpolation = InterpolationMode(preprocessing.interpolation)
-    steps: list[Any]
-    if augment and size > 64:
-        steps = [v2.RandomResizedCrop(size, interpolation=interpolation)]
-    elif augment:
-        steps = [v2.Resize(size, interpolation), v2.CenterCrop(size), v2.RandomCrop(size, padding=max(size // 8, 1))]
-    else:
-        steps = _central(preprocessing, interpolation)
-    if augment and flip:
-        steps.append(v2.RandomHorizontalFlip())
-    steps += [
-        v2.ToImage(),
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize(list(preprocessing.mean), list(preprocessing.std)),
-    ]
-    return v2.Compose(steps)
-
-
-def _central(preprocessing: Preprocessing, interpolation: InterpolationMode) -> list[Any]:
-    size = preprocessing.size
-    resized = math.floor(size / preprocessing.crop_fraction + 1e-6)  # as timm does it; 1e-6: 224 / (224/232) is 232
-    if preprocessing.crop_mode == "border":
-        from timm.data.transforms import CenterCropOrPad, ResizeKeepRatio
-
-        colour = tuple(round(255 * value) for value in preprocessing.mean)
-        whole = ResizeKeepRatio(resized, longest=1.0, interpolation=preprocessing.interpolation)
-        return [whole, CenterCropOrPad(size, fill=colour)]
-    shape = [resized, resized] if preprocessing.crop_mode == "squash" else resized
-    return [v2.Resize(shape, interpolation), v2.CenterCrop(size)]
 
 
 def batches(

@@ -1,0 +1,76 @@
+"""From a picture to a network's input: size, channels, values, and the usual augmentation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+
+from ..errors import ResodeError
+from ..parts import Preprocessing
+
+SMALL = 64  # pixels of the longer side, up to which images are augmented by shifts
+
+
+def transform(preprocessing: Preprocessing, *, augment: bool, flip: bool = True) -> Callable[[Image.Image], Tensor]:
+    """From a PIL image to a normalised tensor (C, H, W); grey for a network of one channel.
+
+    Augmentation is the usual one: a random crop with an eighth of padding and a mirror image for
+    small images (He et al. 2015, section 4.2), a random resized crop and a mirror image for large ones.
+    Raises ResodeError for a network whose channels are not those of pictures.
+    """
+    if preprocessing.channels not in (1, 3):
+        raise ResodeError(
+            f"the model takes images of {preprocessing.channels} channels; images of files have 3 (RGB), or 1 where"
+            " they are made grey: train it from Python, on tensors of your own"
+        )
+    height, width = size = preprocessing.height, preprocessing.width
+    interpolation = InterpolationMode(preprocessing.interpolation)
+    steps: list[Any]
+    if augment and max(size) > SMALL:
+        steps = [v2.RandomResizedCrop(size, interpolation=interpolation)]
+    elif augment:
+        padding = [max(width // 8, 1), max(height // 8, 1)]
+        steps = [_covering(size, preprocessing), v2.CenterCrop(size), v2.RandomCrop(size, padding=padding)]
+    else:
+        steps = _central(preprocessing, interpolation)
+    if augment and flip:
+        steps.append(v2.RandomHorizontalFlip())
+    if preprocessing.channels == 1:
+        steps.insert(0, v2.Grayscale())
+    steps += [
+        v2.ToImage(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(list(preprocessing.mean), list(preprocessing.std)),
+    ]
+    return v2.Compose(steps)
+
+
+def _covering(size: tuple[int, int], preprocessing: Preprocessing) -> Any:
+    """To the smallest size of the image's own proportions that covers (height, width)."""
+    height, width = size
+    if height == width:
+        return v2.Resize(height, InterpolationMode(preprocessing.interpolation))
+    from timm.data.transforms import ResizeKeepRatio
+
+    return ResizeKeepRatio(size, interpolation=preprocessing.interpolation)
+
+
+def _central(preprocessing: Preprocessing, interpolation: InterpolationMode) -> list[Any]:
+    size = preprocessing.height, preprocessing.width
+    # As timm does it; 1e-6: 224 / (224/232) is 232.
+    height, width = (math.floor(side / preprocessing.crop_fraction + 1e-6) for side in size)
+    if preprocessing.crop_mode == "border":
+        from timm.data.transforms import CenterCropOrPad, ResizeKeepRatio
+
+        colour = tuple(round(255 * value) for value in preprocessing.mean)
+        whole = ResizeKeepRatio((height, width), longest=1.0, interpolation=preprocessing.interpolation)
+        return [whole, CenterCropOrPad(size, fill=colour if len(colour) > 1 else colour[0])]
+    if preprocessing.crop_mode == "squash":
+        return [v2.Resize([height, width], interpolation), v2.CenterCrop(size)]
+    return [_covering((height, width), preprocessing), v2.CenterCrop(size)]
