@@ -1,6 +1,6 @@
 """Images and labels: folders with splits, the embedded digits, and torchvision's data sets.
 
-folders: which folders hold which split, which files are images · classes: whose order of classes holds ·
+folders: which folder holds which split · listing: which files are images · classes: whose order of classes holds ·
 images: from a file to RGB · named: data sets with a name · loading: what a model is fed.
 """
 
