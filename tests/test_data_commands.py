@@ -115,6 +115,15 @@ def test_val_chooses_the_best_and_test_is_measured_at_the_end(plain: Path, make_
             assert {**again, "split": None} == {**found["test"], "split": None}
 
 
+def test_a_resumed_run_keeps_its_classes(plain: Path, make_folder: Make, run):
+    folder = make_folder(each=2, size=8)
+    run("finetune", "m.safetensors", "--data", folder, "-o", "run", *TRAINING)
+    for split in ("train", "test"):
+        (folder / split / "dog").rename(folder / split / "hound")
+    _, said = run("finetune", "m.safetensors", "--data", folder, "-o", "run", "--resume", "--max-steps", 4, code=1)
+    assert "other classes apart" in said and "only the data: hound; only the model: dog" in said
+
+
 @pytest.mark.parametrize("held_out", ["test", "val"])
 def test_of_one_held_out_split_nothing_is_left_for_the_end(held_out: str, plain: Path, make_folder: Make, run):
     folder = make_folder(splits=("train", held_out), each=1, size=8)
