@@ -181,12 +181,23 @@ def test_labels_in_another_order_than_the_models_are_an_error(make_folder: Make)
         check_classes(data, 3, ("dog", "cat", "owl"))
 
 
-@pytest.mark.parametrize("head, hint", [(2, "for a new head$"), (10, "make an empty folder for each class without")])
+@pytest.mark.parametrize(
+    "head, hint", [(2, "convert"), (10, "make an empty folder for each class without images, or convert")]
+)
 def test_another_number_of_classes_than_the_head_is_refused(head: int, hint: str, make_folder: Make):
     data = open_data(str(make_folder()), PLAIN, "train")
     check_classes(data, 3, None)
-    with pytest.raises(ResodeError, match=f"has 3 classes and the model's head {head}, .*--num-classes 3 .*{hint}"):
+    with pytest.raises(ResodeError, match=f"has 3 classes and the model's head {head}, .*; {hint} .*--num-classes 3"):
         check_classes(data, head, None)
+
+
+@pytest.mark.parametrize("lacking", ["train", "test"])
+def test_a_folder_that_makes_one_class_too_many_is_named(lacking: str, make_folder: Make):
+    folder = make_folder(each=1)
+    (folder / ("test" if lacking == "train" else "train") / "notes").mkdir()
+    with pytest.raises(ResodeError, match="has 4 classes .* head 3, .*; not every split has notes: remove what is no"):
+        open_labelled(str(folder), info_of(3), "test")
+    assert len(open_labelled(str(folder), info_of(4), "test").class_names) == 4
 
 
 def test_a_name_in_no_encoding_is_refused(make_folder: Make):

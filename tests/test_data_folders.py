@@ -76,7 +76,8 @@ def test_a_test_set_without_labels_leaves_the_measuring_to_val(inside: str, make
         shutil.copy(folder / "val" / "cat" / "0.png", folder / "test" / inside / f"{i}.png")
     data = open_data(str(folder), PLAIN, "test")
     assert data.split == "val" and len(data) == 3
-    assert any("test has no labels: measured on" in note for note in data.notes)
+    but = " (but unknown)" if inside else ""
+    assert any(f"test has no labels{but}: measured on" in note for note in data.notes)
     assert held_out_splits(str(folder)) == ("test",)
 
 
@@ -85,6 +86,13 @@ def test_of_two_folders_for_one_split_the_other_is_named(make_folder: Make):
     data = open_data(str(folder), PLAIN, "val")
     assert files(data, folder)[0].startswith("val/")
     assert any("val is the val split, validation and Val left alone" in note for note in data.notes)
+
+
+def test_a_folder_of_results_is_no_val_split(make_folder: Make):
+    folder = make_folder(each=1)
+    (folder / "dev" / "run1").mkdir(parents=True)
+    assert held_out_splits(str(folder)) == ("test",)
+    assert open_data(str(folder), PLAIN, "test").class_names == ("cat", "dog", "owl")
 
 
 def test_splits_that_are_one_folder_are_named(make_folder: Make):
@@ -98,7 +106,7 @@ def test_splits_that_are_one_folder_are_named(make_folder: Make):
 
 @pytest.mark.parametrize(
     "there, asked, message",
-    [("train", "test", "test, testing, val, validation, valid, dev or eval"), ("test", "train", "train or training")],
+    [("train", "test", "test, testing, val, validation, valid or dev"), ("test", "train", "train or training")],
 )
 def test_a_missing_split_is_named(there: str, asked: str, message: str, make_folder: Make):
     folder = make_folder(splits=(there,))
@@ -355,9 +363,8 @@ def test_links_in_a_circle_add_nothing(link, make_folder: Make):
     for data in both(folder):
         real = [os.path.realpath(file) for file, _ in data.samples.samples]
         assert len(real) == len(set(real)) == 6
-        assert all(
-            label == ("cat", "dog", "owl").index(Path(f).parts[-2]) for f, label in data.samples.samples if data.labels
-        )
+        for file, label in data.samples.samples if len(data.class_names) == 3 else ():
+            assert Path(file).parts[-2] == data.class_names[label]
     assert len(open_data(str(folder), PLAIN, "train").class_names) == 3
 
 
@@ -370,6 +377,12 @@ def test_links_to_elsewhere_are_followed_once(make_folder: Make, tmp_path: Path)
     data = open_data(str(folder), PLAIN, "train")
     assert files(data, folder / "train") == [*expected, "yak/0.png", "yak/1.png"]
     assert labels(data) == [0, 0, 0, 1, 1, 2, 3, 3]
+
+
+def test_a_class_that_is_a_link_to_nowhere_is_named(make_folder: Make):
+    folder = make_folder(each=1)
+    (folder / "train" / "yak").symlink_to("/nowhere/at/all")
+    assert any("links that lead nowhere (yak)" in note for note in open_data(str(folder), PLAIN, "train").notes)
 
 
 def test_images_of_a_class_may_lie_deeper(make_folder: Make):

@@ -187,6 +187,7 @@ def finetune_command(
     )
     for split in (train, test, *at_end):
         output.notes(split.notes)
+    loaded.info = loaded.info.with_classes(train.class_names)  # so that the state of the run has them too
     if at_end:
         output.note(f"{test.split} chooses the best model; {at_end[0].split} is looked at once, at the end")
     if state is not None:

@@ -83,10 +83,14 @@ def check_classes(data: ImageData, num_classes: int, class_names: Sequence[str] 
         raise _other_classes(shown(data.name), data.class_names, class_names)
     n = len(data.class_names)
     if n != num_classes:
-        few = "; or make an empty folder for each class without images" if n < num_classes else ""
+        other = ""
+        if n < num_classes:
+            other = "make an empty folder for each class without images, or "
+        elif data.partial:
+            other = f"not every split has {listed(data.partial)}: remove what is no class, or "
         raise ResodeError(
             f"{shown(data.name)} has {n} classes and the model's head {num_classes}, without names;"
-            f" convert the source again with --num-classes {n} for a new head{few}"
+            f" {other}convert the source again with --num-classes {n} for a new head"
         )
 
 

@@ -48,7 +48,7 @@ def read_image(path: str | Path) -> Image.Image:
     except UnreadableImage:
         raise
     except Image.DecompressionBombError as error:
-        raise UnreadableImage(f"{error}; make it smaller") from error
+        raise UnreadableImage(f"{str(error).rstrip('.')}; make it smaller") from error
     except UnidentifiedImageError as error:
         raise UnreadableImage("its content is in no image format that can be read here") from error
     except MemoryError:

@@ -7,7 +7,7 @@ workers and wherever it was resumed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 from ..errors import ResodeError, UsageError, first_few, unknown
 from ..model import ModelInfo
 from ..parts import Preprocessing
-from .classes import check_classes, order_note, places, without_images
-from .folders import SPLIT_FOLDERS, Split, has_splits, held_out_of, open_folder, open_unlabelled
+from .classes import check_classes, places, without_images
+from .folders import SPLIT_FOLDERS, Found, Split, has_splits, held_out_of, open_folder, open_unlabelled
 from .images import UnreadableImage, shown, to_rgb
 from .named import DIGITS, NAMES, NOT_FLIPPED, PREFIX, WITH_VAL, open_named
 from .transforms import transform
@@ -44,8 +44,9 @@ class Batch:
 class ImageData(Dataset[tuple[Tensor, int] | str]):
     """One split of a data set, preprocessed for a model.
 
-    samples: (image, number) pairs. labels: what each number means, a place in class_names; None: the number itself.
-    notes: what the user should know of it. skipped: the corrupt files that `batches` met, each once.
+    samples: (image, number) pairs. labels: for each number its place in class_names; None: the number itself.
+    partial: classes that some split lacks. notes: what the user should know of it. skipped: the corrupt files that
+    `batches` met, each once.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class ImageData(Dataset[tuple[Tensor, int] | str]):
         skip_corrupt: bool = False,
         labels: Sequence[int] | None = None,
         split: Split = "test",
+        partial: Sequence[str] = (),
         notes: Sequence[str] = (),
     ) -> None:
         self.name = name
@@ -72,6 +74,7 @@ class ImageData(Dataset[tuple[Tensor, int] | str]):
         self.skip_corrupt = skip_corrupt
         self.labels = labels
         self.split = split
+        self.partial = tuple(partial)
         self.notes = tuple(notes)
         self.skipped: dict[str, None] = {}
 
@@ -164,46 +167,27 @@ def open_data(
         raise unknown("split", split, SPLIT_FOLDERS)
     if images is not None and images < 1:
         raise UsageError(f"--images {images}: must be 1 or more")
-    samples: Any
-    folder, notes = _folder_of(name)
-    labels: Sequence[int] | None = None
-    if folder is None:
-        samples, names = open_named(name.removeprefix(PREFIX), split, root)
-        classes, there, where = names, set(range(len(names))), name
-    elif labelled:
-        found = open_folder(folder, split, all_splits=class_names is None)
-        samples, names, classes, where = found.files, found.names, found.classes, shown(found.folder)
-        there, split = {label for _, label in samples.samples}, found.split
-        notes += found.notes
-    else:
-        samples, found_notes = open_unlabelled(folder, split)
-        notes += found_notes
-    if labelled:
-        if class_names is not None:
-            classes = list(class_names)
-        elif folder is not None and (order := order_note(classes)) is not None:
-            notes.append(order)
-        labels = places(names, classes, where)
-        missing = without_images(classes, {labels[k] for k in there}, split, where)
-        notes += [missing] if missing is not None else []
-        labels = None if list(labels) == list(range(len(labels))) else labels
-    else:
-        classes = ["unlabelled"]
+    found = _find(name, split, root, labelled=labelled, all_splits=class_names is None)
+    classes = found.classes if class_names is None else class_names
+    labels = places(found.names, classes, found.where)
+    missing = without_images(classes, {labels[place] for place in found.present}, found.split, found.where)
+    count = len(found.samples)
     indices = None
     if images is not None:
-        n = min(images, len(samples))
-        indices = [i * len(samples) // n for i in range(n)]
+        n = min(images, count)
+        indices = [i * count // n for i in range(n)]
     return ImageData(
         name,
-        samples,
+        found.samples,
         classes,
         transform=transform(preprocessing, augment=augment, flip=name.removeprefix(PREFIX) not in NOT_FLIPPED),
         indices=indices,
         seed=seed if augment else None,
         skip_corrupt=skip_corrupt,
         labels=labels,
-        split=split,
-        notes=notes,
+        split=found.split,
+        partial=found.partial,
+        notes=[*found.notes, missing] if missing is not None else found.notes,
     )
 
 
@@ -223,6 +207,18 @@ def held_out_splits(name: str) -> tuple[Split, ...]:
     if folder is not None:
         return held_out_of(folder)
     return ("val", "test") if name.removeprefix(PREFIX) in WITH_VAL else ("test",)
+
+
+def _find(name: str, split: Split, root: Path, *, labelled: bool, all_splits: bool) -> Found:
+    folder, notes = _folder_of(name)
+    if folder is None:
+        samples, names = open_named(name.removeprefix(PREFIX), split, root)
+        found = Found(split, name, samples, names, names, frozenset(range(len(names))))
+    elif labelled:
+        found = open_folder(folder, split, all_splits=all_splits)
+    else:
+        found = open_unlabelled(folder, split)
+    return replace(found, notes=(*notes, *found.notes))
 
 
 def _folder_of(name: str) -> tuple[Path | None, list[str]]:
