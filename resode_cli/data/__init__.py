@@ -1,13 +1,8 @@
 """Images and labels: folders with splits, the embedded digits, and torchvision's data sets.
 
-<<<<<<< HEAD
-folders: which folders hold which split, which files are images · classes: whose order of classes holds ·
+folders: which folder holds which split · listing: which files are images · classes: whose order of classes holds ·
 images: from a file to RGB · transforms: from there to an input · named: data sets with a name ·
 loading: what a model is fed.
-=======
-folders: which folder holds which split · listing: which files are images · classes: whose order of classes holds ·
-images: from a file to RGB · named: data sets with a name · loading: what a model is fed.
->>>>>>> w-data
 """
 
 from .classes import check_classes
