@@ -6,6 +6,9 @@ import os
 import re
 import sys
 import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -14,7 +17,7 @@ import typer.core
 from . import __version__
 from .commands import bench, check_grad, convert, demo, evaluate, export, finetune, info, list_sources, transfer
 from .commands.options import RECIPE
-from .errors import ResodeError, UsageError
+from .errors import ResodeError, ResodeWarning, UsageError, printable
 
 
 class _Interrupted(ResodeError):
@@ -93,8 +96,12 @@ def main(arguments: list[str] | None = None) -> int:
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
     failure: BaseException
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that knows ASCII alone shows what it can
     try:
-        result = app(arguments, prog_name="resode", standalone_mode=False)
+        with _warnings_in_a_line():
+            result = app(arguments, prog_name="resode", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except ResodeError as error:
         failure, code = error, error.exit_code
@@ -108,8 +115,25 @@ def main(arguments: list[str] | None = None) -> int:
         code, message = _explain(error)
     if debug:
         traceback.print_exception(failure)
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
     return code
+
+
+@contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """Warnings of this package, as a user reads them; those of others as Python shows them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", ResodeWarning)
+        otherwise = warnings.showwarning
+
+        def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, ResodeWarning):
+                print(f"warning: {printable(' '.join(str(message).split()))}", file=sys.stderr)
+            else:
+                otherwise(message, category, *where, **more)
+
+        warnings.showwarning = show
+        yield
 
 
 def _explain(error: Exception) -> tuple[int, str]:

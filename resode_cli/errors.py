@@ -18,6 +18,21 @@ class UsageError(ResodeError):
     exit_code = 2
 
 
+class ResodeWarning(UserWarning):
+    """What a user should know of, though the work goes on. The command line prints it as one line."""
+
+
+class NonFiniteWarning(ResodeWarning):
+    """A model with weights that are no numbers, which gives none either."""
+
+
+def printable(text: str) -> str:
+    """Text of unknown origin as it may reach a terminal: what would move its cursor, colour it or hide is escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
 def unknown(what: str, given: str, allowed: Iterable[str]) -> UsageError:
     """The error for a name that is not one of `allowed`: what was given, what is allowed, the nearest match."""
     names = list(allowed)

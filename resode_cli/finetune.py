@@ -345,8 +345,7 @@ class _Run:
         settings = {k: v for k, v in asdict(self.settings).items() if v is not None}
         info = self.model.info.with_command("finetune", data=self.train.name, steps=self.progress.step, **settings)
         names = self.train.class_names
-        described = OdeResNet(self.model.net, self.model.paths, info.with_classes(names))
-        return described
+        return self.model.with_info(info.with_classes(names))
 
     def _save_model(self, name: str) -> None:
         model_file.save(self._described(), self.out / f"{name}.safetensors")

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
 from .adapters.reading import is_plain_sequence, read_rule, runs_its_children, whole
 from .errors import ResodeError, UsageError, first_few, unknown
@@ -51,12 +51,18 @@ class OdeResNet(nn.Module):
     its own methods (`model.net.…`) are what they were.
     """
 
-    def __init__(self, net: nn.Module, paths: dict[str, str], info: ModelInfo) -> None:
+    def __init__(self, net: nn.Module, paths: dict[str, str], info: ModelInfo, built: dict[str, Size]) -> None:
+        """built: the shapes of the source network's tensors, as its builder made it; see `saving`."""
         super().__init__()
+        self.built = built
         self.net = net
         self.paths = paths  # stage name -> path of its OdeStage in the network
         self.info = info
         self.channels_last = False
+
+    def with_info(self, info: ModelInfo) -> OdeResNet:
+        """The same network with other things known about it."""
+        return OdeResNet(self.net, self.paths, info, self.built)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.channels_last:
@@ -144,7 +150,7 @@ class OdeResNet(nn.Module):
             self.net.to(torch.float64)  # as it was saved
         state = distinct(self.net.state_dict(keep_vars=True).items())
         names = {self.file_name(key): key for key in state}
-        problems = describe_misfit({name: state[key] for name, key in names.items()}, tensors)
+        problems = describe_misfit({name: state[key] for name, key in names.items()}, tensors, types=True)
         if problems:
             raise ResodeError(problems)
         negative = [n for n, t in tensors.items() if n.rpartition(".")[2] == "running_var" and bool((t < 0).any())]
@@ -173,8 +179,8 @@ class OdeResNet(nn.Module):
         return groups
 
 
-def describe_misfit(expected: dict[str, Tensor], given: dict[str, Tensor]) -> str:
-    """One line on missing, unexpected and wrongly shaped tensors; empty if all fit."""
+def describe_misfit(expected: dict[str, Tensor], given: dict[str, Tensor], *, types: bool = False) -> str:
+    """One line on missing, unexpected and wrongly shaped tensors; empty if all fit. types: on wrong types too."""
     missing = [k for k in expected if k not in given]
     unexpected = [k for k in given if k not in expected]
     shapes = [
@@ -182,13 +188,18 @@ def describe_misfit(expected: dict[str, Tensor], given: dict[str, Tensor]) -> st
         for k in expected
         if k in given and expected[k].shape != given[k].shape
     ]
-    types = [
+    kept = [
         f"{k} {_type(given[k])} instead of {_type(expected[k])}"
         for k in expected
-        if k in given and not _keeps_values(given[k].dtype, expected[k].dtype)
+        if types and k in given and not _keeps_values(given[k].dtype, expected[k].dtype)
     ]
-    kinds = (("missing", missing), ("unexpected", unexpected), ("wrong shape", shapes), ("wrong type", types))
+    kinds = (("missing", missing), ("unexpected", unexpected), ("wrong shape", shapes), ("wrong type", kept))
     return "; ".join(f"{len(names)} {kind}: {first_few(names)}" for kind, names in kinds if names)
+
+
+def shapes_of(module: nn.Module) -> dict[str, Size]:
+    """The shape of every tensor of a state dict, by name."""
+    return {name: tensor.shape for name, tensor in module.state_dict().items() if isinstance(tensor, Tensor)}
 
 
 def _type(tensor: Tensor) -> str:
@@ -214,6 +225,7 @@ def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 def assemble(net: nn.Module, specs: Sequence[StageSpec], info: ModelInfo) -> OdeResNet:
     """Replace the stages of a source network by OdeStages. `net` is used up."""
     paths: dict[str, str] = {}
+    built = shapes_of(net)
     twice = [name for name, count in Counter(spec.name for spec in specs).items() if count > 1]
     if twice:
         raise ResodeError(f"two stages are called {twice[0]}")
@@ -243,7 +255,7 @@ def assemble(net: nn.Module, specs: Sequence[StageSpec], info: ModelInfo) -> Ode
             for method in ("forward_intermediates", "get_intermediate_layers"):
                 if hasattr(owner, method):
                     owner.__dict__[method] = partial(_refuse_features, spec.name)
-    return OdeResNet(net, paths, info)
+    return OdeResNet(net, paths, info, built)
 
 
 def take_hooks(module: nn.Module, other: nn.Module) -> None:

@@ -20,17 +20,14 @@ from torch import Tensor, nn
 
 from .adapters import sources
 from .atomic import atomic_path
-from .errors import ResodeError, UsageError, first_few, join
+from .errors import NonFiniteWarning, ResodeError, UsageError, first_few, join
 from .model import ModelInfo, OdeResNet, assemble, non_finite
 from .model_schema import FORMAT_VERSION, parse_json, parse_metadata
 from .parts import SourceSpec
+from .saving import info_to_save
 
 METADATA_KEY = "resode"
 CHECKSUM = "checksum"
-
-
-class NonFiniteWarning(UserWarning):
-    """A model with weights that are no numbers, which gives none either."""
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
@@ -117,9 +114,15 @@ def model_metadata(model: OdeResNet) -> dict[str, Any]:
     }
 
 
-def save(model: OdeResNet, path: Path) -> None:
-    """Write a model file, atomically."""
-    write_tensors(Path(path), model.file_state(), model_metadata(model))
+def save(model: OdeResNet, path: str | Path, *, source: str | None = None) -> None:
+    """Write a model file, atomically.
+
+    source: FILE.py:FUNCTION that builds the network as it is now, where layers were put in since its conversion. A
+        new head of a network of a library needs none: its number of classes is recorded.
+    Raises ResodeError, and writes nothing, for a network that loading could not build again.
+    """
+    described = model.with_info(info_to_save(model, source))
+    write_tensors(Path(path), model.file_state(), model_metadata(described))
 
 
 def load(path: str | Path, *, source: str | nn.Module | None = None, trust_source: bool = False) -> OdeResNet:

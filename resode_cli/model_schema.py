@@ -28,6 +28,8 @@ _CLASSES = Range(1, 10**8)
 _PIXELS = Range(1, 2**14)
 _STEP = Range(0, 10**9)
 
+_LONGEST_NAME = 500  # of a module
+
 Read = Callable[[Any, str], Any]
 
 
@@ -121,7 +123,7 @@ def _text(value: Any, where: str) -> str:
 def _name(value: Any, where: str) -> str:
     """A name of a module, as it stands in state dicts."""
     text = _text(value, where)
-    if not all(part.isprintable() for part in text.split(".")):
+    if len(text) > _LONGEST_NAME or not all(part.isprintable() for part in text.split(".")):
         raise _Wrong(f"{where}: {_shown(text)} is no name of a module")
     return text
 

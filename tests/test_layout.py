@@ -35,7 +35,7 @@ LEVELS = [
     {"calibrate"},
     {"guard"},
     {"depth_weights"},
-    {"model_schema"},
+    {"model_schema", "saving"},
     {"model_file", "transfer", "recalibrate", "evaluate", "conversion"},
     {"teacher"},
     {"objective"},

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from ..errors import UsageError
 from ..ranges import COUNT, SEED
@@ -124,7 +125,7 @@ def bench_command(
             depths=steps or ((16, 64) if shape is not None else None),
             repeats=repeats,
             find_largest_batch=largest_batch,
-            on_progress=lambda what: status.update(f"measuring {what}"),
+            on_progress=lambda what: status.update(escape(f"measuring {what}")),
         )
     output.show(bench_table(report))
     if csv is not None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from rich.markup import escape
 
 from ..errors import ResodeError
 from ..ranges import COUNT, NOT_NEGATIVE
@@ -116,7 +117,7 @@ def check_grad_command(
                 budget=budget if budget is not None else free_bytes(where),
                 methods=choice.methods,
                 batch_norm=bn,
-                on_stage=lambda stage, tried: status.update(f"calibrating {stage}: {tried}"),
+                on_stage=lambda stage, tried: status.update(escape(f"calibrating {stage}: {tried}")),
             )
             calibrations.append(calibration)
             methods.append(StageAdjoints(choice.label, calibration.adjoints))
@@ -132,7 +133,7 @@ def check_grad_command(
             methods=methods,
             batch_norm=bn,
             data=what,
-            on_method=lambda method: status.update(f"measuring {method}"),
+            on_method=lambda method: status.update(escape(f"measuring {method}")),
         )
         rows: tuple[SweepRow, ...] = ()
         if depths is not None:
@@ -143,7 +144,7 @@ def check_grad_command(
                 depths=depths,
                 methods=fixed,
                 batch_norm=bn,
-                on_depth=lambda depth, method: status.update(f"measuring {method} at {depth} steps"),
+                on_depth=lambda depth, method: status.update(escape(f"measuring {method} at {depth} steps")),
             )
     output.show(gradient_table(report))
     for method in report.methods:

@@ -45,7 +45,7 @@ def demo_command(
         document = _Demo(output, folder).run()
     seconds = time.perf_counter() - began
     kept = f"; files in {out}" if out is not None else "; --out DIR keeps the files"
-    output.show(f"\n[bold]done[/bold] in {seconds:.0f} s{kept}")
+    output.show(f"\ndone in {seconds:.0f} s{kept}")
     output.json({**document, "seconds": seconds})
 
 
@@ -56,8 +56,8 @@ class _Demo:
         self.output, self.folder = output, folder
 
     def announce(self, what: str, command: str) -> None:
-        self.output.show(f"\n[bold]{what}[/bold]")
-        self.output.show(f"[dim]$ resode {command}[/dim]")
+        self.output.show(f"\n{what}", style="bold")
+        self.output.show(f"$ resode {command}", style="dim")
 
     def run(self) -> dict[str, Any]:
         from ..report import evaluation_json, evaluation_line, gradient_json

@@ -53,9 +53,15 @@ def info_command(
         settings = {k: v for k, v in entry.items() if k not in ("command", "verified")}
         shown = ", ".join(f"{k}={v}" for k, v in settings.items()) if history or len(settings) <= 6 else "… (--history)"
         output.show(f"made by        {entry['command']} {shown}")
-    verified = next((entry["verified"] for entry in reversed(loaded.info.history) if "verified" in entry), None)
-    if isinstance(verified, dict):
-        output.show(f"last verified  {verification_line(verified)}")
+    verified = None
+    for entry in loaded.info.history:
+        verified = entry["verified"] if isinstance(entry.get("verified"), dict) else verified
+    for place, entry in enumerate(loaded.info.history):
+        if not isinstance(verified, dict) or entry.get("verified") is not verified:
+            continue
+        since = [str(later["command"]) for later in loaded.info.history[place + 1 :]]
+        changed = f"; not since: {', '.join(dict.fromkeys(since))} came after" if since else ""
+        output.show(f"verified       by {entry['command']} {verification_line(verified)}{changed}")
     output.json(
         finite({**metadata, "stages": [vars(row) for row in rows], "parameters": parameters, "verified": verified})
     )

@@ -10,10 +10,20 @@ from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console, RenderableType
+from rich.text import Text
+
+from ..errors import printable
+
+
+class _Console(Console):
+    """One that takes a text as it is: file names, class names and what a model file says are not to be trusted."""
+
+    def render_str(self, text: str, **settings: Any) -> Text:
+        return super().render_str(printable(text), **settings)
 
 
 def _console(*, stderr: bool) -> Console:
-    console = Console(stderr=stderr, highlight=False, soft_wrap=True)
+    console = _Console(stderr=stderr, highlight=False, soft_wrap=True, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 120  # a file or a pipe has no width of its own
     return console
@@ -26,13 +36,13 @@ class Output:
         self.said: set[str] = set()
         self.main = self.aside if json_mode else _console(stderr=False)
 
-    def show(self, what: RenderableType) -> None:
+    def show(self, what: RenderableType, *, style: str | None = None) -> None:
         """A result, for people."""
-        self.main.print(what)
+        self.main.print(what, style=style)
 
     def note(self, text: str) -> None:
         """A remark: standard error always."""
-        self.aside.print(text, markup=False)
+        self.aside.print(text)
 
     def notes(self, texts: Iterable[str | None]) -> None:
         """Remarks, each once however often it comes: two splits may have the same to say."""

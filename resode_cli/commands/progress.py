@@ -29,7 +29,7 @@ LINE_EVERY = 20  # steps, where there is no terminal to draw a bar on
 @contextmanager
 def counting(output: Output, what: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar over `total` things; yields the function that says how many are done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     quiet = not output.aside.is_terminal
     with Progress(*columns, console=output.aside, transient=True, disable=quiet) as progress:
         task = progress.add_task(what, total=total)
@@ -48,10 +48,10 @@ def training(output: Output, total: int, done: int) -> Iterator[Callable[[StepRe
     """
     quiet = not output.aside.is_terminal
     progress = Progress(
-        TextColumn("epoch {task.fields[epoch]}"),
+        TextColumn("epoch {task.fields[epoch]}", markup=False),
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}"),
+        TextColumn("{task.fields[figures]}", markup=False),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=output.aside,
@@ -85,10 +85,10 @@ def fitting(output: Output) -> Iterator[Callable[[FitStep], None]]:
     """A bar over the training steps of a fit's phases, with the loss and the state error of each stage's last block."""
     quiet = not output.aside.is_terminal
     progress = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}"),
+        TextColumn("{task.fields[figures]}", markup=False),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=output.aside,

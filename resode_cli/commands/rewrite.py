@@ -200,12 +200,11 @@ class Rewrite:
     def _save(self, model: OdeResNet | None = None, *, verified: Mapping[str, Any] | None = None) -> None:
         """Write the model, or one that stands for it, with this command in its history."""
         from .. import model_file
-        from ..model import OdeResNet
 
         model = self.model if model is None else model
         settings = self.settings if verified is None else {**self.settings, "verified": verified}
         info = self.model.info.with_command(self.command, **settings)
-        model_file.save(OdeResNet(model.net, model.paths, info), self.out)
+        model_file.save(model.with_info(info), self.out)
 
     def _report(
         self, columns: Sequence[_Column], reference: str, verified: Mapping[str, Any], extra: dict[str, Any]
