@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
+import signal
 import sys
 import traceback
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -13,12 +14,16 @@ import typer.core
 
 from . import __version__
 from .commands import bench, check_grad, convert, demo, evaluate, export, finetune, info, list_sources, transfer
+from .commands.interrupt import leave_closed_terminal, listening, send_nowhere, stop
 from .commands.options import RECIPE
 from .errors import ResodeError, UsageError
+from .signals import Stopped, exit_code
 
 
 class _Interrupted(ResodeError):
-    exit_code = 130
+    def __init__(self, number: int) -> None:
+        super().__init__("interrupted")
+        self.exit_code = exit_code(number)
 
 
 class _Commands(typer.core.TyperGroup):
@@ -32,7 +37,7 @@ class _Commands(typer.core.TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            raise _Interrupted("interrupted") from error
+            raise _Interrupted(stop.number or signal.SIGINT) from error
         except UsageError as error:
             recipe, settings = ctx.meta.get(RECIPE, ("", {}))
             if not any(_names(str(error), name, value) for name, value in settings.items()):
@@ -88,10 +93,19 @@ def _root(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 1, 2 for usage, 130 for Ctrl-C."""
+    """Run the command line; returns the exit code: 0, 1, 2 for usage; 130, 143 or 129 for a signal that ended it."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
+    try:
+        with listening():
+            return _run(arguments, debug=debug)
+    except KeyboardInterrupt as error:  # before a command began, or after it ended
+        _say("error: interrupted")
+        return error.exit_code if isinstance(error, Stopped) else exit_code(signal.SIGINT)
+
+
+def _run(arguments: list[str], *, debug: bool) -> int:
     failure: BaseException
     try:
         result = app(arguments, prog_name="resode", standalone_mode=False)
@@ -101,15 +115,22 @@ def main(arguments: list[str] | None = None) -> int:
         message = str(error)
     except BrokenPipeError:
         # Whoever read our output has gone: nothing to say, and nobody to say it to.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        send_nowhere(1)
+        return 1 if stop.number is None else exit_code(stop.number)
     except Exception as error:
         failure = error
-        code, message = _explain(error)
+        # Whatever a signal ran into, such as a library halfway through its import, it is the signal that ended it.
+        code, message = _explain(error) if stop.number is None else (exit_code(stop.number), "interrupted")
+    leave_closed_terminal()
     if debug:
         traceback.print_exception(failure)
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    _say(f"error: {' '.join(message.split())}")
     return code
+
+
+def _say(line: str) -> None:
+    with suppress(OSError):  # whoever read it has gone
+        print(line, file=sys.stderr)
 
 
 def _explain(error: Exception) -> tuple[int, str]:
@@ -129,7 +150,3 @@ def _explain(error: Exception) -> tuple[int, str]:
     if isinstance(error, OSError):
         return 1, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
     return 1, f"unexpected {type(error).__name__}: {error} (--debug shows where; please report it)"
-
-
-def run() -> None:
-    sys.exit(main())
