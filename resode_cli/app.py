@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
+import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Annotated, Any
 
 import typer
@@ -16,12 +16,16 @@ import typer.core
 
 from . import __version__
 from .commands import bench, check_grad, convert, demo, evaluate, export, finetune, info, list_sources, transfer
+from .commands.interrupt import leave_closed_terminal, listening, send_nowhere, stop
 from .commands.options import RECIPE
 from .errors import ResodeError, ResodeWarning, UsageError, printable
+from .signals import Stopped, exit_code
 
 
 class _Interrupted(ResodeError):
-    exit_code = 130
+    def __init__(self, number: int) -> None:
+        super().__init__("interrupted")
+        self.exit_code = exit_code(number)
 
 
 class _Commands(typer.core.TyperGroup):
@@ -35,7 +39,7 @@ class _Commands(typer.core.TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            raise _Interrupted("interrupted") from error
+            raise _Interrupted(stop.number or signal.SIGINT) from error
         except UsageError as error:
             recipe, settings = ctx.meta.get(RECIPE, ("", {}))
             if not any(_names(str(error), name, value) for name, value in settings.items()):
@@ -91,10 +95,19 @@ def _root(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 1, 2 for usage, 130 for Ctrl-C."""
+    """Run the command line; returns the exit code: 0, 1, 2 for usage; 130, 143 or 129 for a signal that ended it."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
+    try:
+        with listening():
+            return _run(arguments, debug=debug)
+    except KeyboardInterrupt as error:  # before a command began, or after it ended
+        _say("error: interrupted")
+        return error.exit_code if isinstance(error, Stopped) else exit_code(signal.SIGINT)
+
+
+def _run(arguments: list[str], *, debug: bool) -> int:
     failure: BaseException
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -108,15 +121,22 @@ def main(arguments: list[str] | None = None) -> int:
         message = str(error)
     except BrokenPipeError:
         # Whoever read our output has gone: nothing to say, and nobody to say it to.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        send_nowhere(1)
+        return 1 if stop.number is None else exit_code(stop.number)
     except Exception as error:
         failure = error
-        code, message = _explain(error)
+        # Whatever a signal ran into, such as a library halfway through its import, it is the signal that ended it.
+        code, message = _explain(error) if stop.number is None else (exit_code(stop.number), "interrupted")
+    leave_closed_terminal()
     if debug:
         traceback.print_exception(failure)
-    print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
+    _say(f"error: {' '.join(message.split())}")
     return code
+
+
+def _say(line: str) -> None:
+    with suppress(OSError):  # whoever read it has gone
+        print(printable(line), file=sys.stderr)
 
 
 @contextmanager
@@ -128,7 +148,7 @@ def _warnings_in_a_line() -> Iterator[None]:
 
         def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
             if issubclass(category, ResodeWarning):
-                print(f"warning: {printable(' '.join(str(message).split()))}", file=sys.stderr)
+                _say(f"warning: {' '.join(str(message).split())}")
             else:
                 otherwise(message, category, *where, **more)
 
@@ -153,7 +173,3 @@ def _explain(error: Exception) -> tuple[int, str]:
     if isinstance(error, OSError):
         return 1, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
     return 1, f"unexpected {type(error).__name__}: {error} (--debug shows where; please report it)"
-
-
-def run() -> None:
-    sys.exit(main())

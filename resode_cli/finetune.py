@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,59 +19,19 @@ from .calibrate import Calibration
 from .data import Batch, ImageData, batches
 from .errors import ResodeError, UsageError
 from .evaluate import Evaluation, evaluate
+from .finetune_results import Callbacks, FinetuneResult, Progress
 from .guard import Guard, GuardState
+from .locks import FolderLock
 from .model import OdeResNet, freeze_batch_norm
 from .objective import Objective
 from .ode import RandomState, fixed_buffers
 from .optimization import create_optimizer, create_scheduler
 from .run_folder import StepRecord
 from .settings import AMP, Settings
+from .signals import Stopped
 from .teacher import Teacher
 
 CALIBRATION_IMAGES = 32
-
-
-@dataclass(frozen=True)
-class FinetuneResult:
-    """before, after: on the test split; best: the epoch's evaluation with the highest top-1.
-
-    adjoints: what each stage ended with. calibration: the last one, if 'auto' was asked for in this session.
-    """
-
-    steps: int
-    total_steps: int
-    before: Evaluation | None
-    after: Evaluation | None
-    best_top1: float
-    seconds: float
-    peak_bytes: int
-    interrupted: bool
-    adjoints: dict[str, str]
-    switched: dict[str, float] | None = None
-    moved_to_anchors: tuple[str, ...] = ()
-    recalibrations: int = 0
-    calibration: Calibration | None = None
-
-
-@dataclass
-class Progress:
-    """How far a run is: everything that a resumed run needs besides tensors."""
-
-    step: int = 0
-    best_top1: float = -1.0
-    switched: dict[str, float] | None = None
-    guard: dict[str, Any] = field(default_factory=dict)  # a GuardState
-    window: list[list[float]] = field(default_factory=list)  # (loss, accuracy, drift …) since the last log row
-
-
-@dataclass(frozen=True)
-class Callbacks:
-    """What a caller wants to hear. `should_stop` is asked after every step."""
-
-    on_step: Callable[[StepRecord], None] = lambda record: None
-    on_message: Callable[[str], None] = lambda message: None
-    on_calibration: Callable[[Calibration], None] = lambda calibration: None
-    should_stop: Callable[[], bool] = lambda: False
 
 
 def finetune(
@@ -85,16 +45,21 @@ def finetune(
     callbacks: Callbacks | None = None,
     resume: run_folder.State | None = None,
     teacher: Teacher | None = None,
+    lock: FolderLock | None = None,
 ) -> FinetuneResult:
     """Minimise the `Objective` on `train`; write best, last, log and state files to the folder `out`.
 
     The order of images and their augmentation follow from the seed, so a resumed run repeats what
     the uninterrupted one would have done, bit for bit on one device.
 
+    lock: on `out`, where the caller holds it already. An error after a step leaves that step saved.
+
     Raises ResodeError if the loss stops being finite, on drift past the tolerance with 'stop', and if
     the memory budget is too small.
     """
-    return _Run(model, train, test, out, settings, device, callbacks or Callbacks(), resume, teacher).run()
+    callbacks = callbacks or Callbacks()
+    with nullcontext(lock) if lock is not None else FolderLock(out, on_message=callbacks.on_message) as held:
+        return _Run(model, train, test, held, settings, device, callbacks, resume, teacher).run()
 
 
 class _Run:
@@ -103,14 +68,17 @@ class _Run:
         model: OdeResNet,
         train: ImageData,
         test: ImageData | None,
-        out: Path,
+        lock: FolderLock,
         settings: Settings,
         device: torch.device,
         callbacks: Callbacks,
         resume: run_folder.State | None,
         teacher: Teacher | None,
     ) -> None:
-        self.model, self.train, self.test, self.out = model.to(device), train, test, out
+        self.model, self.train, self.test, self.lock = model.to(device), train, test, lock
+        self.before: Evaluation | None = None
+        self.after: Evaluation | None = None
+        self.halfway = False  # through a step or a save
         self.settings, self.device, self.callbacks = settings, device, callbacks
         self.per_epoch, self.total = settings.per_epoch(len(train)), settings.steps(len(train))
         self.progress = Progress()
@@ -200,46 +168,30 @@ class _Run:
             freeze_batch_norm(self.model)
 
     def run(self) -> FinetuneResult:
-        settings, progress = self.settings, self.progress
-        self.out.mkdir(parents=True, exist_ok=True)
-        log = run_folder.Log(self.out / "log.csv", self.stage_names, keep_up_to=progress.step)
-        began = self.last_step_at = time.perf_counter()
-        before = after = None
-        if progress.step == 0 and self.test is not None:
-            before = self._evaluate()
-            log.test(0, 0, before)
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        interrupted = False
-        self.last_step_at = time.perf_counter()
-        for batch in self._batches():
-            record = self._step(batch)
-            self.callbacks.on_step(record)
-            figures = (value for stages in record.monitor.values() for value in stages.values())
-            progress.window.append([record.loss, record.accuracy, *figures])
-            if progress.step % settings.log_every == 0 or progress.step == self.total:
-                log.train(record, progress.window)
-                progress.window.clear()
-            end_of_epoch = progress.step % self.per_epoch == 0
-            last = progress.step == self.total
-            interrupted = not last and self.callbacks.should_stop()
-            due = end_of_epoch and (progress.step // self.per_epoch) % settings.eval_every == 0
-            if self.test is not None and (due or last) and not interrupted:
-                after = self._evaluate()
-                log.test(progress.step, record.epoch, after)
-                if after.top1 > progress.best_top1:
-                    progress.best_top1 = after.top1
-                    self._save_model("best")
-                self.last_step_at = time.perf_counter()
-            if interrupted or last or progress.step % settings.save_every == 0:
+        progress, first = self.progress, self.progress.step
+        self.log = run_folder.Log(self.lock.ensure() / "log.csv", self.stage_names, keep_up_to=first)
+        began = time.perf_counter()
+        try:
+            interrupted = self._train()
+        except Stopped:
+            if progress.step == first:
+                raise
+            interrupted = True
+            self._save_state()
+        except Exception:
+            # The step in progress is lost, the one before is not: between steps the model is as that one left it.
+            if not self.halfway and progress.step > first:
                 self._save_state()
-            if interrupted:
-                break
+                self.callbacks.on_message(f"step {progress.step} is saved; --resume goes on from there")
+            raise
+        finally:
+            if progress.step == 0:  # a run that never began is none
+                self.log.path.unlink(missing_ok=True)
         return FinetuneResult(
             progress.step,
             self.total,
-            before,
-            after,
+            self.before,
+            self.after,
             progress.best_top1,
             time.perf_counter() - began,
             peak_bytes(self.device),
@@ -250,6 +202,66 @@ class _Run:
             self.guard.state.recalibrations,
             self.calibration,
         )
+
+    def _train(self) -> bool:
+        """Whether it was interrupted. A signal may end it anywhere but in the blocks that are `_undisturbed`."""
+        settings, progress = self.settings, self.progress
+        if self.test is not None and progress.step == 0:
+            self.before = self._evaluate()
+            self.log.test(0, 0, self.before)
+        elif self._evaluation_is_due():  # the run was stopped before it
+            self._choose_best()
+            self._save_state()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self.last_step_at = time.perf_counter()
+        for batch in self._batches():
+            with self._undisturbed():
+                record = self._step(batch)
+                self.callbacks.on_step(record)
+                figures = (value for stages in record.monitor.values() for value in stages.values())
+                progress.window.append([record.loss, record.accuracy, *figures])
+                last = progress.step == self.total
+                if progress.step % settings.log_every == 0 or last:
+                    self._move_log()
+                    self.log.train(record, progress.window)
+                    progress.window.clear()
+            interrupted = self.callbacks.should_stop()
+            if self._evaluation_is_due() and not interrupted:
+                self._choose_best()
+                self.last_step_at = time.perf_counter()
+            if interrupted or last or progress.step % settings.save_every == 0:
+                self._save_state()
+            if interrupted:
+                return True
+        return False
+
+    def _evaluation_is_due(self) -> bool:
+        step = self.progress.step
+        end_of_epoch = step % self.per_epoch == 0 and (step // self.per_epoch) % self.settings.eval_every == 0
+        due = step > 0 and (end_of_epoch or step == self.total)
+        return self.test is not None and due and self.progress.evaluated < step
+
+    def _choose_best(self) -> None:
+        self.after = self._evaluate()
+        with self._undisturbed():
+            step = self.progress.evaluated = self.progress.step
+            self._move_log()
+            self.log.test(step, (step - 1) // self.per_epoch + 1, self.after)
+            if self.after.top1 > self.progress.best_top1:
+                self.progress.best_top1 = self.after.top1
+                self._save_model("best")
+
+    @contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """A signal waits for the end of the block. `halfway` stays set if it ends badly."""
+        with self.callbacks.deferred():
+            self.halfway = True
+            yield
+            self.halfway = False
+
+    def _move_log(self) -> None:
+        self.log.path = self.lock.ensure() / self.log.path.name
 
     def _batches(self) -> Iterator[Batch]:
         """Training batches from where the run stands, epoch after epoch."""
@@ -323,7 +335,7 @@ class _Run:
         accuracy = (logits.argmax(1) == labels).float().mean()
         values = torch.stack([loss.detach().float(), accuracy, *self.guard.figures()]).tolist()
         if not math.isfinite(values[0]):
-            state = self.out / run_folder.STATE
+            state = self.lock.folder / run_folder.STATE
             saved = f"{state} holds the last saved step" if state.is_file() else "nothing was saved yet"
             raise ResodeError(
                 f"the loss is {values[0]} at step {self.progress.step + 1}; {saved}."
@@ -348,20 +360,21 @@ class _Run:
         return self.model.with_info(info.with_classes(names))
 
     def _save_model(self, name: str) -> None:
-        model_file.save(self._described(), self.out / f"{name}.safetensors")
+        model_file.save(self._described(), self.lock.ensure() / f"{name}.safetensors")
 
     def _save_state(self) -> None:
         """The state first: it alone is enough to go on; the last model is there for the other commands."""
-        run_folder.save_state(
-            self.out / run_folder.STATE,
-            self.model,
-            optimizer=self.optimizer,
-            scaler=self.scaler,
-            progress={**asdict(self.progress), "guard": asdict(self.guard.state)},
-            settings=asdict(self.settings),
-            fingerprint=self.fingerprint(self.train, self.settings),
-        )
-        self._save_model("last")
+        with self._undisturbed():
+            run_folder.save_state(
+                self.lock.ensure() / run_folder.STATE,
+                self.model,
+                optimizer=self.optimizer,
+                scaler=self.scaler,
+                progress={**asdict(self.progress), "guard": asdict(self.guard.state)},
+                settings=asdict(self.settings),
+                fingerprint=self.fingerprint(self.train, self.settings),
+            )
+            self._save_model("last")
 
     @staticmethod
     def fingerprint(train: ImageData, settings: Settings) -> dict[str, Any]:

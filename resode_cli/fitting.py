@@ -129,6 +129,7 @@ class _Fit:
             self.callbacks.on_costs(costs)
             recalibrated = self._recalibrate()
             for cost in costs:
+                self.interrupted = self.interrupted or self.callbacks.should_stop()
                 if self.interrupted:
                     break
                 self._deepen(cost.depths)

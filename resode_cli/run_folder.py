@@ -165,7 +165,10 @@ class Log:
 
     def _write(self, row: dict[str, Any]) -> None:
         with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, self.fields).writerow(row)
+            writer = csv.DictWriter(file, self.fields)
+            if not file.tell():  # the folder was made anew
+                writer.writeheader()
+            writer.writerow(row)
 
     def train(self, record: StepRecord, window: Sequence[Sequence[float]]) -> None:
         losses, accuracies, *figures = zip(*window, strict=True)

@@ -13,9 +13,9 @@ PACKAGE = Path(__file__).parents[1] / "resode_cli"
 
 # From the bottom up. A module may import from its own level or one below.
 LEVELS = [
-    {"errors", "tables", "arguments"},
+    {"errors", "tables", "arguments", "signals"},
     {"atomic"},
-    {"ode", "digits", "memory_budget", "catalog", "ranges"},
+    {"locks", "ode", "digits", "memory_budget", "catalog", "ranges"},
     {"sharing", "premises"},
     {"adjoint_choice", "compilation", "residual", "parts", "recipe", "fit_settings"},
     {"settings"},
@@ -42,7 +42,7 @@ LEVELS = [
     {"fit_states", "fit_results"},
     {"penalties"},
     {"fitting"},
-    {"bench", "bench_worker", "bench_workload", "check_grad", "run_folder", "finetune"},
+    {"bench", "bench_worker", "bench_workload", "check_grad", "run_folder", "finetune_results", "finetune"},
     {"comparison", "exporting", "forecast"},
     {"report_calibration"},
     {"report", "report_bench", "report_fit", "plot", "plot_bench"},

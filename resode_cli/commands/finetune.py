@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ResodeError, UsageError
+from ..locks import FolderLock, refuse_several_processes
+from ..signals import exit_code
 from .fit_options import TeacherOption, TemperatureOption
-from .interrupt import stop_on_interrupt
+from .interrupt import working
 from .options import (
     DATA_ROOT,
     AnchorsOption,
@@ -117,6 +120,7 @@ def finetune_command(
     json: JsonOption = False,
 ) -> None:
     """Train a model with a backward pass that need not store activations."""
+    refuse_several_processes()
     start()
     from .. import model_file, run_folder
     from ..data import held_out_splits, open_labelled
@@ -166,6 +170,9 @@ def finetune_command(
         teacher_states=teacher_states,
     )
     _check_teacher(ctx, chosen)
+    lock = FolderLock(out, on_message=output.note)
+    _check_is_folder(out)
+    ctx.with_resource(lock)
     _check_folder(out, resume=resume, force=force)
     where = as_device(device)
     state = run_folder.load_state(out, source=source, trust_source=trust_source) if resume else None
@@ -198,12 +205,13 @@ def finetune_command(
     )
     done = state.progress["step"] if state is not None else 0
     total = settings.steps(len(train))
-    with stop_on_interrupt(output) as should_stop, training(output, total, done) as on_step:
+    with working() as stop, training(output, total, done) as on_step:
         callbacks = Callbacks(
             on_step=on_step,
             on_message=output.note,
             on_calibration=lambda calibration: output.aside.print(calibration_table(calibration)),
-            should_stop=should_stop,
+            should_stop=stop,
+            deferred=stop.deferred,
         )
         result = finetune(
             loaded,
@@ -215,6 +223,7 @@ def finetune_command(
             callbacks=callbacks,
             resume=state,
             teacher=learned_from,
+            lock=lock,
         )
     if result.before is not None:
         output.show(f"before: {evaluation_line(result.before)}")
@@ -222,16 +231,16 @@ def finetune_command(
         output.show(f"after:  {evaluation_line(result.after)}")
     output.show(
         f"{result.steps} steps in {result.seconds:.0f} s with adjoint {settings.adjoint},"
-        f" peak memory {size(result.peak_bytes)}; best and last model, log.csv in {out}"
+        f" peak memory {size(result.peak_bytes)}; best and last model, log.csv in {lock.folder}"
     )
     document = finetune_json(result)
     if at_end and not result.interrupted:
-        document["test"] = _on_test(out, loaded, at_end[0], settings, where, source, output)
+        document["test"] = _on_test(lock.folder, loaded, at_end[0], settings, where, source, output)
     output.notes(split.skipped_note() for split in (train, test, *at_end))
     output.json(document)
     if result.interrupted:
         output.note(f"interrupted at step {result.steps} of {result.total_steps}; --resume goes on from there")
-        raise typer.Exit(130)
+        raise typer.Exit(exit_code(stop.number or signal.SIGINT))
 
 
 def _on_test(
@@ -282,9 +291,12 @@ def _resumed(ctx: typer.Context, chosen: Settings, saved: dict[str, Any]) -> Set
     return Settings(**merged)
 
 
-def _check_folder(out: Path, *, resume: bool, force: bool) -> None:
+def _check_is_folder(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {str(out)!r} is not a folder")
+
+
+def _check_folder(out: Path, *, resume: bool, force: bool) -> None:
     from ..run_folder import FILES
 
     existing = [name for name in FILES if (out / name).exists()]

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .interrupt import stop_on_interrupt
+from .interrupt import working
 from .output import Output
 from .progress import fitting
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ..fit_results import FitResult
+    from ..fit_results import FitResult, FitStep
     from ..fit_settings import FitSettings
     from ..model import OdeResNet
     from ..residual import Form
@@ -123,19 +123,23 @@ class FitJob:
         output.notes(self.data.plain.notes)
         output.note(f"teacher: {self.teacher.name}; {len(self.data.plain):,} images of {self.request.data}")
         with ExitStack() as stack:
-            should_stop = stack.enter_context(stop_on_interrupt(output))
+            stop = stack.enter_context(working())
             bar = stack.enter_context(fitting(output))
+
+            def step(done: FitStep) -> None:
+                stop.hold()  # from here on there is something to save
+                bar(done)
 
             def ended(phase: Any, model: OdeResNet) -> None:
                 output.note(phase_line(phase))
                 save(model)
 
             callbacks = FitCallbacks(
-                on_step=bar,
+                on_step=step,
                 on_costs=lambda costs: output.aside.print(cost_table(costs, images=PROBED)),
                 on_phase=ended,
                 on_message=output.note,
-                should_stop=should_stop,
+                should_stop=stop,
             )
             result = fit(
                 self.model,

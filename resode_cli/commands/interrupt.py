@@ -1,31 +1,126 @@
-"""Ctrl-C, or a polite kill, as a request to stop after the step in progress."""
+"""Ctrl-C, a polite kill and a closed terminal, each heeded where nothing is lost by it."""
 
 from __future__ import annotations
 
+import os
 import signal
-from collections.abc import Callable, Iterator
+import stat
+import threading
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from .output import Output
+from ..signals import SIGNALS, Stopped
+
+ANEW = 0.5  # seconds after which a signal is a second one; terminals, shells and `timeout` send the first one twice
+
+
+class Stop:
+    """What signals have asked for. Called, it says whether to stop.
+
+    A signal ends the command at once, by `Stopped`. Where work is held back from it (`deferred`, `hold`), a first one is
+    only noted, and a second Ctrl-C ends the command without saving.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self.held = False
+        self.at = 0.0
+
+    def __call__(self) -> bool:
+        return self.number is not None
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Signals are only noted inside the block."""
+        before, self.held = self.held, True
+        try:
+            yield
+        finally:
+            self.held = before
+
+    def hold(self) -> None:
+        """From now on signals are only noted, to the end of `working`."""
+        self.held = True
+
+    def heed(self, number: int, frame: Any) -> None:
+        """The handler of the signals."""
+        leave_closed_terminal()
+        now = time.monotonic()
+        again = self.number is not None and now - self.at < ANEW
+        noted = self.number is not None
+        if not noted:
+            self.number = number
+        if again:
+            return
+        self.at = now
+        if not self.held:
+            assert self.number is not None
+            raise Stopped(self.number)
+        if noted and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if not noted:
+            hint = "; press Ctrl-C again to stop without saving" if number == signal.SIGINT else ""
+            _say(f"stopping after this step{hint}\n")
+
+
+stop = Stop()
 
 
 @contextmanager
-def stop_on_interrupt(output: Output) -> Iterator[Callable[[], bool]]:
-    """Inside the block a first signal is only noted, and a second one ends the command at once.
+def listening() -> Iterator[Stop]:
+    """Signals are heeded inside the block, but those that the process was told to ignore, as by nohup."""
+    stop.number, stop.held = None, False
+    chosen = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    with _handled(chosen):
+        yield stop
 
-    Yields the function that says whether to stop.
-    """
-    stopping: list[int] = []
 
-    def ask(number: int, frame: object) -> None:
-        if stopping:
-            raise KeyboardInterrupt
-        stopping.append(number)
-        output.note("stopping after this step; press Ctrl-C again to stop without saving")
+@contextmanager
+def working() -> Iterator[Stop]:
+    """For work that is worth saving: Ctrl-C is heeded even in the background, where shells have it ignored."""
+    before = stop.held
+    with _handled([signal.SIGINT, signal.SIGTERM]):
+        try:
+            yield stop
+        finally:
+            stop.held = before
 
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+
+@contextmanager
+def _handled(numbers: list[int]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may choose handlers
+        yield
+        return
+    previous = {number: signal.signal(number, stop.heed) for number in numbers}
     try:
-        yield lambda: bool(stopping)
+        yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def leave_closed_terminal() -> None:
+    """Send the output nowhere if it goes to a terminal that is gone: writing there is an error."""
+    for descriptor in (1, 2):
+        try:
+            kind = os.fstat(descriptor)
+            if stat.S_ISCHR(kind.st_mode) and not os.isatty(descriptor):
+                send_nowhere(descriptor)
+        except OSError:  # closed
+            continue
+
+
+def send_nowhere(descriptor: int) -> None:
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, descriptor)
+    os.close(null)
+
+
+def _say(text: str) -> None:
+    """Written past Python's buffers: the signal may have come while those were being written to."""
+    try:
+        os.write(2, text.encode())
+    except OSError:
+        pass

@@ -6,7 +6,9 @@ With --json, standard output carries one JSON document and nothing else.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -23,10 +25,36 @@ class _Console(Console):
 
 
 def _console(*, stderr: bool) -> Console:
-    console = _Console(stderr=stderr, highlight=False, soft_wrap=True, markup=False, emoji=False)
+    file: Any = _Lasting() if stderr else None
+    console = _Console(stderr=stderr, file=file, highlight=False, soft_wrap=True, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 120  # a file or a pipe has no width of its own
     return console
+
+
+class _Lasting:
+    """Standard error, whose reader may go, with a terminal or a pipe, without ending the work."""
+
+    @property
+    def rich_proxied_file(self) -> _Lasting:  # a progress bar asks whom a file stands for
+        return self
+
+    @property
+    def _file(self) -> Any:
+        return getattr(sys.stderr, "rich_proxied_file", sys.stderr)
+
+    def write(self, text: str) -> int:
+        try:
+            return int(self._file.write(text))
+        except OSError:
+            return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._file.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
 
 class Output:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ..locks import file_lock, refuse_several_processes
+from ..signals import exit_code
 from .fit_job import FitJob, FitRequest
+from .interrupt import stop
 from .options import check_safetensors
 from .output import Output
 
@@ -53,6 +57,7 @@ class Rewrite:
         self.gradients = bool(gradients)
         self.output = Output(json_mode=json)
         check_output(check_safetensors(out), force=force)
+        self.unfinished = _unfinished(out) if _same(model, out) else out
         self.model = model_file.load(model, source=source, trust_source=trust_source)
         self.data: ImageData | None = None
         self.device = as_device("cpu")
@@ -123,6 +128,17 @@ class Rewrite:
         deepening: `coarse`, `depths` and `depth_weights` of `fit`, which then takes stages to their depths
         by itself, and `change` makes the unfitted network to compare with.
         """
+        refuse_several_processes()
+        with file_lock(self.out, on_message=self.output.note):
+            self._fitted(request, names, change, deepening)
+
+    def _fitted(
+        self,
+        request: FitRequest,
+        names: list[str] | None,
+        change: Callable[[OdeStage], OdeStage],
+        deepening: Mapping[str, Any] | None,
+    ) -> None:
         from ..report_fit import fit_json
 
         job = FitJob(request, self.model, self.path, self.device, root=self.data_root, skip_corrupt=self.skip_corrupt)
@@ -138,13 +154,16 @@ class Rewrite:
         if deepening is None:
             _changed(self.model, picked, change)
         self.settings["fit"] = job.record()
-        result = job.run(self.output, deepening or {}, lambda model: self._save(model))
+        result = job.run(self.output, deepening or {}, lambda model: self._save(model, to=self.unfinished))
         self.settings["fit"]["interrupted"] = result.interrupted
         verified = self._verified(random)
-        self._save(verified=verified)
+        self._save(verified=verified, to=self.unfinished if result.interrupted else None)
         if result.interrupted:
-            self.output.note(f"interrupted; {self.out} holds what was fitted so far")
-            raise typer.Exit(130)
+            kept = "" if self.unfinished == self.out else f"; {self.out} is as it was"
+            self.output.note(f"interrupted; {self.unfinished} holds what was fitted so far{kept}")
+            raise typer.Exit(exit_code(stop.number or signal.SIGINT))
+        if self.unfinished != self.out:
+            self.unfinished.unlink(missing_ok=True)
         fitted = self._figures("fitted", images, reference)
         self._report([source, plain, fitted], job.teacher.name, verified, {"fit": fit_json(result)})
 
@@ -197,14 +216,16 @@ class Rewrite:
         after = self._logits(self._random())
         return compare_logits(before, after, batch="random images", kept=torch.equal(before, after)).record()
 
-    def _save(self, model: OdeResNet | None = None, *, verified: Mapping[str, Any] | None = None) -> None:
+    def _save(
+        self, model: OdeResNet | None = None, *, verified: Mapping[str, Any] | None = None, to: Path | None = None
+    ) -> None:
         """Write the model, or one that stands for it, with this command in its history."""
         from .. import model_file
 
         model = self.model if model is None else model
         settings = self.settings if verified is None else {**self.settings, "verified": verified}
         info = self.model.info.with_command(self.command, **settings)
-        model_file.save(model.with_info(info), self.out)
+        model_file.save(model.with_info(info), self.out if to is None else to)
 
     def _report(
         self, columns: Sequence[_Column], reference: str, verified: Mapping[str, Any], extra: dict[str, Any]
@@ -238,6 +259,15 @@ class Rewrite:
 class _Column:
     figures: NetworkFigures
     evaluation: Evaluation | None
+
+
+def _same(model: Path, out: Path) -> bool:
+    return model.exists() and out.exists() and model.samefile(out)
+
+
+def _unfinished(out: Path) -> Path:
+    """Where the work on a file goes that is its own input, until it is done."""
+    return out.with_name(f"{out.stem}.unfinished{out.suffix}")
 
 
 def _changed(model: OdeResNet, names: Sequence[str], change: Callable[[OdeStage], OdeStage]) -> OdeResNet:

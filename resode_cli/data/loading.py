@@ -24,6 +24,7 @@ from .folders import SPLIT_FOLDERS, Found, Split, has_splits, held_out_of, open_
 from .images import UnreadableImage, shown, to_rgb
 from .named import DIGITS, NAMES, NOT_FLIPPED, PREFIX, WITH_VAL, open_named
 from .transforms import transform
+from .workers import loader_arguments, read_in_workers
 
 DEFAULT_ROOT = Path("~/.cache/resode")
 
@@ -262,9 +263,9 @@ def batches(
         chunks.pop()
     own = torch.Generator()  # a loader draws a seed for its workers; not from the generator that dropout uses
     loader: DataLoader[Any] = DataLoader(
-        data, batch_sampler=chunks[skip:], num_workers=workers, collate_fn=_collate, generator=own
+        data, batch_sampler=chunks[skip:], collate_fn=_collate, generator=own, **loader_arguments(workers)
     )
-    for batch in loader:
+    for batch in read_in_workers(loader) if workers else loader:
         yield data.received(batch)
 
 

@@ -1,0 +1,165 @@
+"""Processes that read images: they outlive no one, and what stops the main process does not stop them first."""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from ..errors import ResodeError, join
+from ..signals import SIGNALS
+
+STUCK = 300  # seconds without a batch; slow network disks take tens of them
+PR_SET_PDEATHSIG = 1
+
+_alive: set[BaseProcess] = set()
+_ending: set[BaseProcess] = set()
+_waiting = 0  # how many loops wait for a batch just now
+
+
+class WorkerDied(ResodeError):
+    """A process that reads images was killed, or reads nothing any more."""
+
+
+def read_in_workers(loader: DataLoader[Any]) -> Iterator[Any]:
+    """What a loader with workers gives. Raises WorkerDied, only while the caller waits for a batch."""
+    global _waiting
+    before = set(multiprocessing.active_children())
+    mine: set[BaseProcess] = set()
+    try:
+        with _signals_held_back():
+            try:
+                source = iter(loader)
+            finally:
+                mine = set(multiprocessing.active_children()) - before
+                _alive.update(mine)
+                _take_over_deaths()
+        while True:
+            _waiting += 1
+            try:
+                _check(mine)
+                batch = next(source, None)
+            except RuntimeError as error:
+                _explain(error, mine)
+                raise
+            finally:
+                _waiting -= 1
+            if batch is None:
+                return
+            yield batch
+    except GeneratorExit:
+        del source  # which lets the workers end in peace
+        raise
+    finally:
+        # Whoever is left is stuck, or there is an error to tell: a worker ignores being asked to end.
+        _ending.update(mine)
+        _alive.difference_update(mine)
+        for worker in mine:
+            worker.kill()
+        for worker in mine:
+            worker.join(1)
+        _ending.difference_update(mine)
+
+
+def ignore_stops(parent: int, worker: int) -> None:
+    """What a worker does first."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux" and os.getppid() == parent:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def loader_arguments(workers: int) -> dict[str, Any]:
+    """Of a DataLoader, beside its data."""
+    if not workers:
+        return {}
+    return {"num_workers": workers, "timeout": STUCK, "worker_init_fn": partial(ignore_stops, os.getpid())}
+
+
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Workers start with these signals blocked: they may come before a worker has said that it ignores them."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
+def _check(workers: set[BaseProcess]) -> None:
+    """Raises WorkerDied if any of them ended otherwise than well."""
+    ended = {worker.pid: worker.exitcode for worker in workers if worker.exitcode}
+    if ended:
+        raise _death(ended)
+
+
+def _death(ended: dict[int | None, int | None]) -> WorkerDied:
+    how = join([f"{pid}, {_how(code)}" for pid, code in ended.items()])
+    return WorkerDied(
+        f"a process that reads images died ({how}), perhaps for want of memory; fewer --workers take less of it"
+    )
+
+
+def _how(code: int | None) -> str:
+    if code is None or code >= 0:
+        return f"exit code {code}"
+    try:
+        return f"by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"by signal {-code}"
+
+
+def _explain(error: RuntimeError, workers: set[BaseProcess]) -> None:
+    """Raises WorkerDied where a loader's error says that."""
+    _check(workers)
+    text = str(error)
+    if "timed out" in text:
+        raise WorkerDied(f"no image was read in {STUCK} seconds: the disk or a file is stuck") from error
+    if "DataLoader worker" in text:
+        raise WorkerDied(f"a process that reads images died: {text}") from error
+
+
+def _take_over_deaths() -> None:
+    """torch raises an error wherever the main process is when a worker dies, even halfway through a step.
+
+    A dead worker of ours is an error only where a batch is waited for: there the model is as the last step left it.
+    """
+    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+        return
+    theirs = signal.getsignal(signal.SIGCHLD)
+    if isinstance(theirs, _OnDeath):
+        return
+    signal.signal(signal.SIGCHLD, _OnDeath(theirs))
+
+
+class _OnDeath:
+    def __init__(self, otherwise: Any) -> None:
+        self.otherwise = otherwise
+
+    def __call__(self, number: int, frame: Any) -> None:
+        dead = {worker.pid: worker.exitcode for worker in list(_alive) if worker.exitcode}
+        if dead and _waiting:
+            raise _death(dead)
+        if not dead and not _ending and callable(self.otherwise):
+            self.otherwise(number, frame)
+
+
+@atexit.register
+def _kill() -> None:
+    for worker in list(_alive):
+        if worker.is_alive():
+            worker.kill()
