@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .errors import ResodeError, UsageError
 from .ode import Residual
-from .ode.field import RandomState
+from .ode.generators import RandomState
 
 # Graphs per stage. dynamo's own limit of 8 is for code that recompiles by accident; here, drop-path at a
 # rate of its own in each of 40 blocks is 40 structures.

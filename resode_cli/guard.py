@@ -81,7 +81,12 @@ class Guard:
         return [nothing if value is None else value.float() for value in values]
 
     def read(self, values: list[float]) -> dict[str, dict[str, float]]:
-        """The same figures, once they are on the host: by figure and stage."""
+        """The same figures, once they are on the host: by figure and stage.
+
+        Raises ResodeError where a block, evaluated again, was not what it was in the forward pass.
+        """
+        for name in self.stage_names:
+            self.model.stages[name].monitor.check()
         count = len(self.stage_names)
         return {
             figure: dict(zip(self.stage_names, values[i * count : (i + 1) * count], strict=True))

@@ -236,7 +236,10 @@ class OdeStage(nn.Module):
                 r if has_hooks(r.module) else CompiledResidual(r, self.compilation, replayed=replayed)
                 for r in residuals
             )
-        return Field(residuals, schedule, self.spec.step_size)
+        names = tuple(f"{self.spec.container}.{block.name}" for block in self.spec.blocks)
+        if self.spec.blends:
+            names = tuple(names[b] for b in self.spec.schedule)
+        return Field(residuals, schedule, self.spec.step_size, names)
 
     def _blended(self, knots: tuple[BlockResidual, ...]) -> tuple[Residual, ...]:
         """Each step's residual function, where weights are linear in depth."""

@@ -1,7 +1,8 @@
 """The numerics: schemes, backward plans and the one autograd.Function. Torch only; knows no ResNet."""
 
 from .adjoint import solve
-from .field import Evaluator, Field, RandomState, Residual
+from .field import Evaluator, Field, Residual
+from .generators import RandomState
 from .memory import kept_bytes, peak_kept_bytes
 from .methods import METHODS, REVERSALS, Adjoint, required_scheme
 from .monitor import Monitor

@@ -16,6 +16,7 @@ from .memory import kept_bytes
 from .monitor import Monitor
 from .plans import Plan
 from .reentry import Autocast, Modes, fixed_buffers
+from .repetition import Repetition, sample
 from .schemes import Scheme
 from .sweep import Smoothness, Sweep, trajectory
 
@@ -24,10 +25,12 @@ def solve(field: Field, scheme: Scheme, plan: Plan | None, x: Tensor, *, monitor
     """Run a stage from x_0 to x_N.
 
     With a plan, the result's backward pass follows it; with None, autograd records every step.
-    Raises ResodeError if a block writes to its input.
+    Raises ResodeError if a block writes to its input, or if the backward pass before did not repeat its forward
+    pass: on a CPU that pass has said so itself, elsewhere it does not wait for the device to tell.
     """
     if field.depth == 0:
         return x
+    monitor.check()
     monitor.clear()
     monitor.state_bytes = 0 if torch.compiler.is_exporting() else x.nbytes  # a symbolic size is no number
     parameters = field.parameters()
@@ -67,17 +70,19 @@ class _PlannedSolve(torch.autograd.Function):
         start = x
         smoothness = Smoothness(r, call.scheme, x) if call.plan.extrapolates else None
         autocast = Autocast.now(x.device.type)
+        passed: list[Tensor] = []
         with autocast.enter():
             for n, x in enumerate(trajectory(r, call.scheme, start, 0, call.field.depth), start=1):
                 if n in anchors:
                     held.append(x)
+                passed.append(sample(x))
                 if smoothness is not None:
                     smoothness.watch(n, x)
         if smoothness is not None:
             smoothness.finish()
         # A reconstruction starts from x_N; x_0 is the monitor's reference. An exact plan needs neither.
         ends = () if call.plan.exact else (start, x)
-        ctx.call, ctx.autocast, ctx.smoothness = call, autocast, smoothness
+        ctx.call, ctx.autocast, ctx.smoothness, ctx.passed = call, autocast, smoothness, passed
         ctx.draws, ctx.n_ends = r.draws, len(ends)
         ctx.modes = Modes.now(call.field.modules())
         # Saving the parameters too makes autograd refuse a backward after they were changed in place.
@@ -102,7 +107,10 @@ class _PlannedSolve(torch.autograd.Function):
         ctx.maybe_clear_saved_tensors()
         wanted = {id(p) for p, needed in zip(current, ctx.needs_input_grad[2:], strict=True) if needed}
         r = Evaluator(call.field, draws=ctx.draws)
-        sweep = Sweep(r, call.scheme, call.plan, ends=ends, held=held, smoothness=ctx.smoothness)
+        repetition = Repetition(call.field, ctx.passed)
+        sweep = Sweep(
+            r, call.scheme, call.plan, ends=ends, held=held, smoothness=ctx.smoothness, repetition=repetition
+        )
         del ends, held  # each is the sweep's to let go of
         with ctx.autocast.enter(), ctx.modes.enter(), fixed_buffers(call.field.modules()):
             adjoint, gradients = sweep.run(grad_outputs[0], wanted, call.monitor)

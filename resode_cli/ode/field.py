@@ -11,9 +11,12 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .generators import HostState, HostWatch, RandomState, generators_in
 
 # Which evaluation inside which step: (n, 0) is r_n at the state, (n, 1) Heun's second evaluation.
 EvaluationKey = tuple[int, int]
@@ -40,6 +43,13 @@ class Field:
     residuals: tuple[Residual, ...]
     schedule: tuple[int, ...]
     step_size: float
+    names: tuple[str, ...] = ()  # of the residual functions, for messages
+
+    def describe(self, n: int) -> str:
+        """The block of step n, as a message names it."""
+        block = self.schedule[n]
+        kind = type(self.residuals[block].module).__name__
+        return f"block {self.names[block]} ({kind})" if self.names else f"block {kind}"
 
     @property
     def depth(self) -> int:
@@ -55,35 +65,12 @@ class Field:
         return tuple(self.residuals[b].module for b in dict.fromkeys(self.schedule))
 
 
-@dataclass(frozen=True)
-class RandomState:
-    """State of the generators that random layers on `device` draw from."""
-
-    cpu: Tensor
-    cuda: Tensor | None
-    device: torch.device
-
-    @classmethod
-    def now(cls, device: torch.device) -> RandomState:
-        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        return cls(torch.get_rng_state(), cuda, device)
-
-    def restore(self) -> None:
-        torch.set_rng_state(self.cpu)
-        if self.cuda is not None:
-            torch.cuda.set_rng_state(self.cuda, self.device)
-
-    def equals(self, other: RandomState) -> bool:
-        same_cuda = self.cuda is None or other.cuda is None or torch.equal(self.cuda, other.cuda)
-        return same_cuda and torch.equal(self.cpu, other.cpu)
-
-
 @dataclass
 class Evaluator:
     """Evaluates r_n for a scheme, counts, and replays the random numbers of the forward pass.
 
-    While `recording`, the generator state before each evaluation is kept if, and only if, the
-    evaluation drew from it: that finds dropout, drop-path and a user's own `F.dropout` alike.
+    While `recording`, the generators' states before each evaluation are kept if, and only if, the
+    evaluation drew from one: that finds dropout, drop-path, a user's own `F.dropout`, numpy and `random` alike.
     """
 
     field: Field
@@ -91,6 +78,8 @@ class Evaluator:
     draws: dict[EvaluationKey, RandomState] = dataclasses.field(default_factory=dict)
     evaluations: int = 0
     used: dict[int, None] = dataclasses.field(default_factory=dict)  # distinct blocks evaluated since last cleared
+    held: dict[int, list[Any]] = dataclasses.field(default_factory=dict)  # generators that a block's modules hold
+    host: HostWatch | None = None
 
     def value(self, n: int, x: Tensor, key: EvaluationKey) -> Tensor:
         """r_n(x)."""
@@ -107,16 +96,28 @@ class Evaluator:
         self.evaluations += 1
         self.used[block] = None
         if self.recording:
-            before = RandomState.now(x.device)
-            result = run(residual)
-            if not before.equals(RandomState.now(x.device)):
-                self.draws[key] = before
-            return result
+            return self._record(block, x, key, lambda: run(residual))
         if key not in self.draws:
             return run(residual)
-        current = RandomState.now(x.device)
-        self.draws[key].restore()
+        recorded = self.draws[key]
+        current = RandomState.now(x.device, [generator for generator, _ in recorded.held])
+        if recorded.host is not None:
+            current = dataclasses.replace(current, host=HostState.now())
+        recorded.restore()
         try:
             return run(residual)
         finally:
             current.restore()
+
+    def _record(self, block: int, x: Tensor, key: EvaluationKey, run: Callable[[], Tensor]) -> Tensor:
+        """Evaluate, and keep the states that the generators had before if it drew from any."""
+        if self.host is None:
+            self.host = HostWatch()
+        if block not in self.held:
+            self.held[block] = generators_in(self.field.residuals[block].module.modules())
+        before = RandomState.now(x.device, self.held[block])
+        result = run()
+        host = self.host.drawn()
+        if host is not None or not before.equals(RandomState.now(x.device, self.held[block])):
+            self.draws[key] = dataclasses.replace(before, host=host)
+        return result

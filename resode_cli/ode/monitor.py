@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .repetition import Repetition
+
 
 @dataclass
 class Monitor:
@@ -22,6 +24,7 @@ class Monitor:
         largest, on the first images. From 1 on, the fixed-point iteration need not converge.
     evaluations: branch evaluations of the backward sweep.
     state_bytes: of one state, in the last forward pass.
+    repetition: the last sweep's comparison of its evaluations with the forward pass; see `check`.
     kept: bytes that the graph holds for the backward pass, parameters aside; counted if `count_kept`.
     """
 
@@ -32,6 +35,13 @@ class Monitor:
     state_bytes: int = 0
     kept: int | None = None
     count_kept: bool = False
+    repetition: Repetition | None = None
+
+    def check(self, *, wait: bool = True) -> None:
+        """Raises ResodeError if the last backward pass did not repeat its forward pass. On a CPU it did so itself."""
+        repetition, self.repetition = self.repetition, None
+        if repetition is not None:
+            repetition.check(wait=wait)
 
     def clear(self) -> None:
         self.drift = self.correction = self.contraction = self.kept = None

@@ -18,6 +18,7 @@ from .field import Evaluator
 from .monitor import Monitor
 from .plans import Carry, Plan, Prediction, StepPlan
 from .reentry import version
+from .repetition import Repetition
 from .schemes import Scheme
 
 # Across different weights an extrapolation is used where it recovers more than three quarters of the step,
@@ -34,8 +35,7 @@ def trajectory(r: Evaluator, scheme: Scheme, x: Tensor, start: int, stop: int) -
         before = version(x)
         following = scheme.advance(r, n, x)
         if version(x) != before:
-            name = type(r.field.residuals[r.field.schedule[n]].module).__name__
-            raise ResodeError(f"block {name} of step {n} writes to its input; make that operation out of place")
+            raise ResodeError(f"{r.field.describe(n)} of step {n} writes to its input; make that operation out of place")
         x = following
         yield x
 
@@ -100,6 +100,7 @@ class Sweep:
 
     ends: x_0 and x_N, or nothing for an exact plan. held: the anchors by step.
     smooth: what the forward pass found out about extrapolation, if the plan extrapolates.
+    repetition: compares the taped evaluations with the forward pass, where the states are its own.
     """
 
     def __init__(
@@ -111,7 +112,9 @@ class Sweep:
         ends: Sequence[Tensor],
         held: dict[int, Tensor],
         smoothness: Smoothness | None,
+        repetition: Repetition,
     ) -> None:
+        self.repetition = repetition
         self.r, self.scheme, self.plan, self.held = r, scheme, plan, held
         self.h = r.field.step_size
         self.start: Tensor | None = ends[0] if ends else None
@@ -142,7 +145,8 @@ class Sweep:
             self.r.used.clear()
             with torch.enable_grad():
                 taped = self.scheme.increment(self.r, n, leaf)
-            inputs = {id(p): p for block in self.r.used for p in per_block[block]}
+            # A block may have frozen a parameter for this evaluation; then it has no gradient from here.
+            inputs = {id(p): p for block in self.r.used for p in per_block[block] if p.requires_grad}
             grad_state, *grads = torch.autograd.grad(
                 taped, [leaf, *inputs.values()], (adjoint * self.h).to(taped.dtype), allow_unused=True
             )
@@ -153,6 +157,8 @@ class Sweep:
                     gradients[key] = gradients[key] + grad if key in gradients else grad
 
             increment = taped.detach()
+            if step.exact:
+                self.repetition.watch(n, state, increment, self.h)
             if self.carried is not None:
                 if step.exact and reconstructed:
                     truth = torch.add(state, increment, alpha=self.h)
@@ -168,6 +174,8 @@ class Sweep:
         monitor.drift = _largest(drifts)
         monitor.correction, monitor.contraction = _largest(self.corrections), _largest(self.contractions)
         monitor.evaluations = self.r.evaluations
+        monitor.repetition = self.repetition
+        self.repetition.finish()
         return adjoint, gradients
 
     def _state(self, n: int) -> Tensor:

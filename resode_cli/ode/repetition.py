@@ -1,0 +1,97 @@
+"""Whether the backward sweep's evaluations repeat the forward pass's.
+
+Where a step's state is the forward pass's own, x_n + h Φ_n(x_n) on the tape must be the x_{n+1} of the forward
+pass. If it is not, the block depends on what is not set back: tensors or numbers that it writes, a generator
+that cannot be seen, whether gradients are recorded. Its gradient would then be another function's.
+A few numbers of each state are kept for that, of the first images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..errors import ResodeError
+from .field import Field
+
+SAMPLES = 256
+# TF32, which convolutions on a GPU use unasked, has a mantissa of 10 bits.
+TF32_ROUNDOFF = 2.0**-10
+
+
+def sample(x: Tensor) -> Tensor:
+    """About SAMPLES numbers of a state's first images, spread over what lies in memory; a copy."""
+    flat = x.detach()[:4].reshape(-1)
+    # Odd, so that they do not all come from a few columns.
+    stride = max(flat.numel() // SAMPLES, 1) | 1
+    return flat[::stride].clone()
+
+
+def tolerance(x: Tensor) -> float:
+    """Half of the digits of what the steps compute in, for other algorithms may round otherwise."""
+    device = x.device.type
+    dtype = x.dtype
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    roundoff = torch.finfo(dtype).eps
+    if device != "cpu" and dtype == torch.float32:
+        roundoff = TF32_ROUNDOFF
+    return float(roundoff**0.5)
+
+
+@dataclass
+class Repetition:
+    """The comparison of one backward sweep with its forward pass.
+
+    passed: samples of the states that the forward pass went through, x_1 first.
+    """
+
+    field: Field
+    passed: list[Tensor]
+    steps: list[int] = field(default_factory=list)
+    errors: list[Tensor] = field(default_factory=list)
+    limit: float = 0.0
+    values: Tensor | None = None
+    arrived: torch.cuda.Event | None = None
+
+    def watch(self, n: int, state: Tensor, increment: Tensor, h: float) -> None:
+        """Take the taped evaluation of step n, at a state of the forward pass, into account."""
+        self.limit = tolerance(state)
+        truth, x, step = self.passed[n], sample(state), sample(increment).mul_(h)
+        norm = torch.linalg.vector_norm
+        size = norm(truth) + norm(x) + norm(step)
+        self.errors.append(norm(x.add_(step).sub_(truth)) / size.clamp_min(torch.finfo(size.dtype).tiny))
+        self.steps.append(n)
+
+    def finish(self) -> None:
+        """Raise on a CPU; elsewhere send the figures to the host without waiting, for `check`."""
+        if self.errors:
+            values = torch.stack(self.errors).float()
+            self.values = torch.empty(values.shape, pin_memory=values.is_cuda).copy_(values, non_blocking=True)
+            if values.is_cuda:
+                self.arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                self.arrived.record()
+        self.errors.clear()
+        self.passed = []
+        if self.arrived is None:
+            self.check()
+
+    def check(self, *, wait: bool = True) -> None:
+        """Raises ResodeError if an evaluation was not the forward pass's. Without `wait`, only once it is known."""
+        if self.values is None or (self.arrived is not None and not wait and not self.arrived.query()):
+            return
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        found = dict(zip(self.steps, self.values.tolist(), strict=True))
+        self.values = None
+        bad = [n for n, error in found.items() if error > self.limit]
+        if bad:
+            first = min(bad)
+            raise ResodeError(
+                f"{self.field.describe(first)}, step {first}: evaluated again for the backward pass, it gives another"
+                f" result than in the forward pass (off by {found[first]:.2g} of its size), so the gradient would be"
+                " wrong: it depends on something that it writes, on random numbers that cannot be drawn again, or on"
+                " whether gradients are recorded; use the adjoint method 'backprop' for its stage"
+            )
