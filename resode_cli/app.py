@@ -104,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
             return _run(arguments, debug=debug)
     except KeyboardInterrupt as error:  # before a command began, or after it ended
         _say("error: interrupted")
-        return error.exit_code if isinstance(error, Stopped) else exit_code(signal.SIGINT)
+        return exit_code(error.number if isinstance(error, Stopped) else signal.SIGINT)
 
 
 def _run(arguments: list[str], *, debug: bool) -> int:

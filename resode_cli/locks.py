@@ -12,6 +12,7 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from .errors import ResodeError, UsageError
 
@@ -40,7 +41,7 @@ class Lock:
         self.descriptor: int | None = None
         self.made: list[Path] = []  # folders that were not there before, the innermost first
 
-    def __enter__(self) -> Lock:
+    def __enter__(self) -> Self:
         self.acquire()
         return self
 
@@ -177,9 +178,9 @@ def file_lock(path: Path, *, on_message: Callable[[str], None] = lambda message:
 
 
 def refuse_several_processes(environment: dict[str, str] | None = None) -> None:
-    """Raises UsageError under torchrun and its like: every process would do the whole work, and write the same files."""
+    """Raises UsageError under torchrun and its like: every process would do all the work and write all the files."""
     given = (os.environ if environment is None else environment).get("WORLD_SIZE", "").strip()
     if given.isdigit() and int(given) > 1:
         raise UsageError(
-            f"WORLD_SIZE is {given}: several processes are not supported; start one, without torchrun, or unset WORLD_SIZE"
+            f"WORLD_SIZE is {given}: several processes are not supported; start one, without torchrun, or unset it"
         )

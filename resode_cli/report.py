@@ -18,7 +18,7 @@ from .tables import counted, finite, number, plain_table, size
 if TYPE_CHECKING:
     from .check_grad import GradientReport, SweepRow
     from .evaluate import Evaluation
-    from .finetune import FinetuneResult
+    from .finetune_results import FinetuneResult
     from .model import OdeResNet
 
 

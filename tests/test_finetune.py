@@ -18,7 +18,8 @@ import torch
 from resode_cli import data, model_file, run_folder
 from resode_cli.app import main
 from resode_cli.errors import ResodeError, UsageError
-from resode_cli.finetune import Callbacks, check_resumable, finetune
+from resode_cli.finetune import check_resumable, finetune
+from resode_cli.finetune_results import Callbacks
 from resode_cli.model import OdeResNet
 from resode_cli.parts import Preprocessing
 from resode_cli.settings import Settings

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from resode_cli import data, guard, model_file, run_folder
-from resode_cli.finetune import Callbacks, finetune
+from resode_cli.finetune import finetune
+from resode_cli.finetune_results import Callbacks
 from resode_cli.model import OdeResNet
 from resode_cli.ode import Adjoint
 from resode_cli.parts import Preprocessing

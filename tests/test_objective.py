@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from resode_cli import data, model_file, run_folder
 from resode_cli.app import main
 from resode_cli.errors import UsageError
-from resode_cli.finetune import Callbacks, finetune
+from resode_cli.finetune import finetune
+from resode_cli.finetune_results import Callbacks
 from resode_cli.model import OdeResNet
 from resode_cli.objective import Objective
 from resode_cli.settings import Settings

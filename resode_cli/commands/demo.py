@@ -149,7 +149,8 @@ class _Demo:
 
     def finetune(self, deep: OdeResNet) -> Any:
         from ..data import open_data
-        from ..finetune import Callbacks, finetune
+        from ..finetune import finetune
+        from ..finetune_results import Callbacks
         from ..model import as_device
         from ..report import evaluation_line
         from ..settings import Settings

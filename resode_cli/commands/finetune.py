@@ -124,7 +124,8 @@ def finetune_command(
     start()
     from .. import model_file, run_folder
     from ..data import held_out_splits, open_labelled
-    from ..finetune import Callbacks, check_resumable, finetune
+    from ..finetune import check_resumable, finetune
+    from ..finetune_results import Callbacks
     from ..model import as_device
     from ..report import evaluation_line, finetune_json
     from ..report_calibration import calibration_table

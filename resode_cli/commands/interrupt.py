@@ -19,8 +19,8 @@ ANEW = 0.5  # seconds after which a signal is a second one; terminals, shells an
 class Stop:
     """What signals have asked for. Called, it says whether to stop.
 
-    A signal ends the command at once, by `Stopped`. Where work is held back from it (`deferred`, `hold`), a first one is
-    only noted, and a second Ctrl-C ends the command without saving.
+    A signal ends the command at once, by `Stopped`. Where work is held back from it (`deferred`, `hold`), a first one
+    is only noted, and a second Ctrl-C ends the command without saving.
     """
 
     def __init__(self) -> None:

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing.process import BaseProcess
@@ -107,7 +107,7 @@ def _check(workers: set[BaseProcess]) -> None:
         raise _death(ended)
 
 
-def _death(ended: dict[int | None, int | None]) -> WorkerDied:
+def _death(ended: Mapping[int | None, int | None]) -> WorkerDied:
     how = join([f"{pid}, {_how(code)}" for pid, code in ended.items()])
     return WorkerDied(
         f"a process that reads images died ({how}), perhaps for want of memory; fewer --workers take less of it"

@@ -108,9 +108,7 @@ class _PlannedSolve(torch.autograd.Function):
         wanted = {id(p) for p, needed in zip(current, ctx.needs_input_grad[2:], strict=True) if needed}
         r = Evaluator(call.field, draws=ctx.draws)
         repetition = Repetition(call.field, ctx.passed)
-        sweep = Sweep(
-            r, call.scheme, call.plan, ends=ends, held=held, smoothness=ctx.smoothness, repetition=repetition
-        )
+        sweep = Sweep(r, call.scheme, call.plan, ends=ends, held=held, smoothness=ctx.smoothness, repetition=repetition)
         del ends, held  # each is the sweep's to let go of
         with ctx.autocast.enter(), ctx.modes.enter(), fixed_buffers(call.field.modules()):
             adjoint, gradients = sweep.run(grad_outputs[0], wanted, call.monitor)

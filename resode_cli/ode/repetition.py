@@ -8,7 +8,8 @@ A few numbers of each state are kept for that, of the first images.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import dataclasses
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -50,8 +51,8 @@ class Repetition:
 
     field: Field
     passed: list[Tensor]
-    steps: list[int] = field(default_factory=list)
-    errors: list[Tensor] = field(default_factory=list)
+    steps: list[int] = dataclasses.field(default_factory=list)
+    errors: list[Tensor] = dataclasses.field(default_factory=list)
     limit: float = 0.0
     values: Tensor | None = None
     arrived: torch.cuda.Event | None = None
@@ -80,7 +81,7 @@ class Repetition:
 
     def check(self, *, wait: bool = True) -> None:
         """Raises ResodeError if an evaluation was not the forward pass's. Without `wait`, only once it is known."""
-        if self.values is None or (self.arrived is not None and not wait and not self.arrived.query()):
+        if self.values is None or (self.arrived is not None and not wait and not self.arrived.query()):  # type: ignore[no-untyped-call]
             return
         if self.arrived is not None:
             self.arrived.synchronize()

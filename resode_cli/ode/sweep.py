@@ -35,7 +35,9 @@ def trajectory(r: Evaluator, scheme: Scheme, x: Tensor, start: int, stop: int) -
         before = version(x)
         following = scheme.advance(r, n, x)
         if version(x) != before:
-            raise ResodeError(f"{r.field.describe(n)} of step {n} writes to its input; make that operation out of place")
+            raise ResodeError(
+                f"{r.field.describe(n)} of step {n} writes to its input; make that operation out of place"
+            )
         x = following
         yield x
 
