@@ -35,6 +35,12 @@ class _Commands(typer.core.TyperGroup):
     recipe says names the recipe.
     """
 
+    def make_context(self, *arguments: Any, **settings: Any) -> Any:
+        try:
+            return super().make_context(*arguments, **settings)
+        except KeyboardInterrupt as error:
+            raise _Interrupted(stop.number or signal.SIGINT) from error
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,21 +16,25 @@ from torch import Tensor
 from . import model_file, run_folder
 from .calibrate import Calibration
 from .data import Batch, ImageData, batches
-from .errors import ResodeError, UsageError
+from .errors import ResodeError
 from .evaluate import Evaluation, evaluate
-from .finetune_results import Callbacks, FinetuneResult, Progress
+from .finetune_results import Callbacks, FinetuneResult, Progress, peak_bytes
 from .guard import Guard, GuardState
 from .locks import FolderLock
 from .model import OdeResNet, freeze_batch_norm
 from .objective import Objective
 from .ode import RandomState, fixed_buffers
 from .optimization import create_optimizer, create_scheduler
+from .optimizer_state import OptimizerState
+from .resuming import check_finite, run_fingerprint, saved_files
 from .run_folder import StepRecord
 from .settings import AMP, Settings
 from .signals import Stopped
+from .starting import calibration_batch, switch_scheme, train_only
 from .teacher import Teacher
 
-CALIBRATION_IMAGES = 32
+MOST_SKIPPED = 10  # steps in a row
+LOG = "log.csv"
 
 
 def finetune(
@@ -46,6 +49,7 @@ def finetune(
     resume: run_folder.State | None = None,
     teacher: Teacher | None = None,
     lock: FolderLock | None = None,
+    began_with: str | None = None,
 ) -> FinetuneResult:
     """Minimise the `Objective` on `train`; write best, last, log and state files to the folder `out`.
 
@@ -53,13 +57,16 @@ def finetune(
     the uninterrupted one would have done, bit for bit on one device.
 
     lock: on `out`, where the caller holds it already. An error after a step leaves that step saved.
+    began_with: the checksum of the model's file, by which a resumed run will know it.
+
+    What a run before has left in the folder goes once the first save of this one stands.
 
     Raises ResodeError if the loss stops being finite, on drift past the tolerance with 'stop', and if
     the memory budget is too small.
     """
     callbacks = callbacks or Callbacks()
     with nullcontext(lock) if lock is not None else FolderLock(out, on_message=callbacks.on_message) as held:
-        return _Run(model, train, test, held, settings, device, callbacks, resume, teacher).run()
+        return _Run(model, train, test, held, settings, device, callbacks, resume, teacher, began_with).run()
 
 
 class _Run:
@@ -74,6 +81,7 @@ class _Run:
         callbacks: Callbacks,
         resume: run_folder.State | None,
         teacher: Teacher | None,
+        began_with: str | None,
     ) -> None:
         self.model, self.train, self.test, self.lock = model.to(device), train, test, lock
         self.before: Evaluation | None = None
@@ -84,11 +92,17 @@ class _Run:
         self.progress = Progress()
         self.last_step_at = 0.0
         self.objective = Objective(model, None if teacher is None else teacher.to(device), settings)
+        self.fingerprint = (
+            {**run_fingerprint(train, test, settings), "model": began_with} if resume is None else resume.fingerprint
+        )
+        self.nothing_of = saved_files(lock.folder) if resume is None else []  # what a run before has left
+        self.in_a_row = 0  # steps skipped just now
+        check_finite(model, "the model holds NaN or infinity in {}: nothing can be trained from there")
         self.stage_names = [name for name, stage in model.stages.items() if stage.spec.depth]
-        self._choose_parameters()
+        train_only(model, settings.stages)
         if resume is None:
             torch.manual_seed(settings.seed)
-            self._switch_scheme()
+            self._switch_scheme(test if test is not None else train)
         else:
             self.progress = Progress(**resume.progress)
         if settings.channels_last:
@@ -106,55 +120,22 @@ class _Run:
             on_calibration=self._calibrated,
             state=GuardState(**self.progress.guard),
         )
-        self.guard.start(self._calibration_batch)
+        self.guard.start(lambda: calibration_batch(train, settings, device))
         self.optimizer = create_optimizer(model, settings)
+        self.optimizer_state = OptimizerState(self.optimizer, model)
         self.scheduler = create_scheduler(self.optimizer, settings, self.total)
         amp = settings.amp == "fp16"
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp)
         if resume is not None:
-            resume.restore(self.optimizer, self.scaler, device)
+            resume.restore(self.optimizer_state, self.scaler, device)
 
-    def _choose_parameters(self) -> None:
-        if self.settings.stages is None:
-            return
-        chosen = self.model.pick(self.settings.stages)
-        self.model.requires_grad_(False)
-        for stage in chosen.values():
-            stage.requires_grad_(True)
-
-    def _switch_scheme(self) -> None:
-        """Switch the forward rule where the method is tied to one, saying so."""
-        adjoint = self.settings.adjoint_choice()
-        scheme = adjoint.required_scheme
-        if scheme is None or all(self.model.stages[n].spec.scheme == scheme for n in self.stage_names):
-            return
-        batch = self._some_images()
-        self.model.eval()
-        with torch.no_grad():
-            before = self.model(batch)
-            self.model.use_scheme(scheme)
-            after = self.model(batch)
-        self.progress.switched = {
-            "max_logit_difference": (before - after).abs().max().item(),
-            "top1_agreement": (before.argmax(1) == after.argmax(1)).double().mean().item(),
-        }
-        self.callbacks.on_message(
-            f"adjoint {adjoint.name}: the forward rule is now {scheme}; on {len(batch)} images the logits"
-            f" changed by up to {self.progress.switched['max_logit_difference']:.3g}, and"
-            f" {self.progress.switched['top1_agreement']:.1%} of the predictions stayed"
-        )
-        self.model.info = self.model.info.with_command("switch-scheme", scheme=scheme, **self.progress.switched)
-
-    def _some_images(self) -> Tensor:
-        data = self.test if self.test is not None else self.train
-        return next(batches(data, 32)).images.to(self.device)
-
-    def _calibration_batch(self) -> tuple[Tensor, Tensor]:
-        """Training images, evenly spaced: neighbours in a folder are of one class."""
-        count = min(CALIBRATION_IMAGES, self.settings.batch_size, len(self.train))
-        order = [i * len(self.train) // count for i in range(count)]
-        batch = next(batches(self.train, count, order=order))
-        return batch.images.to(self.device), batch.labels.to(self.device)
+    def _switch_scheme(self, data: ImageData) -> None:
+        switched = switch_scheme(self.model, self.settings, data, self.device, self.callbacks.on_message)
+        if switched is not None:
+            self.progress.switched = switched
+            self.model.info = self.model.info.with_command(
+                "switch-scheme", scheme=self.settings.adjoint_choice().required_scheme, **switched
+            )
 
     def _calibrated(self, calibration: Calibration) -> None:
         self.calibration = calibration
@@ -169,7 +150,8 @@ class _Run:
 
     def run(self) -> FinetuneResult:
         progress, first = self.progress, self.progress.step
-        self.log = run_folder.Log(self.lock.ensure() / "log.csv", self.stage_names, keep_up_to=first)
+        name = ".log.csv.new" if self.nothing_of else LOG
+        self.log = run_folder.Log(self.lock.ensure() / name, self.stage_names, keep_up_to=first)
         began = time.perf_counter()
         try:
             interrupted = self._train()
@@ -185,7 +167,7 @@ class _Run:
                 self.callbacks.on_message(f"step {progress.step} is saved; --resume goes on from there")
             raise
         finally:
-            if progress.step == 0:  # a run that never began is none
+            if progress.step == 0 or self.nothing_of:  # a run that never began, or saved nothing, is none
                 self.log.path.unlink(missing_ok=True)
         return FinetuneResult(
             progress.step,
@@ -196,6 +178,7 @@ class _Run:
             time.perf_counter() - began,
             peak_bytes(self.device),
             interrupted,
+            progress.skipped,
             {name: self.model.stages[name].adjoint.label for name in self.stage_names},
             progress.switched,
             tuple(self.guard.state.moved_to_anchors),
@@ -248,6 +231,8 @@ class _Run:
             step = self.progress.evaluated = self.progress.step
             self._move_log()
             self.log.test(step, (step - 1) // self.per_epoch + 1, self.after)
+            if not math.isfinite(self.after.loss):
+                raise ResodeError(f"after step {step} the loss on the test images is {self.after.loss}{self._advice()}")
             if self.after.top1 > self.progress.best_top1:
                 self.progress.best_top1 = self.after.top1
                 self._save_model("best")
@@ -291,13 +276,16 @@ class _Run:
         self._train_mode()
         images, labels = batch.images.to(self.device), batch.labels.to(self.device)
         random = RandomState.now(self.device)
-        loss, accuracy, monitor = self._forward_backward(images, labels)
+        loss, accuracy, steepest, monitor = self._forward_backward(images, labels)
         while self.guard.must_redo(monitor["drift"], images, labels, self.progress.step + 1):
             # The gradient is thrown away and taken again: same random numbers, and running
             # statistics that have moved once already.
             random.restore()
             with fixed_buffers([self.model]):
-                loss, accuracy, monitor = self._forward_backward(images, labels)
+                loss, accuracy, steepest, monitor = self._forward_backward(images, labels)
+        if not math.isfinite(loss + steepest):
+            return self._skip(batch, loss, accuracy, steepest, monitor)
+        self.in_a_row = 0
         if settings.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_grad)
@@ -310,38 +298,52 @@ class _Run:
                 f"step {self.progress.step + 1}: a gradient overflowed in fp16, so the step was skipped and the loss"
                 f" scale lowered to {self.scaler.get_scale():g}"
             )
+        return self._record(len(labels), loss, accuracy, lr, monitor)
+
+    def _skip(
+        self, batch: Batch, loss: float, accuracy: float, steepest: float, monitor: dict[str, dict[str, float]]
+    ) -> StepRecord:
+        """Leave the weights as they are. Raises ResodeError where that is not wanted, or has been done too often."""
+        step = self.progress.step + 1
+        what = f"a gradient is {steepest} (loss {loss:.4g})" if math.isfinite(loss) else f"the loss is {loss}"
+        self.in_a_row += 1
+        if self.settings.on_nonfinite == "stop" or self.in_a_row > MOST_SKIPPED:
+            again = "" if self.in_a_row <= MOST_SKIPPED else f", as in the {MOST_SKIPPED} before"
+            raise ResodeError(f"{what} at step {step}{again}{self._advice()}, or --on-nonfinite skip")
+        self.progress.skipped += 1
+        self.callbacks.on_message(f"step {step} is skipped: {what}")
+        lr = max(group["lr"] for group in self.optimizer.param_groups)
+        nothing = {name: dict.fromkeys(stages, math.nan) for name, stages in monitor.items()}
+        return self._record(len(batch.labels), loss, accuracy, lr, nothing)
+
+    def _record(
+        self, images: int, loss: float, accuracy: float, lr: float, monitor: dict[str, dict[str, float]]
+    ) -> StepRecord:
         self.progress.step += 1
         now = time.perf_counter()
-        speed, self.last_step_at = len(labels) / (now - self.last_step_at), now
-        return StepRecord(
-            self.progress.step,
-            self.total,
-            (self.progress.step - 1) // self.per_epoch + 1,
-            loss,
-            accuracy,
-            lr,
-            speed,
-            peak_bytes(self.device),
-            monitor,
-        )
+        speed, self.last_step_at = images / (now - self.last_step_at), now
+        step, epoch, peak = self.progress.step, (self.progress.step - 1) // self.per_epoch + 1, peak_bytes(self.device)
+        return StepRecord(step, self.total, epoch, loss, accuracy, lr, speed, peak, monitor)
 
-    def _forward_backward(self, images: Tensor, labels: Tensor) -> tuple[float, float, dict[str, dict[str, float]]]:
-        """Loss and accuracy on a batch, the monitor's figures, and .grad set."""
+    def _forward_backward(
+        self, images: Tensor, labels: Tensor
+    ) -> tuple[float, float, float, dict[str, dict[str, float]]]:
+        """Loss and accuracy on a batch, the largest entry of the gradient, the monitor's figures; and .grad set.
+
+        With fp16, whose gradients are scaled and may overflow, the scaler looks after them: the entry is 0.
+        """
         with self._autocast():
             loss, logits = self.objective(images, labels)
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(self.scaler.scale(loss))
-        # One transfer per step: the loss, the accuracy and every stage's figures together.
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        look = gradients and not self.scaler.is_enabled()
+        steepest = torch.nn.utils.get_total_norm(gradients, math.inf) if look else loss.new_zeros(())
+        # One transfer per step: the loss, the accuracy, the gradient's size and every stage's figures together.
         accuracy = (logits.argmax(1) == labels).float().mean()
-        values = torch.stack([loss.detach().float(), accuracy, *self.guard.figures()]).tolist()
-        if not math.isfinite(values[0]):
-            state = self.lock.folder / run_folder.STATE
-            saved = f"{state} holds the last saved step" if state.is_file() else "nothing was saved yet"
-            raise ResodeError(
-                f"the loss is {values[0]} at step {self.progress.step + 1}; {saved}."
-                " Try a lower --lr, --clip-grad, or --adjoint checkpoint"
-            )
-        return values[0], values[1], self.guard.read(values[2:])
+        figures = [loss.detach(), accuracy, steepest]
+        values = torch.stack([*(value.float() for value in figures), *self.guard.figures()]).tolist()
+        return values[0], values[1], values[2], self.guard.read(values[3:])
 
     def _autocast(self) -> AbstractContextManager[Any]:
         dtype = AMP[self.settings.amp]
@@ -360,41 +362,38 @@ class _Run:
         return self.model.with_info(info.with_classes(names))
 
     def _save_model(self, name: str) -> None:
+        check_finite(self.model, f"after step {self.progress.step} weights are no numbers ({{}}){self._advice()}")
         model_file.save(self._described(), self.lock.ensure() / f"{name}.safetensors")
+        self._replace(f"{name}.safetensors")
 
     def _save_state(self) -> None:
         """The state first: it alone is enough to go on; the last model is there for the other commands."""
         with self._undisturbed():
+            check_finite(self.model, f"after step {self.progress.step} weights are no numbers ({{}}){self._advice()}")
             run_folder.save_state(
                 self.lock.ensure() / run_folder.STATE,
                 self.model,
-                optimizer=self.optimizer,
+                optimizer=self.optimizer_state,
                 scaler=self.scaler,
                 progress={**asdict(self.progress), "guard": asdict(self.guard.state)},
                 settings=asdict(self.settings),
-                fingerprint=self.fingerprint(self.train, self.settings),
+                fingerprint=self.fingerprint,
             )
+            self._replace(run_folder.STATE)
             self._save_model("last")
 
-    @staticmethod
-    def fingerprint(train: ImageData, settings: Settings) -> dict[str, Any]:
-        """What must not change under a resumed run: its position in the data would mean something else."""
-        return {"images": len(train), "batch_size": settings.batch_size, "seed": settings.seed}
+    def _replace(self, written: str) -> None:
+        """What a run before has left goes, now that something of this one stands."""
+        folder = self.lock.folder
+        for name in self.nothing_of:
+            if name != written:
+                (folder / name).unlink(missing_ok=True)
+        if self.nothing_of:
+            self.nothing_of = []
+            self.log.path = self.log.path.replace(folder / LOG)
 
-
-def check_resumable(state: run_folder.State, train: ImageData, settings: Settings) -> None:
-    """Raises UsageError for a run whose data, batch size or seed are not the ones it began with."""
-    now = _Run.fingerprint(train, settings)
-    changed = [f"{k} was {state.fingerprint[k]}, is {v}" for k, v in now.items() if state.fingerprint.get(k) != v]
-    if changed:
-        raise UsageError(f"--resume cannot change the order of images: {'; '.join(changed)}")
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Largest memory so far: allocated on a GPU, resident size of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    def _advice(self) -> str:
+        state = self.lock.folder / run_folder.STATE
+        own = state.is_file() and not self.nothing_of
+        kept = f"{state} holds the last saved step" if own else "nothing was saved yet"
+        return f"; {kept}. Try a lower --lr, --clip-grad, or --adjoint checkpoint"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from .calibrate import Calibration
 from .evaluate import Evaluation
@@ -27,6 +30,7 @@ class FinetuneResult:
     seconds: float
     peak_bytes: int
     interrupted: bool
+    skipped_steps: int
     adjoints: dict[str, str]
     switched: dict[str, float] | None = None
     moved_to_anchors: tuple[str, ...] = ()
@@ -41,6 +45,7 @@ class Progress:
     step: int = 0
     evaluated: int = 0  # the last step that was
     best_top1: float = -1.0
+    skipped: int = 0  # steps with a loss or gradient that was no number
     switched: dict[str, float] | None = None
     guard: dict[str, Any] = field(default_factory=dict)  # a GuardState
     window: list[list[float]] = field(default_factory=list)  # (loss, accuracy, drift …) since the last log row
@@ -58,3 +63,13 @@ class Callbacks:
     on_calibration: Callable[[Calibration], None] = lambda calibration: None
     should_stop: Callable[[], bool] = lambda: False
     deferred: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Largest memory so far: allocated on a GPU, resident size of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -130,7 +130,9 @@ def check_optimizer(settings: Settings) -> None:
             raise
         except Exception as error:  # whatever an optimizer lacks: a GPU, a package, a second derivative
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise UsageError(f"--optimizer {settings.optimizer} cannot be used here ({reason}); choose another") from error
+            raise UsageError(
+                f"--optimizer {settings.optimizer} cannot be used here ({reason}); choose another"
+            ) from error
 
 
 def _without_parameters(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from .atomic import atomic_path
 from .errors import ResodeError, UsageError
 from .evaluate import Evaluation
 from .model import OdeResNet
+from .optimizer_state import OptimizerState, Saved
 
 STATE = "state.safetensors"
 FILES = (STATE, "best.safetensors", "last.safetensors", "log.csv")
@@ -34,22 +35,12 @@ class State:
     progress: dict[str, Any]
     settings: dict[str, Any]
     fingerprint: dict[str, Any]
-    optimizer_tensors: dict[str, Tensor]
-    optimizer_values: dict[str, Any]
+    optimizer: Saved
     scaler: dict[str, Any]
     generators: dict[str, Tensor]
 
-    def restore(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, device: torch.device) -> None:
-        state: dict[int, dict[str, Any]] = {}
-        for place, values in self.optimizer_values.items():
-            state.setdefault(int(place), {}).update(values)
-        for name, tensor in self.optimizer_tensors.items():
-            place, _, key = name.partition("/")
-            state.setdefault(int(place), {})[key] = tensor
-        current = optimizer.state_dict()
-        if len(state) > sum(len(group["params"]) for group in current["param_groups"]):
-            raise UsageError("--resume: the saved run trained other parameters; give it the same --stage")
-        optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})
+    def restore(self, optimizer: OptimizerState, scaler: torch.amp.GradScaler, device: torch.device) -> None:
+        optimizer.restore(self.optimizer)
         if self.scaler and scaler.is_enabled():
             scaler.load_state_dict(self.scaler)
         torch.set_rng_state(self.generators["cpu"])
@@ -61,7 +52,7 @@ def save_state(
     path: Path,
     model: OdeResNet,
     *,
-    optimizer: torch.optim.Optimizer,
+    optimizer: OptimizerState,
     scaler: torch.amp.GradScaler,
     progress: dict[str, Any],
     settings: dict[str, Any],
@@ -69,13 +60,8 @@ def save_state(
 ) -> None:
     """Write everything a resumed run needs, atomically."""
     tensors = {f"model/{name}": value for name, value in model.file_state().items()}
-    values: dict[str, dict[str, Any]] = {}
-    for place, entries in optimizer.state_dict()["state"].items():
-        for key, value in entries.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer/{place}/{key}"] = value
-            else:
-                values.setdefault(str(place), {})[key] = value
+    packed = optimizer.pack()
+    tensors |= {f"optimizer/{name}": tensor for name, tensor in packed.tensors.items()}
     tensors["generator/cpu"] = torch.get_rng_state()
     if next(model.parameters()).is_cuda:
         tensors["generator/cuda"] = torch.cuda.get_rng_state(next(model.parameters()).device)
@@ -85,7 +71,8 @@ def save_state(
             "progress": progress,
             "settings": settings,
             "fingerprint": fingerprint,
-            "optimizer": values,
+            "optimizer": packed.values,
+            "optimizer_by": "name",
             "scaler": scaler.state_dict(),
         },
     }
@@ -118,8 +105,7 @@ def load_state(folder: Path, *, source: str | None = None, trust_source: bool = 
         run["progress"],
         run["settings"],
         run["fingerprint"],
-        parts["optimizer"],
-        run["optimizer"],
+        Saved(parts["optimizer"], run["optimizer"], by_place=run.get("optimizer_by") != "name"),
         run["scaler"],
         parts["generator"],
     )
@@ -140,6 +126,11 @@ class StepRecord:
     monitor: dict[str, dict[str, float]]  # drift, correction and contraction of every stage; NaN: nothing to tell
 
 
+def _whole(row: dict[str, str | None]) -> bool:
+    step = row.get("step")
+    return step is not None and step.isdigit() and None not in row.values() and row["split"] in ("train", "test")
+
+
 class Log:
     """log.csv: a row of means over the last steps, and a row per evaluation.
 
@@ -157,7 +148,8 @@ class Log:
         rows: list[dict[str, Any]] = []
         if keep_up_to and path.is_file():
             with path.open(newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= keep_up_to]
+                # A killed run may have left half a row.
+                rows = [row for row in csv.DictReader(file) if _whole(row) and int(row["step"]) <= keep_up_to]
         with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.fields, extrasaction="ignore")
             writer.writeheader()

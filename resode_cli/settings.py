@@ -25,6 +25,7 @@ from .ranges import (
 SCHEDULES = ("cosine", "step", "constant")
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 ON_DRIFT = ("anchors", "warn", "stop")
+ON_NONFINITE = ("stop", "skip")
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Settings:
         training step, such as '8GiB'; None: what the device has free.
     drift_tolerance: of ‖x̃ − x‖ / ‖x‖, where 'auto' does not know better; on_drift: past it move the stage
         to anchors (exact gradients, more memory) and take the step again, warn once per stage, or stop.
+    on_nonfinite: with a loss or gradient that is no number, stop, or skip the step; too many in a row stop a run.
     compile: run the branches compiled. channels_last: keep images and states in that memory format.
     teacher: a model file or a source; distill: weight of its logits against the labels', which have the rest,
         at a temperature; teacher_states: weight of its stages' outputs. See `Objective`.
@@ -72,6 +74,7 @@ class Settings:
     seed: int = ranged(0, SEED)
     drift_tolerance: float = ranged(0.1, POSITIVE, flag="--drift-tol")
     on_drift: str = "anchors"
+    on_nonfinite: str = "stop"
     log_every: int = ranged(20, COUNT)
     save_every: int = ranged(100, COUNT)
     eval_every: int = ranged(1, COUNT)
@@ -89,6 +92,7 @@ class Settings:
             ("BatchNorm mode", self.bn, ("frozen", "batch")),
             ("amp", self.amp, tuple(AMP)),
             ("on-drift", self.on_drift, ON_DRIFT),
+            ("on-nonfinite", self.on_nonfinite, ON_NONFINITE),
         ):
             if value not in allowed:
                 raise unknown(name, value, allowed)

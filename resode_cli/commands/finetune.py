@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import signal
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import ResodeError, UsageError
+from ..errors import UsageError, join
 from ..locks import FolderLock, refuse_several_processes
 from ..signals import exit_code
 from .fit_options import TeacherOption, TemperatureOption
@@ -94,6 +93,10 @@ def finetune_command(
         str,
         typer.Option("--on-drift", help="Past it: 'anchors' (exact stage, step redone), 'warn' or 'stop'."),
     ] = "anchors",
+    on_nonfinite: Annotated[
+        str,
+        typer.Option("--on-nonfinite", help="With a loss or gradient that is no number: 'stop', or 'skip' the step."),
+    ] = "stop",
     teacher: TeacherOption = None,
     distill: Annotated[
         float, typer.Option("--distill", help="Weight of the teacher's logits; the labels have the rest.")
@@ -124,11 +127,13 @@ def finetune_command(
     start()
     from .. import model_file, run_folder
     from ..data import held_out_splits, open_labelled
-    from ..finetune import check_resumable, finetune
+    from ..finetune import finetune
     from ..finetune_results import Callbacks
     from ..model import as_device
+    from ..optimizer_state import check_optimizer
     from ..report import evaluation_line, finetune_json
     from ..report_calibration import calibration_table
+    from ..resuming import check_folder, check_model, check_resumable, loaded_checksum, resumed
     from ..settings import Settings
     from ..tables import size
     from ..teacher import open_teacher
@@ -159,6 +164,7 @@ def finetune_command(
         seed=seed,
         drift_tolerance=drift_tol,
         on_drift=on_drift,
+        on_nonfinite=on_nonfinite,
         log_every=log_every,
         save_every=save_every,
         eval_every=eval_every,
@@ -171,13 +177,17 @@ def finetune_command(
         teacher_states=teacher_states,
     )
     _check_teacher(ctx, chosen)
+    check_optimizer(chosen)
     lock = FolderLock(out, on_message=output.note)
     _check_is_folder(out)
     ctx.with_resource(lock)
-    _check_folder(out, resume=resume, force=force)
+    check_folder(out, resume=resume, force=force)
     where = as_device(device)
     state = run_folder.load_state(out, source=source, trust_source=trust_source) if resume else None
-    settings = chosen if state is None else _resumed(ctx, chosen, state.settings)
+    settings = chosen
+    if state is not None:
+        settings, changes = resumed(chosen, _given(ctx), state.settings)
+        output.notes([check_model(model, out, state), *changes])
     loaded = state.model if state is not None else model_file.load(model, source=source, trust_source=trust_source)
     train = open_labelled(
         data,
@@ -199,7 +209,7 @@ def finetune_command(
     if at_end:
         output.note(f"{test.split} chooses the best model; {at_end[0].split} is looked at once, at the end")
     if state is not None:
-        check_resumable(state, train, settings)
+        check_resumable(state, train, test, settings)
         output.note(f"resuming at step {state.progress['step']}")
     learned_from = (
         open_teacher(settings.teacher, loaded, trust_source=trust_source) if settings.teacher is not None else None
@@ -225,6 +235,7 @@ def finetune_command(
             resume=state,
             teacher=learned_from,
             lock=lock,
+            began_with=None if state is not None else loaded_checksum(model),
         )
     if result.before is not None:
         output.show(f"before: {evaluation_line(result.before)}")
@@ -232,11 +243,18 @@ def finetune_command(
         output.show(f"after:  {evaluation_line(result.after)}")
     output.show(
         f"{result.steps} steps in {result.seconds:.0f} s with adjoint {settings.adjoint},"
-        f" peak memory {size(result.peak_bytes)}; best and last model, log.csv in {lock.folder}"
+        f" peak memory {size(result.peak_bytes)}; {_written(lock.folder)} in {lock.folder}"
     )
+    best = max(result.best_top1, 0.0)
+    if result.before is not None and result.after is not None and best < result.before.top1:
+        output.note(
+            f"no evaluation was better than before training: {best:.2%} at best, {result.before.top1:.2%} before"
+        )
+    if result.skipped_steps:
+        output.note(f"{result.skipped_steps} steps were skipped for a loss or gradient that was no number")
     document = finetune_json(result)
     if at_end and not result.interrupted:
-        document["test"] = _on_test(lock.folder, loaded, at_end[0], settings, where, source, output)
+        document["test"] = _on_test(lock.folder, loaded, at_end[0], settings, where, source, trust_source, output)
     output.notes(split.skipped_note() for split in (train, test, *at_end))
     output.json(document)
     if result.interrupted:
@@ -251,6 +269,7 @@ def _on_test(
     settings: Settings,
     device: torch.device,
     source: str | None,
+    trust_source: bool,
     output: Output,
 ) -> dict[str, Any]:
     """The best model on images that neither trained nor chose it."""
@@ -260,12 +279,24 @@ def _on_test(
     from ..report import evaluation_json, evaluation_line
 
     best = out / "best.safetensors"
-    model = model_file.load(best, source=source) if best.is_file() else last
+    model = model_file.load(best, source=source, trust_source=trust_source) if best.is_file() else last
     found = evaluate(
         model.to(device), batches(data, max(settings.batch_size, 100), workers=settings.workers), device=device
     )
     output.show(f"{'best' if best.is_file() else 'last'} model on {data.split}: {evaluation_line(found)}")
     return evaluation_json(found)
+
+
+def _written(folder: Path) -> str:
+    from ..run_folder import FILES
+
+    return join([name for name in FILES if (folder / name).is_file()]) or "nothing"
+
+
+def _given(ctx: typer.Context) -> list[str]:
+    """The parameters that a flag or a recipe set."""
+    origins = {name: ctx.get_parameter_source(name) for name in ctx.params}
+    return [name for name, origin in origins.items() if origin is not None and origin.name != "DEFAULT"]
 
 
 def _check_teacher(ctx: typer.Context, chosen: Settings) -> None:
@@ -277,32 +308,6 @@ def _check_teacher(ctx: typer.Context, chosen: Settings) -> None:
             raise UsageError(f"--{name.replace('_', '-')} is a setting of the teacher; add --teacher MODEL")
 
 
-def _resumed(ctx: typer.Context, chosen: Settings, saved: dict[str, Any]) -> Settings:
-    """The run's own settings, but for those that a flag or a recipe gives now."""
-    from ..settings import Settings
-
-    flags = {"drift_tolerance": "drift_tol", "stages": "stage"}
-    now = {}
-    for name, value in asdict(chosen).items():
-        origin = ctx.get_parameter_source(flags.get(name, name))
-        if origin is not None and origin.name != "DEFAULT":
-            now[name] = value
-    merged = {**saved, **now}
-    merged["stages"] = tuple(merged["stages"]) if merged["stages"] else None
-    return Settings(**merged)
-
-
 def _check_is_folder(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {str(out)!r} is not a folder")
-
-
-def _check_folder(out: Path, *, resume: bool, force: bool) -> None:
-    from ..run_folder import FILES
-
-    existing = [name for name in FILES if (out / name).exists()]
-    if existing and not resume and not force:
-        raise ResodeError(f"{out} holds a run ({', '.join(existing)}); pass --resume to go on with it or --force")
-    if existing and force and not resume:
-        for name in existing:
-            (out / name).unlink()

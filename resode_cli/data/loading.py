@@ -82,6 +82,15 @@ class ImageData(Dataset[tuple[Tensor, int] | str]):
     def __len__(self) -> int:
         return len(self.indices)
 
+    def files(self) -> Iterator[tuple[str, int]]:
+        """Name and bytes of each image in use, in order; of images that are no files, their place."""
+        for index in self.indices:
+            name = self._file(index)
+            try:
+                yield name, Path(name).stat().st_size
+            except (OSError, ValueError):
+                yield name, -1
+
     def __getitem__(self, i: int) -> tuple[Tensor, int] | str:
         """The image and its label, or the name of a corrupt file that is skipped."""
         index = self.indices[i]
@@ -99,7 +108,7 @@ class ImageData(Dataset[tuple[Tensor, int] | str]):
         if self.seed is None:
             return self.transform(image), label
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed((self.seed * 1_000_003 + self.epoch) * 10_000_019 + index)
+            torch.manual_seed(((self.seed * 1_000_003 + self.epoch) * 10_000_019 + index) % 2**64)
             return self.transform(image), label
 
     def __getitems__(self, chosen: Sequence[int]) -> list[tuple[Tensor, int] | str | ResodeError]:
