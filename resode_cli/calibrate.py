@@ -274,6 +274,11 @@ def _reason(chosen: Candidate, free: _Tried | None, share: float) -> str:
         return "reversal alone is accurate enough"
     if free is None:
         return "exact"
+    if free.error <= share:
+        return (
+            f"reversal alone is accurate enough (off by {free.error:.2g}), but takes {free.evaluations:.2g} evaluations"
+            f" per step where this takes {chosen.evaluations:.2g}"
+        )
     why = f"reversal alone is off by {free.error:.2g}"
     if free.contraction is not None and not free.contraction < 1:
         why += f": it cannot converge (contraction {free.contraction:.2g})"

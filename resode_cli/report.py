@@ -89,14 +89,17 @@ def stage_table(rows: Sequence[StageRow], *, title: str) -> Table:
 
 
 def verification_line(verified: Mapping[str, Any]) -> str:
-    """One line on a Verification's record."""
+    """One line on a Verification's record.
+
+    Noise can show that a function is kept, and that it is not; how good a changed one is it does not show.
+    """
+    where = f"on {verified['images']} {verified['batch']}"
     if verified["identical"]:
-        return f"on {verified['images']} {verified['batch']}: logits identical"
-    why = "rounding" if verified["function_kept"] else "the function has changed"
-    return (
-        f"on {verified['images']} {verified['batch']}: logits differ by up to {verified['max_difference']:.3g} ({why}),"
-        f" top-1 agreement {verified['top1_agreement']:.1%}"
-    )
+        return f"verified {where}: logits identical"
+    difference = f"logits differ by up to {verified['max_difference']:.3g}"
+    if verified["function_kept"]:
+        return f"verified {where}: {difference} (rounding)"
+    return f"the function has changed ({where} {difference}); nothing is known of its accuracy"
 
 
 def evaluation_line(evaluation: Evaluation) -> str:

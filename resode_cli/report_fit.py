@@ -71,9 +71,10 @@ def block_table(result: PhaseResult) -> Table:
     return table
 
 
-def figures_table(columns: Sequence[NetworkFigures], *, reference: str) -> Table:
-    """One column per network."""
-    table = plain_table(f"against {reference}, on {counted(columns[0].images, 'image')}")
+def figures_table(columns: Sequence[NetworkFigures], *, reference: str, noise: bool) -> Table:
+    """One column per network. noise: the images are none, and agreement on them says nothing."""
+    images = counted(columns[0].images, "random image" if noise else "image")
+    table = plain_table(f"against {reference}, on {images}")
     table.add_column("")
     for column in columns:
         table.add_column(column.name, justify="right")
@@ -83,7 +84,8 @@ def figures_table(columns: Sequence[NetworkFigures], *, reference: str) -> Table
 
     if any(column.top1 is not None for column in columns):
         row("top-1", lambda c: "–" if c.top1 is None else f"{c.top1:.2%}")
-    row("top-1 agreement", lambda c: f"{c.agreement:.1%}")
+    if not noise:
+        row("top-1 agreement", lambda c: f"{c.agreement:.1%}")
     row("distance of logits", lambda c: number(c.logit_distance))
     row("parameters", lambda c: f"{c.parameters:,}")
     row("steps", lambda c: _joined(c.steps.values()))

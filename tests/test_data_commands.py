@@ -58,7 +58,7 @@ def numbered(make_folder: Make, tmp_path: Path) -> Path:
         model.net.linear.bias.zero_()
         model.net.linear.bias[0] = 1
     names = ["10", *(name for name in NUMBERS if name != "10")]
-    named = OdeResNet(model.net, model.paths, model.info.with_classes(names))
+    named = model.with_info(model.info.with_classes(names))
     model_file.save(named, tmp_path / "named.safetensors")
     return folder
 

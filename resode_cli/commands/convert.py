@@ -123,7 +123,7 @@ def convert_command(
         output.note(f"left as it is: {block}")
     if len(model.info.left_out) > _LEFT_OUT:
         output.note(f"… and {len(model.info.left_out) - _LEFT_OUT} more kinds of blocks: resode info {out}")
-    output.show(f"verified {verification_line(verified)}")
+    output.show(verification_line(verified))
     output.note(f"wrote {out}")
     output.json(
         finite(

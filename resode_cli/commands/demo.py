@@ -93,7 +93,7 @@ class _Demo:
             exact, verification = convert(self._open(open_source, weights))
             model_file.save(exact, self.folder / "net.safetensors")
             self.output.show(stage_table(stage_rows(exact), title="cifar:resnet20"))
-            self.output.show(f"verified {verification_line(verification.record())}")
+            self.output.show(verification_line(verification.record()))
             source = self.evaluate(exact)
             pre, _ = convert(self._open(open_source, weights), form="pre")
         return source, pre

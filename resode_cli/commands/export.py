@@ -51,6 +51,6 @@ def export_command(
     images = like(random_batch(loaded.info.preprocessing, batch_size or VERIFIED), loaded)
     origin = model_file.origin_of(loaded.info.source, source, trust_source=trust_source)
     verified = export(loaded, out, images, fixed_batch=batch_size is not None, origin=origin).record()
-    output.show(f"read back {verification_line(verified)}")
+    output.show(f"read back, {verification_line(verified)}")
     output.note(f"wrote {out} ({size(out.stat().st_size)})")
     output.json(finite({"out": str(out), "bytes": out.stat().st_size, "verified": verified}))

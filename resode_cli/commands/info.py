@@ -61,7 +61,7 @@ def info_command(
             continue
         since = [str(later["command"]) for later in loaded.info.history[place + 1 :]]
         changed = f"; not since: {', '.join(dict.fromkeys(since))} came after" if since else ""
-        output.show(f"verified       by {entry['command']} {verification_line(verified)}{changed}")
+        output.show(f"{entry['command']:<14} {verification_line(verified)}{changed}")
     output.json(
         finite({**metadata, "stages": [vars(row) for row in rows], "parameters": parameters, "verified": verified})
     )

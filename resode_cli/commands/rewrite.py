@@ -227,6 +227,10 @@ class Rewrite:
         info = self.model.info.with_command(self.command, **settings)
         model_file.save(model.with_info(info), self.out if to is None else to)
 
+    def _remedy(self) -> str:
+        fit = ", and mend it with --fit DATA (images, no labels)" if self.command in ("deepen", "tie") else ""
+        return f": measure it with --data DATA{fit}" if "fit" not in self.settings else ": measure it with --data DATA"
+
     def _report(
         self, columns: Sequence[_Column], reference: str, verified: Mapping[str, Any], extra: dict[str, Any]
     ) -> None:
@@ -237,7 +241,7 @@ class Rewrite:
         rows = stage_rows(self.model)
         self.output.show(stage_table(rows, title=f"{self.command}: {self.path} → {self.out}"))
         figures = [column.figures for column in columns]
-        self.output.show(figures_table(figures, reference=reference))
+        self.output.show(figures_table(figures, reference=reference, noise="fit" not in self.settings))
         document: dict[str, Any] = {"out": str(self.out), "stages": [vars(row) for row in rows], "verified": verified}
         first, last = columns[0].evaluation, columns[-1].evaluation
         if first is not None and last is not None:
@@ -250,7 +254,7 @@ class Rewrite:
                 "top1_agreement": agreement,
             }
         else:
-            self.output.show(f"verified {verification_line(verified)}")
+            self.output.show(verification_line(verified) + ("" if verified["function_kept"] else self._remedy()))
         self.output.note(f"wrote {self.out}")
         self.output.json(finite({**document, "figures": figures_json(figures), **extra}))
 
