@@ -251,17 +251,15 @@ def test_half_a_row_of_a_log_stops_nothing(here: Path) -> None:
 
 
 def test_a_second_writer_is_refused_by_name(here: Path, capsys: Any) -> None:
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(here / "run")], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True
-    )
-    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-    before = contents(here / "run")
-    for more in (["--resume"], ["--force"], []):
-        assert main(run("-o", "run", *more, steps=4)) == 1
-        assert f"process {holder.pid} on " in capsys.readouterr().err
-    assert contents(here / "run") == before
-    holder.kill()
-    holder.wait()
+    command = [sys.executable, "-c", HOLD, str(here / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        before = contents(here / "run")
+        for more in (["--resume"], ["--force"], []):
+            assert main(run("-o", "run", *more, steps=4)) == 1
+            assert f"process {holder.pid} on " in capsys.readouterr().err
+        assert contents(here / "run") == before
+        holder.kill()
     assert main(run("-o", "run", "--resume", steps=4)) == 0, "a lock file that a killed process left blocks nobody"
     assert not (here / "run" / ".lock").exists()
 
