@@ -16,7 +16,7 @@ from torch import Tensor
 from .calibrate import Calibration, calibrate
 from .errors import UsageError
 from .model import OdeResNet, freeze_batch_norm
-from .ode import SCHEMES, Adjoint, required_scheme
+from .ode import SCHEMES, Adjoint, RandomState, required_scheme
 from .transfer import deepen
 
 Gradients = dict[str, Tensor]
@@ -220,9 +220,11 @@ def _measuring(model: OdeResNet, schemes: dict[str, str], scheme: str | None, ba
 def _gradients(model: OdeResNet, images: Tensor, labels: Tensor) -> tuple[float, Gradients]:
     named = dict(model.net.named_parameters())
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with torch.random.fork_rng(devices=[images.device] if images.device.type == "cuda" else []):
-        torch.manual_seed(0)
+    random = RandomState.everywhere(images.device, model.modules())
+    try:
         loss = F.cross_entropy(model(images), labels)
+    finally:
+        random.restore()  # the next method draws the same numbers
     gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     with torch.no_grad():  # the next method starts from the same statistics
         for name, buffer in model.named_buffers():

@@ -1,7 +1,7 @@
 """Measuring a stage's gradients on its own: from its true input, with the true adjoint of its output.
 
 One exact pass through the network says what a stage receives from both sides; after that, each adjoint
-costs a pass through its stage alone.
+costs a pass through its stage alone. The exact pass is itself held against plain backprop, on a few images.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .errors import ResodeError
 from .model import OdeResNet
 from .ode import SCHEMES, Adjoint, RandomState, fixed_buffers, kept_bytes
 from .ode.field import Evaluator
@@ -24,6 +25,9 @@ from .stage import OdeStage
 LOSS_SCALE = 1024.0
 # States besides the held ones that a sweep has at a time: adjoints, estimates, values off and on the tape.
 WORKING_STATES = 8
+# Images on which the exact pass is held against plain backprop, and the relative difference that rounding explains.
+COMPARED = 2
+AGREES = 0.01
 
 
 @dataclass
@@ -46,6 +50,7 @@ class Probe:
     def __init__(self, model: OdeResNet, images: Tensor, labels: Tensor, autocast: Callable[[], Any]) -> None:
         self.model, self.images, self.labels, self.autocast = model, images, labels, autocast
         self.stages = {name: stage for name, stage in model.stages.items() if stage.spec.depth}
+        self.random: RandomState | None = None
         for stage in self.stages.values():
             stage.use_adjoint(reference_adjoint(stage))
         self.passages, self.exact, self.outside = self._exact_pass()
@@ -58,7 +63,7 @@ class Probe:
             stage.monitor.count_kept = True
 
             def before(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-                passage = passages[name] = Passage(args[0].detach(), RandomState.now(args[0].device))
+                passage = passages[name] = Passage(args[0].detach(), self._random(module))
                 if args[0].requires_grad:
                     leaf: Tensor = args[0]
                     leaf.register_hook(  # type: ignore[no-untyped-call]
@@ -84,14 +89,43 @@ class Probe:
                 stage.monitor.count_kept = False
         # No gradient passes through a stage in front of everything that is trained.
         self.stages = {name: stage for name, stage in self.stages.items() if passages[name].adjoint is not None}
+        self._check_reference()
         return passages, gradients, outside
 
-    def _loss(self) -> Tensor:
-        with fixed_buffers([self.model]), torch.random.fork_rng(devices=_cuda(self.images)):
-            torch.manual_seed(0)
-            with self.autocast():
-                logits = self.model(self.images)
-            return F.cross_entropy(logits.float(), self.labels) * LOSS_SCALE
+    def _check_reference(self) -> None:
+        """Raises ResodeError if exact methods do not give backprop's gradients: each evaluates its blocks again."""
+        count = min(COMPARED, len(self.images))
+        found = self._gradients(self._loss(count))
+        adjoints = {name: stage.adjoint for name, stage in self.stages.items()}
+        try:
+            for stage in self.stages.values():
+                stage.use_adjoint(Adjoint("backprop"))
+            truth = self._gradients(self._loss(count))
+        finally:
+            for name, adjoint in adjoints.items():
+                self.stages[name].use_adjoint(adjoint)
+        for name, stage in self.stages.items():
+            error = relative_error(truth[name], found[name])
+            if error > AGREES and math.isfinite(error):
+                raise ResodeError(
+                    f"stage {name}: gradients by {stage.adjoint.label}, which are exact for a block that does the same"
+                    f" whenever it is evaluated, are off by {error:.2g} from plain backprop's; use --adjoint backprop"
+                )
+
+    def _random(self, module: nn.Module) -> RandomState:
+        return RandomState.everywhere(self.images.device, module.modules())
+
+    def _loss(self, count: int | None = None) -> Tensor:
+        """Of the batch or its first images; random layers draw alike every time."""
+        random = self.random = self.random or self._random(self.model)
+        current = self._random(self.model)
+        random.restore()
+        try:
+            with fixed_buffers([self.model]), self.autocast():
+                logits = self.model(self.images[:count])
+            return F.cross_entropy(logits.float(), self.labels[:count]) * LOSS_SCALE
+        finally:
+            current.restore()
 
     def _gradients(self, loss: Tensor) -> dict[str, tuple[Tensor, ...]]:
         """Gradients of each stage's steps; the first parameters too, so that the whole network is passed."""
@@ -111,7 +145,7 @@ class Probe:
         stage, passage = self.stages[name], self.passages[name]
         parameters = step_parameters(stage)
         leaf = passage.x.clone().requires_grad_()
-        current = RandomState.now(leaf.device)
+        current = self._random(stage)
         passage.random.restore()
         try:
             with fixed_buffers([stage]), self.autocast():
@@ -174,7 +208,3 @@ def relative_error(exact: Sequence[Tensor], found: Sequence[Tensor]) -> float:
 
 def _or_zero(gradient: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if gradient is None else gradient.detach()
-
-
-def _cuda(x: Tensor) -> list[torch.device]:
-    return [x.device] if x.device.type == "cuda" else []

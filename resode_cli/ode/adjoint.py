@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import ResodeError
 from .field import Evaluator, Field
+from .kept_tensors import check_kept, kept_tensors
 from .memory import kept_bytes
 from .monitor import Monitor
 from .plans import Plan
@@ -71,6 +72,9 @@ class _PlannedSolve(torch.autograd.Function):
         smoothness = Smoothness(r, call.scheme, x) if call.plan.extrapolates else None
         autocast = Autocast.now(x.device.type)
         passed: list[Tensor] = []
+        # An exported program holds tensors alone; what compiles a whole model sees through no attribute.
+        watched = not torch.compiler.is_compiling()
+        before = {b: kept_tensors(call.field.residuals[b].module) for b in set(call.field.schedule)} if watched else {}
         with autocast.enter():
             for n, x in enumerate(trajectory(r, call.scheme, start, 0, call.field.depth), start=1):
                 if n in anchors:
@@ -78,6 +82,7 @@ class _PlannedSolve(torch.autograd.Function):
                 passed.append(sample(x))
                 if smoothness is not None:
                     smoothness.watch(n, x)
+            check_kept(call.field, before, start)
         if smoothness is not None:
             smoothness.finish()
         # A reconstruction starts from x_N; x_0 is the monitor's reference. An exact plan needs neither.
