@@ -39,12 +39,14 @@ class _Commands(typer.core.TyperGroup):
         try:
             return super().make_context(*arguments, **settings)
         except KeyboardInterrupt as error:
+            stop.heeded = True
             raise _Interrupted(stop.number or signal.SIGINT) from error
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
+            stop.heeded = True
             raise _Interrupted(stop.number or signal.SIGINT) from error
         except UsageError as error:
             recipe, settings = ctx.meta.get(RECIPE, ("", {}))
@@ -134,6 +136,8 @@ def _run(arguments: list[str], *, debug: bool) -> int:
         # Whatever a signal ran into, such as a library halfway through its import, it is the signal that ended it.
         code, message = _explain(error) if stop.number is None else (exit_code(stop.number), "interrupted")
     leave_closed_terminal()
+    if not message:  # no arguments: the help has been printed
+        return code
     if debug:
         traceback.print_exception(failure)
     _say(f"error: {' '.join(message.split())}")
@@ -164,6 +168,8 @@ def _warnings_in_a_line() -> Iterator[None]:
 
 def _explain(error: Exception) -> tuple[int, str]:
     """Exit code and line for an error that is not ours."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return 2, ""
     # Click's errors, by what they offer: typer brings its own copy of Click from some version on.
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):
         context = getattr(error, "ctx", None)

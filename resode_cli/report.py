@@ -66,7 +66,7 @@ def stage_rows(model: OdeResNet) -> list[StageRow]:
 
 def stage_table(rows: Sequence[StageRow], *, title: str) -> Table:
     table = plain_table(title)
-    table.add_column("stage", no_wrap=True)
+    table.add_column("stage")
     table.add_column("transition")
     for column in ("blocks", "steps", "T", "h", "parameters"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -119,7 +119,7 @@ def gradient_table(report: GradientReport) -> Table:
     table = plain_table(
         f"gradients against backprop: {counted(report.images, 'image')} ({report.data}), BatchNorm {report.batch_norm}"
     )
-    table.add_column("method", no_wrap=True)
+    table.add_column("method")
     table.add_column("stage")
     for column in (
         "steps",
@@ -127,10 +127,10 @@ def gradient_table(report: GradientReport) -> Table:
         "cosine",
         "transition\nerror",
         "drift",
-        "evaluations\nper step",
-        "kept",
+        "evals\nper step",
     ):
         table.add_column(column, justify="right")
+    table.add_column("kept", justify="right", no_wrap=True)
     for method in report.methods:
         name = f"{method.name} ({method.scheme} rule)" if method.scheme_switched else method.name
         for row in method.stages:

@@ -7,11 +7,10 @@ import io
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.table import Table
 
 from .bench import BenchRow
-from .tables import finite, number, size
+from .tables import finite, number, plain_table, size
 
 if TYPE_CHECKING:
     from .bench import BenchReport
@@ -29,14 +28,9 @@ def bench_title(report: BenchReport) -> str:
 
 
 def bench_table(report: BenchReport) -> Table:
-    table = Table(
-        title=bench_title(report),
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-        caption="* on the frontier: no row of its depth is as good in error, peak memory and time, and better in one",
-        caption_justify="left",
+    table = plain_table(
+        bench_title(report),
+        "* on the frontier: no row of its depth is as good in error, peak memory and time, and better in one",
     )
     searched = any(row.largest_batch is not None for row in report.rows)
     table.add_column("", no_wrap=True)

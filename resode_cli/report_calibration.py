@@ -21,9 +21,8 @@ def calibration_table(calibration: Calibration) -> Table:
     )
     found.add_column("stage", no_wrap=True)
     found.add_column("chosen")
-    for column in ("gradient\nerror", "evaluations\nper step", "held", "backprop\nwould hold"):
-        found.add_column(column, justify="right")
-    found.add_column("because")
+    for column in ("gradient\nerror", "evals\nper step", "held", "backprop\nwould hold"):
+        found.add_column(column, justify="right", no_wrap=True)
     for choice in calibration.choices:
         found.add_row(
             f"{choice.stage} ({choice.steps})",
@@ -32,14 +31,16 @@ def calibration_table(calibration: Calibration) -> Table:
             f"{choice.evaluations_per_step:.2f}",
             size(choice.bytes_held),
             size(choice.backprop_bytes),
-            choice.reason,
         )
-    found.caption = (
+    because: dict[str, list[str]] = {}
+    for choice in calibration.choices:
+        because.setdefault(choice.reason, []).append(choice.stage)
+    found.caption = "".join(f"{', '.join(stages)}: {reason}\n" for reason, stages in because.items())
+    found.caption += (
         f"predicted for a step of {counted(calibration.batch_size, 'image')}: {size(calibration.predicted_bytes)}"
         f" of a budget of {size(calibration.budget)}; backprop {size(calibration.backprop_bytes)}"
         + (", which fits: --adjoint backprop takes less time" if calibration.backprop_fits else "")
     )
-    found.caption_justify = "left"
     return found
 
 

@@ -9,10 +9,11 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from ..signals import SIGNALS, Stopped
 
+LOST = 2.0  # seconds after which a signal that was raised and ended nothing is raised again
 ANEW = 0.5  # seconds after which a signal is a second one; terminals, shells and `timeout` send the first one twice
 
 
@@ -27,6 +28,8 @@ class Stop:
         self.number: int | None = None
         self.held = False
         self.at = 0.0
+        self.heeded = False
+        self.insisting = False
 
     def __call__(self) -> bool:
         return self.number is not None
@@ -48,6 +51,12 @@ class Stop:
         """The handler of the signals."""
         leave_closed_terminal()
         now = time.monotonic()
+        if self.insisting:
+            self.insisting = False
+            if not self.held:
+                self._raise()
+            self._insist()
+            return
         again = self.number is not None and now - self.at < ANEW
         noted = self.number is not None
         if not noted:
@@ -56,13 +65,29 @@ class Stop:
             return
         self.at = now
         if not self.held:
-            assert self.number is not None
-            raise Stopped(self.number)
+            self._raise()
         if noted and number == signal.SIGINT:
             raise KeyboardInterrupt
         if not noted:
             hint = "; press Ctrl-C again to stop without saving" if number == signal.SIGINT else ""
             _say(f"stopping after this step{hint}\n")
+
+    def _raise(self) -> NoReturn:
+        assert self.number is not None
+        self._insist()
+        raise Stopped(self.number)
+
+    def _insist(self) -> None:
+        """Raise the signal anew unless it ends something: imports and destructors of others swallow what is raised."""
+
+        def again() -> None:
+            if self.number is not None and not self.heeded:
+                self.insisting = True
+                os.kill(os.getpid(), self.number)
+
+        timer = threading.Timer(LOST, again)
+        timer.daemon = True
+        timer.start()
 
 
 stop = Stop()
@@ -71,10 +96,13 @@ stop = Stop()
 @contextmanager
 def listening() -> Iterator[Stop]:
     """Signals are heeded inside the block, but those that the process was told to ignore, as by nohup."""
-    stop.number, stop.held = None, False
+    stop.number, stop.held, stop.heeded, stop.insisting = None, False, False, False
     chosen = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-    with _handled(chosen):
-        yield stop
+    try:
+        with _handled(chosen):
+            yield stop
+    finally:
+        stop.heeded = True
 
 
 @contextmanager

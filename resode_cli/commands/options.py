@@ -154,6 +154,7 @@ GradientsOption = Annotated[
 ]
 DATA_ROOT = Path("~/.cache/resode")
 LONGEST_STAGE = 100_000  # steps
+STEPS = Range(1, LONGEST_STAGE)
 
 
 def depth_list(flag: str, text: str, *, at_least: int = 1) -> list[int]:

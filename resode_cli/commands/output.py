@@ -26,9 +26,9 @@ class _Console(Console):
 
 def _console(*, stderr: bool) -> Console:
     file: Any = _Lasting() if stderr else None
-    console = _Console(stderr=stderr, file=file, highlight=False, soft_wrap=True, markup=False, emoji=False)
+    console = _Console(stderr=stderr, file=file, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
-        console.width = 120  # a file or a pipe has no width of its own
+        console.width, console.soft_wrap = 120, True  # a file or a pipe has no width of its own
     return console
 
 

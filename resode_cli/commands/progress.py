@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from rich.cells import cell_len
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -24,6 +26,25 @@ if TYPE_CHECKING:
     from .output import Output
 
 LINE_EVERY = 20  # steps, where there is no terminal to draw a bar on
+BAR = 10  # columns
+TIMES = 16  # columns of the time elapsed and the time left: h:mm:ss
+
+
+def in_width(console: Console, description: str, total: int, figures: Sequence[str]) -> str:
+    """As many of the figures, the most important first, as a line has room for beside the bar.
+
+    Where there is no terminal a line is as long as it is.
+    """
+    if not console.is_terminal:
+        return " ".join(figures)
+    taken = sum(part + 1 for part in (cell_len(description), BAR, len(f"{total}/{total}"))) + TIMES
+    shown = ""
+    for figure in figures:
+        longer = f"{shown} {figure}" if shown else figure
+        if cell_len(longer) > console.width - taken - 1:
+            break
+        shown = longer
+    return shown
 
 
 @contextmanager
@@ -49,7 +70,7 @@ def training(output: Output, total: int, done: int) -> Iterator[Callable[[StepRe
     quiet = not output.aside.is_terminal
     progress = Progress(
         TextColumn("epoch {task.fields[epoch]}", markup=False),
-        BarColumn(bar_width=20),
+        BarColumn(bar_width=BAR),
         MofNCompleteColumn(),
         TextColumn("{task.fields[figures]}", markup=False),
         TimeElapsedColumn(),
@@ -62,15 +83,18 @@ def training(output: Output, total: int, done: int) -> Iterator[Callable[[StepRe
     def show(record: StepRecord) -> None:
         for name, value in (("loss", record.loss), ("accuracy", record.accuracy)):
             smooth[name] = value if name not in smooth else 0.9 * smooth[name] + 0.1 * value
-        figures = (
-            f"loss {smooth['loss']:.3f} acc {smooth['accuracy']:.1%} {record.images_per_second:.0f} img/s"
-            f" peak {size(record.peak_bytes)}"
-        )
+        parts = [
+            f"loss {smooth['loss']:.3f}",
+            f"acc {smooth['accuracy']:.1%}",
+            f"{record.images_per_second:.0f} img/s",
+            f"peak {size(record.peak_bytes)}",
+        ]
         if any(known(record.monitor["drift"])):
-            figures += f" drift {'/'.join(number(None if d != d else d) for d in record.monitor['drift'].values())}"
+            parts.append("drift " + "/".join(number(None if d != d else d) for d in record.monitor["drift"].values()))
         for name in ("correction", "contraction"):
             if any(known(record.monitor[name])):
-                figures += f" {name} {number(max(known(record.monitor[name])))}"
+                parts.append(f"{name} {number(max(known(record.monitor[name])))}")
+        figures = in_width(output.aside, f"epoch {record.epoch}", total, parts)
         progress.update(task, completed=record.step, epoch=record.epoch, figures=figures)
         if quiet and (record.step % LINE_EVERY == 0 or record.step == total):
             output.note(f"step {record.step}/{total} epoch {record.epoch} {figures}")
@@ -86,7 +110,7 @@ def fitting(output: Output) -> Iterator[Callable[[FitStep], None]]:
     quiet = not output.aside.is_terminal
     progress = Progress(
         TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=20),
+        BarColumn(bar_width=BAR),
         MofNCompleteColumn(),
         TextColumn("{task.fields[figures]}", markup=False),
         TimeElapsedColumn(),
@@ -98,10 +122,11 @@ def fitting(output: Output) -> Iterator[Callable[[FitStep], None]]:
     tasks: dict[str, TaskID] = {}
 
     def show(step: FitStep) -> None:
-        figures = f"loss {step.loss:.4f}"
+        parts = [f"loss {step.loss:.4f}"]
         if step.errors:
             worst = " ".join(f"{sum(e) / len(e):.3f}/{e[-1]:.3f}" for e in step.errors.values())
-            figures += f" state error (mean/last) {worst}"
+            parts.append(f"state error (mean/last) {worst}")
+        figures = in_width(output.aside, step.phase, step.total, parts)
         if step.phase not in tasks:
             tasks[step.phase] = progress.add_task(step.phase, total=step.total, figures="")
         progress.update(tasks[step.phase], completed=step.step, figures=figures)

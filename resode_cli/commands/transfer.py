@@ -35,6 +35,7 @@ from .fit_options import (
 )
 from .options import (
     DATA_ROOT,
+    STEPS,
     BatchSizeOption,
     DataOption,
     DataRootOption,
@@ -178,7 +179,7 @@ def untie_command(
 def deepen_command(
     ctx: typer.Context,
     model: ModelArgument,
-    blocks: Annotated[int, number("--blocks", range=COUNT, help="Steps of each stage afterwards.")],
+    blocks: Annotated[int, number("--blocks", range=STEPS, help="Steps of each stage afterwards.")],
     out: OutputOption,
     mode: Annotated[
         str,
