@@ -273,7 +273,7 @@ MISTAKES = [
     (("convert", "net.py:small", "--no-pretrained", "-o", "none/x.safetensors"), 2, "does not exist"),
     (("convert", "net.py:small", "--no-pretrianed", "-o", "x.safetensors"), 2, "--no-pretrained"),
     (("info", "none.safetensors"), 2, "does not exist"),
-    (("deepen", "m.safetensors", "--blocks", "0", "-o", "x.safetensors"), 2, "1 or more"),
+    (("deepen", "m.safetensors", "--blocks", "0", "-o", "x.safetensors"), 2, "from 1 to 100000"),
     (("deepen", "m.safetensors", "--blocks", "many", "-o", "x.safetensors"), 2, "--blocks"),
     (("deepen", "m.safetensors", "--blocks", "1", "-o", "x.safetensors"), 2, "has 2 steps already"),
     (("deepen", "m.safetensors", "--blocks", "9", "--stage", "layer7", "-o", "x.safetensors"), 2, "layer1"),

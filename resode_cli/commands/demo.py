@@ -2,184 +2,146 @@
 
 from __future__ import annotations
 
+import io
+import os
+import shlex
+import shutil
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import JsonOption
-from .output import Output, start
+from ..errors import UsageError
+from .options import ForceOption, JsonOption
+from .output import Output, collecting, start
 
 if TYPE_CHECKING:
-    from ..model import OdeResNet
+    from collections.abc import Iterator, Sequence
 
-METHODS = ("backprop", "checkpoint", "euler", "heun", "pc")
-BLOCKS = 24
-TRAINING = ["--lr", "5e-3", "--clip-grad", "5", "--batch-size", "64", "--max-steps", "88"]
+NETWORK = "resnet20_digits.safetensors"
+METHODS = "backprop,checkpoint,euler,heun,pc"
+CONVERT = f"convert cifar:resnet20 --weights {NETWORK} --input-size 8"
+TRAINING = "--data digits --lr 5e-3 --clip-grad 5 --batch-size 64 --max-steps 88 --eval-every 4"
+# Name of a step, what it is for, and its command, which is what runs.
+STEPS = (
+    (
+        "source",
+        "1. A pretrained ResNet-20, written as residual steps x ← x + h r(x): the same function, to the last bit",
+        f"{CONVERT} -o net.safetensors",
+    ),
+    ("source accuracy", "", "eval net.safetensors --data digits"),
+    (
+        "pre",
+        "2. The clip after each addition dropped, statistics re-estimated",
+        f"{CONVERT} --form pre -o pre.safetensors",
+    ),
+    ("recalibrated", "", "recalibrate pre.safetensors --data digits -o recalibrated.safetensors"),
+    (
+        "deepened",
+        "3. Every stage taken to 24 steps, each with weights of its own",
+        "deepen recalibrated.safetensors --blocks 24 --depth-weights free --data digits -o deep.safetensors",
+    ),
+    (
+        "gradients",
+        "4. Gradients of every backward method against true backprop",
+        f"check-grad deep.safetensors --data digits --images 32 --adjoint {METHODS}",
+    ),
+    (
+        "pc",
+        "5. Fine-tuned with an adjoint that holds no activations of a stage",
+        f"finetune deep.safetensors --adjoint pc {TRAINING} -o run-pc",
+    ),
+    (
+        "backprop",
+        "6. The same with backprop",
+        f"finetune deep.safetensors --adjoint backprop {TRAINING} -o run-backprop",
+    ),
+)
 
 
 def demo_command(
+    ctx: typer.Context,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="Keep the model files in this folder; by default they are removed."),
+        typer.Option("--out", "-o", help="Keep the files in this folder; by default they are removed."),
     ] = None,
+    force: ForceOption = False,
     json: JsonOption = False,
 ) -> None:
     """Convert, deepen, check gradients and fine-tune a small pretrained ResNet on handwritten digits. No network."""
     start()
-    from ..atomic import check_output
-
     output = Output(json_mode=json)
     began = time.perf_counter()
+    more = [*(["--force"] if force else []), *(["--json"] if json else [])]
     with ExitStack() as stack:
         if out is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="resode-demo-")))
         else:
             folder = out
+            _check_free(folder, force=force)
             folder.mkdir(parents=True, exist_ok=True)
-            check_output(folder / "net.safetensors", force=False)
-        document = _Demo(output, folder).run()
-    seconds = time.perf_counter() - began
-    kept = f"; files in {out}" if out is not None else "; --out DIR keeps the files"
-    output.show(f"\ndone in {seconds:.0f} s{kept}")
-    output.json({**document, "seconds": seconds})
-
-
-class _Demo:
-    """The steps, each announced by the command that does the same."""
-
-    def __init__(self, output: Output, folder: Path) -> None:
-        self.output, self.folder = output, folder
-
-    def announce(self, what: str, command: str) -> None:
-        self.output.show(f"\n{what}", style="bold")
-        self.output.show(f"$ resode {command}", style="dim")
-
-    def run(self) -> dict[str, Any]:
-        from ..report import evaluation_json, evaluation_line, gradient_json
-        from ..tables import finite
-
-        source, converted = self.convert()
-        self.output.show(f"on 360 test digits: {evaluation_line(source)}")
-        deep = self.deepen(converted)
-        before = self.evaluate(deep)
-        self.output.show(f"on 360 test digits: {evaluation_line(before)}")
-        gradients = self.check(deep)
-        result = self.finetune(deep)
-        document = {
-            "source": evaluation_json(source),
-            "deepened": evaluation_json(before),
-            "gradients": gradient_json(gradients),
-            "finetuned": evaluation_json(result.after),
-        }
-        return finite(document)
-
-    def convert(self) -> Any:
-        from .. import model_file
-        from ..adapters.sources import open_source
-        from ..conversion import convert
-        from ..report import stage_rows, stage_table, verification_line
-
-        self.announce(
-            "1. A pretrained ResNet-20, written as residual steps x ← x + h r(x): the same function, to the last bit",
-            "convert cifar:resnet20 --weights resnet20_digits.safetensors --input-size 8 -o net.safetensors",
-        )
-        packaged = resources.files("resode_cli.digits").joinpath("resnet20_digits.safetensors")
+        packaged = resources.files("resode_cli.digits").joinpath(NETWORK)
         with resources.as_file(packaged) as weights:
-            exact, verification = convert(self._open(open_source, weights))
-            model_file.save(exact, self.folder / "net.safetensors")
-            self.output.show(stage_table(stage_rows(exact), title="cifar:resnet20"))
-            self.output.show(verification_line(verification.record()))
-            source = self.evaluate(exact)
-            pre, _ = convert(self._open(open_source, weights), form="pre")
-        return source, pre
+            shutil.copyfile(weights, folder / NETWORK)
+        stack.enter_context(_inside(folder))
+        results = {name: _run(ctx, output, what, command, more, json_mode=json) for name, what, command in STEPS}
+    seconds = time.perf_counter() - began
+    kept = f"the files are in {out}, where these commands can be run again" if out else "--out DIR keeps the files"
+    output.show(f"\ndone in {seconds:.0f} s; {kept}")
+    output.show(proof(results), style="bold")
+    output.json({**{name.replace(" ", "_"): result for name, result in results.items()}, "seconds": seconds})
 
-    @staticmethod
-    def _open(open_source: Any, weights: Path) -> Any:
-        return open_source("cifar:resnet20", weights=weights, preprocessing={"size": 8})
 
-    def deepen(self, pre: OdeResNet) -> OdeResNet:
-        from .. import model_file
-        from ..data import batches, open_data
-        from ..recalibrate import recalibrate
-        from ..report import stage_rows, stage_table
-        from ..transfer import deepen, untie
+def proof(results: dict[str, Any]) -> str:
+    """What the run has shown, from what its commands measured."""
+    from ..tables import size
 
-        self.announce(
-            f"2. The clip after each addition dropped, statistics re-estimated, every stage taken to {BLOCKS} steps",
-            "convert … --form pre -o pre.safetensors; resode recalibrate pre.safetensors --data digits"
-            f" -o pre2.safetensors; resode deepen pre2.safetensors --blocks {BLOCKS} -o deep.safetensors",
-        )
-        train = open_data("digits", pre.info.preprocessing, "train")
-        recalibrate(pre, batches(train, 100))
-        for name, stage in pre.stages.items():
-            pre.replace_stage(name, untie(deepen(stage, BLOCKS)))
-        model_file.save(pre, self.folder / "deep.safetensors")
-        self.output.show(stage_table(stage_rows(pre), title="deep.safetensors, every step with weights of its own"))
-        return pre
+    after = {method: results[method]["after"] for method in ("pc", "backprop")}
+    kept = {
+        method["name"]: sum(stage["bytes_kept"] or 0 for stage in method["stages"])
+        for method in results["gradients"]["methods"]
+    }
+    times = kept["backprop"] / kept["pc"]
+    return (
+        f"fine-tuned by pc: {after['pc']['top1']:.1%}, by backprop: {after['backprop']['top1']:.1%}"
+        f" of {after['pc']['images']:,} test digits (one run each); between forward and backward the stages hold"
+        f" {size(kept['pc'])} by pc, {size(kept['backprop'])} by backprop: {times:.0f} times less"
+    )
 
-    def check(self, deep: OdeResNet) -> Any:
-        from ..check_grad import check_gradients
-        from ..data import batches, open_data
-        from ..ode import Adjoint
-        from ..report import gradient_table
 
-        self.announce(
-            "3. Gradients of every backward method against true backprop",
-            f"check-grad deep.safetensors --data digits --adjoint {','.join(METHODS)}",
-        )
-        samples = open_data("digits", deep.info.preprocessing, "test", images=32)
-        batch = next(batches(samples, 32))
-        report = check_gradients(
-            deep, batch.images, batch.labels, methods=[Adjoint(m) for m in METHODS], data="digits, test"
-        )
-        self.output.show(gradient_table(report))
-        kept = {m.name: sum(s.bytes_kept or 0 for s in m.stages) for m in report.methods}
-        from ..tables import size
+def _run(
+    ctx: typer.Context, output: Output, what: str, command: str, more: Sequence[str], *, json_mode: bool
+) -> dict[str, Any]:
+    """Run a command as its user would; what it prints under --json is returned."""
+    if what:
+        output.show(f"\n{what}", style="bold")
+    output.show(f"$ resode {command}", style="dim")
+    arguments = [*shlex.split(command), *(flag for flag in more if flag != "--force" or " -o " in command)]
+    group: Any = ctx.find_root().command
+    with collecting() as documents, redirect_stdout(io.StringIO()) if json_mode else nullcontext():
+        code = group.main(arguments, prog_name="resode", standalone_mode=False)
+    if code:
+        raise typer.Exit(code)
+    return dict(documents[-1])
 
-        self.output.show(
-            f"held between forward and backward, all stages: {size(kept['backprop'])} by backprop,"
-            f" {size(kept['pc'])} by pc, at any depth"
-        )
-        return report
 
-    def finetune(self, deep: OdeResNet) -> Any:
-        from ..data import open_data
-        from ..finetune import finetune
-        from ..finetune_results import Callbacks
-        from ..model import as_device
-        from ..report import evaluation_line
-        from ..settings import Settings
-        from .progress import training
+def _check_free(folder: Path, *, force: bool) -> None:
+    """Raises UsageError for files of an earlier demo, before any work."""
+    names = [shlex.split(command)[-1] for _, _, command in STEPS if " -o " in command]
+    there = [name for name in names if (folder / name).exists()]
+    if there and not force:
+        raise UsageError(f"{folder} holds {there[0]}: choose another --out, or pass --force to replace it")
 
-        self.announce(
-            "4. Fine-tuned with the memory-free adjoint",
-            "finetune deep.safetensors --data digits --adjoint pc -o run " + " ".join(TRAINING),
-        )
-        settings = Settings(adjoint="pc", lr=5e-3, clip_grad=5.0, batch_size=64, max_steps=88, eval_every=4)
-        train = open_data("digits", deep.info.preprocessing, "train", augment=True)
-        test = open_data("digits", deep.info.preprocessing, "test")
-        with training(self.output, settings.steps(len(train)), 0) as on_step:
-            result = finetune(
-                deep,
-                train,
-                test,
-                out=self.folder / "run",
-                settings=settings,
-                device=as_device("cpu"),
-                callbacks=Callbacks(on_step=on_step, on_message=self.output.note),
-            )
-        assert result.before is not None and result.after is not None
-        self.output.show(f"before: {evaluation_line(result.before)}")
-        self.output.show(f"after:  {evaluation_line(result.after)}")
-        return result
 
-    def evaluate(self, model: OdeResNet) -> Any:
-        from ..data import batches, open_data
-        from ..evaluate import evaluate
-
-        return evaluate(model, batches(open_data("digits", model.info.preprocessing, "test"), 100))
+@contextmanager
+def _inside(folder: Path) -> Iterator[None]:
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)

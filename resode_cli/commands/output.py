@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -81,8 +81,24 @@ class Output:
 
     def json(self, document: dict[str, Any] | list[Any]) -> None:
         """The result, for programs, where --json asks for it."""
+        for collected in _collecting:
+            collected.append(document)
         if self.json_mode:
             print(json.dumps(document, indent=2, allow_nan=False))
+
+
+_collecting: list[list[Any]] = []
+
+
+@contextmanager
+def collecting() -> Iterator[list[Any]]:
+    """The results, for programs, of the commands that are run inside the block."""
+    documents: list[Any] = []
+    _collecting.append(documents)
+    try:
+        yield documents
+    finally:
+        _collecting.remove(documents)
 
 
 def start() -> None:

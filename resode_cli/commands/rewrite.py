@@ -101,8 +101,11 @@ class Rewrite:
         picked = self.pick(names)
 
         def change_all(model: OdeResNet) -> None:
+            before = {name: stage.spec for name, stage in picked.items()}
             for name, stage in picked.items():
                 model.replace_stage(name, change(stage))
+            if all(model.stages[name].spec == spec for name, spec in before.items()):
+                self.output.note(f"nothing to {self.command}: {', '.join(before) or 'no stage'} stood so before")
 
         self.whole(change_all)
 

@@ -3,7 +3,8 @@
     self.aux = some_activation
 
 A planned forward pass records no graph, so a loss on such a tensor would get no gradient, silently. With
-plain backprop it would.
+plain backprop it would. A weight that a hook computes from parameters before each evaluation, as torch's older
+weight norm does, is kept too, but depends on no state: it is let be.
 """
 
 from __future__ import annotations
@@ -42,6 +43,13 @@ def _tensors(value: Any) -> Iterator[tuple[int | None, Tensor]]:
                 yield place, item
 
 
+def _depends_on(tensor: Tensor, leaf: Tensor) -> bool:
+    if tensor.grad_fn is None:
+        return False
+    ones = torch.ones_like(tensor)
+    return torch.autograd.grad(tensor, leaf, ones, retain_graph=True, allow_unused=True)[0] is not None
+
+
 def check_kept(field: Field, before: dict[int, dict[Place, Tensor]], x: Tensor) -> None:
     """Raise ResodeError if a block keeps a tensor that plain backprop would have a gradient for.
 
@@ -62,8 +70,9 @@ def _check(field: Field, n: int, block: nn.Module, x: Tensor) -> None:
     random = RandomState.everywhere(x.device, block.modules())
     try:
         with fixed_buffers([block]), torch.enable_grad():
-            field.residuals[field.schedule[n]](x.detach().requires_grad_())
-        found = [place for place, tensor in kept_tensors(block).items() if tensor.grad_fn is not None]
+            leaf = x.detach().requires_grad_()
+            field.residuals[field.schedule[n]](leaf)
+        found = [place for place, tensor in kept_tensors(block).items() if _depends_on(tensor, leaf)]
     finally:
         random.restore()
         for value, items in lists:
