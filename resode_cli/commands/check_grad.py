@@ -102,7 +102,10 @@ def check_grad_command(
     forecast = forecast_gradients(loaded, inputs, [c.fixed if c.fixed is not None else Adjoint("pc") for c in choices])
     wide = f" at each of {len(depths)} depths" if depths is not None else ""
     tuned = ", and calibration" if any(c.fixed is None for c in choices) else ""
-    output.note(f"predicted{wide}: {duration(forecast.seconds)}{tuned}, {size(forecast.bytes)} of memory at most")
+    output.note(
+        f"predicted{wide}: {duration(forecast.seconds)}{tuned}, {size(forecast.bytes)} of memory at most,"
+        " beside what Python and torch take"
+    )
     methods: list[Adjoint | StageAdjoints] = []
     calibrations = []
     with output.aside.status("calibrating") as status:

@@ -110,7 +110,10 @@ def convert_command(
     image = like(random_batch(opened.preprocessing, 1), opened.net)
     forecast = forecast_inference(opened.net.eval(), image, 2 * VERIFIED)
     if forecast is not None:
-        output.note(f"predicted: {duration(forecast.seconds)}, {size(forecast.bytes)} of memory")
+        output.note(
+            f"predicted: {duration(forecast.seconds)}, {size(forecast.bytes)} of memory"
+            " beside what Python and torch take"
+        )
     model, verification = convert(opened, scheme=scheme, form="pre" if form == "pre" else "exact")
     verified = verification.record()
     model.info = model.info.with_command(
