@@ -28,6 +28,12 @@ class _Interrupted(ResodeError):
         self.exit_code = exit_code(number)
 
 
+def _interrupted(error: KeyboardInterrupt) -> _Interrupted:
+    if isinstance(error, Stopped):
+        error.heeded = True
+    return _Interrupted(stop.number or signal.SIGINT)
+
+
 class _Commands(typer.core.TyperGroup):
     """Two things that only the command's own context knows, before typer lets go of it.
 
@@ -39,15 +45,13 @@ class _Commands(typer.core.TyperGroup):
         try:
             return super().make_context(*arguments, **settings)
         except KeyboardInterrupt as error:
-            stop.heeded = True
-            raise _Interrupted(stop.number or signal.SIGINT) from error
+            raise _interrupted(error) from error
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            stop.heeded = True
-            raise _Interrupted(stop.number or signal.SIGINT) from error
+            raise _interrupted(error) from error
         except UsageError as error:
             recipe, settings = ctx.meta.get(RECIPE, ("", {}))
             if not any(_names(str(error), name, value) for name, value in settings.items()):

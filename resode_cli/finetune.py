@@ -155,7 +155,8 @@ class _Run:
         began = time.perf_counter()
         try:
             interrupted = self._train()
-        except Stopped:
+        except Stopped as stopped:
+            stopped.heeded = True  # or it would come again while the run ends
             if progress.step == first:
                 raise
             interrupted = True

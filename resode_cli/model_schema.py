@@ -16,13 +16,12 @@ from .errors import ResodeError, first_few
 from .model import ModelInfo
 from .ode import SCHEMES
 from .parts import Preprocessing, SourceSpec
-from .ranges import Range
+from .ranges import LONGEST_STAGE, Range
 from .residual import FORMS, as_form
 from .stage import BlockSpec, StageSpec
 
 FORMAT_VERSION = 3  # 2: blocks that share tensors, weights linear in depth; 3: a checksum
 
-LONGEST_STAGE = 100_000  # steps
 _ITEMS, _LETTERS, _DEEPEST = 1_000_000, 100_000, 32  # of a list, of a text, of lists in lists
 _CLASSES = Range(1, 10**8)
 _PIXELS = Range(1, 2**14)

@@ -25,9 +25,10 @@ from .stage import OdeStage
 LOSS_SCALE = 1024.0
 # States besides the held ones that a sweep has at a time: adjoints, estimates, values off and on the tape.
 WORKING_STATES = 8
-# Images on which the exact pass is held against plain backprop, and the relative difference that rounding explains.
+# Images on which the exact pass is held against plain backprop, and the least relative difference that is more than
+# rounding; sums over the steps that share a block are rounded otherwise in the two.
 COMPARED = 2
-AGREES = 0.01
+DIFFERS = 0.01
 
 
 @dataclass
@@ -50,7 +51,6 @@ class Probe:
     def __init__(self, model: OdeResNet, images: Tensor, labels: Tensor, autocast: Callable[[], Any]) -> None:
         self.model, self.images, self.labels, self.autocast = model, images, labels, autocast
         self.stages = {name: stage for name, stage in model.stages.items() if stage.spec.depth}
-        self.random: RandomState | None = None
         for stage in self.stages.values():
             stage.use_adjoint(reference_adjoint(stage))
         self.passages, self.exact, self.outside = self._exact_pass()
@@ -106,7 +106,9 @@ class Probe:
                 self.stages[name].use_adjoint(adjoint)
         for name, stage in self.stages.items():
             error = relative_error(truth[name], found[name])
-            if error > AGREES and math.isfinite(error):
+            roundoff = max(torch.finfo(g.dtype).eps for g in truth[name])
+            # NaN where the gradients are no numbers in this precision, which compares as false.
+            if error > max(DIFFERS, math.sqrt(roundoff)):
                 raise ResodeError(
                     f"stage {name}: gradients by {stage.adjoint.label}, which are exact for a block that does the same"
                     f" whenever it is evaluated, are off by {error:.2g} from plain backprop's; use --adjoint backprop"
@@ -117,9 +119,8 @@ class Probe:
 
     def _loss(self, count: int | None = None) -> Tensor:
         """Of the batch or its first images; random layers draw alike every time."""
-        random = self.random = self.random or self._random(self.model)
         current = self._random(self.model)
-        random.restore()
+        torch.manual_seed(0)
         try:
             with fixed_buffers([self.model]), self.autocast():
                 logits = self.model(self.images[:count])

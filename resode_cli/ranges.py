@@ -54,6 +54,8 @@ POSITIVE = Range(0, above=True)
 NOT_NEGATIVE = Range(0)
 FRACTION = Range(0, 1)
 DECAYING = Range(0, 1, below=True)  # the factor of a running average
+LONGEST_STAGE = 100_000
+STEPS = Range(1, LONGEST_STAGE)  # of a stage
 WORKERS = Range(0, 1024)
 SEED = Range(-(2**63), 2**63 - 1)  # what a generator of torch takes, with room for the number of an epoch
 

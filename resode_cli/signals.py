@@ -8,11 +8,15 @@ SIGNALS = [number for name in ("SIGINT", "SIGTERM", "SIGHUP") if (number := geta
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal that asks the command to stop, heeded where nothing is lost by it. number: of the signal."""
+    """A signal that asks the command to stop, heeded where nothing is lost by it. number: of the signal.
+
+    heeded: whoever catches it sets it; else the signal is taken for swallowed, and raised again.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__("interrupted")
         self.number = number
+        self.heeded = False
 
 
 def exit_code(number: int) -> int:

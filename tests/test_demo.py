@@ -17,9 +17,9 @@ from resode_cli.commands import demo
 def short(monkeypatch: Any) -> None:
     steps = [
         (name, what, command.replace("--max-steps 88 --eval-every 4", "--max-steps 1 --test-images 20"))
-        for name, what, command in demo.STEPS
+        for name, what, command in demo.COMMANDS
     ]
-    monkeypatch.setattr(demo, "STEPS", tuple(steps))
+    monkeypatch.setattr(demo, "COMMANDS", tuple(steps))
 
 
 @pytest.mark.slow
@@ -29,7 +29,7 @@ def test_what_it_prints_gives_its_files_when_pasted(tmp_path: Path, monkeypatch:
     assert main(["demo", "-o", "shown"]) == 0
     shown = capsys.readouterr().out
     commands = [line.removeprefix("$ resode ").split() for line in shown.splitlines() if line.startswith("$ resode ")]
-    assert len(commands) == len(demo.STEPS)
+    assert len(commands) == len(demo.COMMANDS)
     last = " ".join(shown.splitlines()[-3:])
     assert re.search(r"by pc: \d+\.\d%, by backprop: \d+\.\d% of 20 test digits .* \d+ times less", last)
     assert main(["demo", "-o", "shown"]) == 2

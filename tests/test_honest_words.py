@@ -45,3 +45,13 @@ def test_a_changed_function_is_not_verified_by_noise(kind: str, pico: OdeResNet,
 @pytest.mark.parametrize("kind", KEEPS)
 def test_a_kept_function_is(kind: str, pico: OdeResNet, tmp_path: Path, capsys: Any) -> None:
     assert "verified on 4 random images" in said(KEEPS[kind], pico, tmp_path, capsys)
+
+
+@pytest.mark.parametrize("command", ["tie", "untie"])
+def test_a_rewrite_that_changes_nothing_says_so(command: str, pico: OdeResNet, tmp_path: Path, capsys: Any) -> None:
+    once, twice = tmp_path / "once.safetensors", tmp_path / "twice.safetensors"
+    model_file.save(pico, tmp_path / "m.safetensors")
+    for before, after in ((tmp_path / "m.safetensors", once), (once, twice)):
+        assert main([command, str(before), "-o", str(after)]) == 0
+        said = capsys.readouterr().err
+        assert (f"nothing to {command}: " in said) == (after == twice or command == "untie")

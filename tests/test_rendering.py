@@ -18,7 +18,7 @@ from rich.table import Table
 from resode_cli.bench import BenchReport, BenchRow
 from resode_cli.calibrate import Calibration, StageChoice
 from resode_cli.check_grad import GradientReport, MethodGradients, StageGradient, SweepRow
-from resode_cli.commands.output import _Console
+from resode_cli.commands.output import Output, _Console
 from resode_cli.commands.progress import fitting, training
 from resode_cli.ode import Adjoint
 from resode_cli.report import StageRow, gradient_table, stage_table, sweep_table
@@ -245,3 +245,16 @@ def test_the_progress_line_of_a_fit_too() -> None:
             show(SimpleNamespace(phase="states", step=step, total=1200, loss=0.1234, errors=errors))  # type: ignore[arg-type]
         text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue())
     assert "…" not in text and "1200" in text
+
+
+def test_a_line_can_be_copied_whole(monkeypatch: Any) -> None:
+    """The terminal wraps it, and knows that it did; a line feed would cut a command or a path in two."""
+    line = "$ resode finetune " + "/a/rather/long/path " * 10
+    output = Output(json_mode=False)
+    for console in (output.main, output.aside):
+        monkeypatch.setattr(console, "file", io.StringIO())
+        monkeypatch.setattr(console, "_force_terminal", True)
+        console.width = 60
+    output.show(line)
+    output.note(line)
+    assert line.strip() in output.main.file.getvalue() and line.strip() in output.aside.file.getvalue()

@@ -18,10 +18,10 @@ import pytest
 import torch
 from torch import nn
 
-from resode_cli import model_file
+from resode_cli import finetune, model_file
 from resode_cli.app import main
 from resode_cli.commands import interrupt
-from resode_cli.commands.interrupt import listening
+from resode_cli.commands.interrupt import listening, stop
 from resode_cli.locks import FolderLock
 from resode_cli.model import non_finite
 from resode_cli.resuming import RULES
@@ -368,6 +368,38 @@ def test_a_signal_that_something_swallowed_is_raised_again(monkeypatch: Any) -> 
     with pytest.raises(Stopped), listening():
         with suppress(Stopped):
             signal.raise_signal(signal.SIGTERM)
-            time.sleep(5)
+            time.sleep(5)  # ends at once: the signal is raised here
         for _ in range(100):
             time.sleep(0.05)
+
+
+def test_one_that_was_heeded_is_not(monkeypatch: Any) -> None:
+    monkeypatch.setattr(interrupt, "LOST", 0.1)
+    with listening():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Stopped as stopped:
+            stopped.heeded = True
+        time.sleep(0.5)
+
+
+def test_a_run_that_has_heeded_a_signal_is_not_stopped_again(here: Path, monkeypatch: Any, capsys: Any) -> None:
+    """The signal comes in an evaluation; what the run does to end well outlasts the wait for a swallowed signal."""
+    monkeypatch.setattr(interrupt, "LOST", 0.1)
+    evaluate, peak_bytes = finetune.evaluate, finetune.peak_bytes
+
+    def stopped(*arguments: Any, **settings: Any) -> Any:
+        if (here / "new" / "state.safetensors").exists():
+            signal.raise_signal(signal.SIGTERM)
+        return evaluate(*arguments, **settings)
+
+    def slowly(*arguments: Any) -> int:
+        if stop():
+            time.sleep(0.4)
+        return peak_bytes(*arguments)
+
+    monkeypatch.setattr(finetune, "evaluate", stopped)
+    monkeypatch.setattr(finetune, "peak_bytes", slowly)
+    assert main(run("-o", "new", "--save-every", "1", steps=4)) == 143
+    assert "interrupted at step 3 of 4" in capsys.readouterr().err
+    assert load_state(here / "new").progress["step"] == 3

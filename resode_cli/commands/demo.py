@@ -27,7 +27,7 @@ METHODS = "backprop,checkpoint,euler,heun,pc"
 CONVERT = f"convert cifar:resnet20 --weights {NETWORK} --input-size 8"
 TRAINING = "--data digits --lr 5e-3 --clip-grad 5 --batch-size 64 --max-steps 88 --eval-every 4"
 # Name of a step, what it is for, and its command, which is what runs.
-STEPS = (
+COMMANDS = (
     (
         "source",
         "1. A pretrained ResNet-20, written as residual steps x ← x + h r(x): the same function, to the last bit",
@@ -88,7 +88,7 @@ def demo_command(
         with resources.as_file(packaged) as weights:
             shutil.copyfile(weights, folder / NETWORK)
         stack.enter_context(_inside(folder))
-        results = {name: _run(ctx, output, what, command, more, json_mode=json) for name, what, command in STEPS}
+        results = {name: _run(ctx, output, what, command, more, json_mode=json) for name, what, command in COMMANDS}
     seconds = time.perf_counter() - began
     kept = f"the files are in {out}, where these commands can be run again" if out else "--out DIR keeps the files"
     output.show(f"\ndone in {seconds:.0f} s; {kept}")
@@ -131,7 +131,7 @@ def _run(
 
 def _check_free(folder: Path, *, force: bool) -> None:
     """Raises UsageError for files of an earlier demo, before any work."""
-    names = [shlex.split(command)[-1] for _, _, command in STEPS if " -o " in command]
+    names = [NETWORK] + [shlex.split(command)[-1] for _, _, command in COMMANDS if " -o " in command]
     there = [name for name in names if (folder / name).exists()]
     if there and not force:
         raise UsageError(f"{folder} holds {there[0]}: choose another --out, or pass --force to replace it")

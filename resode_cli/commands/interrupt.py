@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from ..signals import SIGNALS, Stopped
 
-LOST = 2.0  # seconds after which a signal that was raised and ended nothing is raised again
+LOST = 5.0  # seconds after which a signal that was raised and ended nothing is raised again
 ANEW = 0.5  # seconds after which a signal is a second one; terminals, shells and `timeout` send the first one twice
 
 
@@ -28,7 +28,7 @@ class Stop:
         self.number: int | None = None
         self.held = False
         self.at = 0.0
-        self.heeded = False
+        self.raised: Stopped | None = None
         self.insisting = False
 
     def __call__(self) -> bool:
@@ -74,14 +74,15 @@ class Stop:
 
     def _raise(self) -> NoReturn:
         assert self.number is not None
+        self.raised = Stopped(self.number)
         self._insist()
-        raise Stopped(self.number)
+        raise self.raised
 
     def _insist(self) -> None:
         """Raise the signal anew unless it ends something: imports and destructors of others swallow what is raised."""
 
         def again() -> None:
-            if self.number is not None and not self.heeded:
+            if self.number is not None and self.raised is not None and not self.raised.heeded:
                 self.insisting = True
                 os.kill(os.getpid(), self.number)
 
@@ -96,13 +97,13 @@ stop = Stop()
 @contextmanager
 def listening() -> Iterator[Stop]:
     """Signals are heeded inside the block, but those that the process was told to ignore, as by nohup."""
-    stop.number, stop.held, stop.heeded, stop.insisting = None, False, False, False
+    stop.number, stop.held, stop.insisting, stop.raised = None, False, False, None
     chosen = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     try:
         with _handled(chosen):
             yield stop
     finally:
-        stop.heeded = True
+        stop.raised = None
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 from ..errors import UsageError, join
-from ..ranges import COUNT, COUNT_OR_NONE, POSITIVE, WORKERS, Range
+from ..ranges import COUNT, COUNT_OR_NONE, LONGEST_STAGE, POSITIVE, WORKERS, Range
 from ..recipe import read_recipe
 
 
@@ -153,8 +153,6 @@ GradientsOption = Annotated[
     ),
 ]
 DATA_ROOT = Path("~/.cache/resode")
-LONGEST_STAGE = 100_000  # steps
-STEPS = Range(1, LONGEST_STAGE)
 
 
 def depth_list(flag: str, text: str, *, at_least: int = 1) -> list[int]:

@@ -28,7 +28,7 @@ def _console(*, stderr: bool) -> Console:
     file: Any = _Lasting() if stderr else None
     console = _Console(stderr=stderr, file=file, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
-        console.width, console.soft_wrap = 120, True  # a file or a pipe has no width of its own
+        console.width = 120  # a file or a pipe has no width of its own
     return console
 
 
@@ -66,11 +66,12 @@ class Output:
 
     def show(self, what: RenderableType, *, style: str | None = None) -> None:
         """A result, for people."""
-        self.main.print(what, style=style)
+        # A terminal wraps text itself, so that a command or a path can be copied whole; tables fit its width.
+        self.main.print(what, style=style, soft_wrap=isinstance(what, str) or not self.main.is_terminal)
 
     def note(self, text: str) -> None:
         """A remark: standard error always."""
-        self.aside.print(text)
+        self.aside.print(text, soft_wrap=True)
 
     def notes(self, texts: Iterable[str | None]) -> None:
         """Remarks, each once however often it comes: two splits may have the same to say."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import UsageError, unknown
-from ..ranges import COUNT
+from ..ranges import COUNT, STEPS
 from .fit_options import (
     FIT,
     PHASES,
@@ -35,7 +35,6 @@ from .fit_options import (
 )
 from .options import (
     DATA_ROOT,
-    STEPS,
     BatchSizeOption,
     DataOption,
     DataRootOption,

@@ -9,6 +9,7 @@ weight norm does, is kept too, but depends on no state: it is let be.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,9 @@ from .field import Field
 from .generators import RandomState
 from .reentry import fixed_buffers
 
+# Types of almost every attribute of a module, which hold no tensor that is kept: passed over quickly, for this is
+# asked of every module in every forward pass.
+_PASSED_OVER = frozenset({bool, int, float, str, dict, OrderedDict, set, type(None)})
 # The module that keeps a tensor, the attribute's name, and the place in a list or tuple.
 Place = tuple[nn.Module, str, int | None]
 
@@ -30,6 +34,7 @@ def kept_tensors(block: nn.Module) -> dict[Place, Tensor]:
         (module, name, place): tensor
         for module in block.modules()
         for name, value in vars(module).items()
+        if type(value) not in _PASSED_OVER
         for place, tensor in _tensors(value)
     }
 
