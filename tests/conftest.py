@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 import tarfile
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -52,6 +57,42 @@ def trust(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     if "untrusted" not in request.keywords:
         ask = model_file.origin_of
         monkeypatch.setattr(model_file, "origin_of", lambda origin, source, **_: ask(origin, source, trust_source=True))
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start `resode ARGUMENTS` in `tmp_path`, in a process group of its own, with `stderr` to read.
+
+    `until` names a file of that folder: the call returns once it exists. A test that fails leaves no process behind,
+    nor an open pipe, which would fail another test.
+    """
+    processes: list[subprocess.Popen[str]] = []
+
+    def begin(*arguments: str, until: str | None = None) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "resode_cli", *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored by what runs in the background
+        )
+        processes.append(process)
+        deadline = time.monotonic() + 120
+        while until is not None and not (tmp_path / until).exists():
+            if process.poll() is not None or time.monotonic() > deadline:
+                process.kill()
+                pytest.fail(f"resode {' '.join(arguments)} wrote no {until}: {process.communicate()[1]}")
+            time.sleep(0.05)
+        return process
+
+    yield begin
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
 @pytest.fixture(scope="session")

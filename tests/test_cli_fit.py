@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -141,7 +138,7 @@ def test_a_mistake_is_one_line(net: Path, pictures: Path, tmp_path: Path, capsys
     assert message in error and error.count("\n") == 0 and not out.exists()
 
 
-def test_ctrl_c_keeps_what_is_fitted_so_far(net: Path, pictures: Path, tmp_path: Path):
+def test_ctrl_c_keeps_what_is_fitted_so_far(net: Path, pictures: Path, tmp_path: Path, start):
     out = tmp_path / "deep.safetensors"
     arguments = ["deepen", str(net), "--blocks", "8", "--fit", str(pictures), "-o", str(out)]
     arguments += [
@@ -154,17 +151,12 @@ def test_ctrl_c_keeps_what_is_fitted_so_far(net: Path, pictures: Path, tmp_path:
         "--no-gradients",
         "--trust-source",
     ]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(
-        [sys.executable, "-m", "resode_cli", *arguments], stderr=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        assert process.stderr is not None
-        lines = iter(process.stderr.readline, "")
-        assert any(line.startswith("blocks 20/") for line in lines)
-        time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        rest = process.stderr.read()
-        assert process.wait(60) == 130
+    process = start(*arguments)
+    assert any(line.startswith("blocks 20/") for line in iter(process.stderr.readline, ""))
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    rest = process.stderr.read()
+    assert process.wait(60) == 130
     assert "holds what was fitted so far" in rest and "Traceback" not in rest
     model = load(out)
     assert {stage.spec.depth for stage in model.stages.values()} == {8}

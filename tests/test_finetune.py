@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -205,39 +201,13 @@ def test_a_resumed_command_keeps_the_settings_it_does_not_name(model, tmp_path, 
     assert state.progress["step"] == 4
 
 
-def start_run(folder: Path) -> subprocess.Popen[str]:
-    arguments = [
-        "finetune",
-        "m.safetensors",
-        "--data",
-        "digits",
-        "--adjoint",
-        "pc",
-        "--epochs",
-        "500",
-        "--save-every",
-        "5",
-    ]
-    arguments += ["--batch-size", "16", "--images", "96", "--test-images", "20", "-o", "run", "--log-every", "5"]
-    arguments += ["--eval-every", "500", "--trust-source"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "resode_cli", *arguments]
-    return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while not path.exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL])
-def test_a_stopped_run_can_go_on(model, tmp_path, kind) -> None:
+def test_a_stopped_run_can_go_on(model, tmp_path, kind, start) -> None:
     model_file.save(model, tmp_path / "m.safetensors")
-    process = start_run(tmp_path)
-    wait_for(tmp_path / "run" / "last.safetensors", process)
+    arguments = "finetune m.safetensors --data digits --adjoint pc --epochs 500 --save-every 5 --batch-size 16"
+    arguments += " --images 96 --test-images 20 -o run --log-every 5 --eval-every 500 --trust-source"
+    process = start(*arguments.split(), until="run/last.safetensors")
     process.send_signal(kind)
     _, stderr = process.communicate(timeout=120)
     if kind == signal.SIGINT:

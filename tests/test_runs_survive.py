@@ -297,29 +297,14 @@ def test_several_processes_are_refused(here: Path, monkeypatch: Any, capsys: Any
 ASK = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 
 
-def begin(here: Path, *more: str) -> subprocess.Popen[str]:
-    arguments = run("-o", "new", "--epochs", "100000", "--max-steps", "100000", "--save-every", "20", *more)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "resode_cli", *arguments, "--eval-every", "100000"],
-        cwd=here,
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 120
-    while not (here / "new" / "last.safetensors").exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    return process
+LONG = ["-o", "new", "--epochs", "100000", "--max-steps", "100000", "--save-every", "20", "--eval-every", "100000"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", ["0", "2"])
 @pytest.mark.parametrize(("number", "code"), ASK, ids=["INT", "TERM", "HUP"])
-def test_a_signal_to_the_whole_group_saves_and_stops(number: int, code: int, workers: str, here: Path) -> None:
-    process = begin(here, "--workers", workers)
+def test_a_signal_to_the_whole_group_saves_and_stops(number: int, code: int, workers: str, here: Path, start) -> None:
+    process = start(*run(*LONG, "--workers", workers), until="new/last.safetensors")
     os.killpg(process.pid, number)
     _, error = process.communicate(timeout=60)
     assert process.returncode == code, error
@@ -332,8 +317,8 @@ def test_a_signal_to_the_whole_group_saves_and_stops(number: int, code: int, wor
 
 
 @pytest.mark.slow
-def test_a_dead_worker_is_one_line_and_the_last_step_is_saved(here: Path) -> None:
-    process = begin(here, "--workers", "2")
+def test_a_dead_worker_is_one_line_and_the_last_step_is_saved(here: Path, start) -> None:
+    process = start(*run(*LONG, "--workers", "2"), until="new/last.safetensors")
     # One that has read all its images is not missed: another epoch's follow it.
     deadline = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline:
@@ -348,14 +333,8 @@ def test_a_dead_worker_is_one_line_and_the_last_step_is_saved(here: Path) -> Non
 
 
 @pytest.mark.parametrize(("number", "code"), ASK, ids=["INT", "TERM", "HUP"])
-def test_a_command_with_nothing_to_save_stops_at_once(number: int, code: int, here: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "resode_cli", "demo"],
-        cwd=here,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def test_a_command_with_nothing_to_save_stops_at_once(number: int, code: int, start) -> None:
+    process = start("demo")
     time.sleep(0.4)  # while it imports
     process.send_signal(number)
     _, error = process.communicate(timeout=30)
