@@ -12,45 +12,60 @@ from torch import Tensor, nn
 
 from .model import OdeResNet
 from .ode import Adjoint, fixed_buffers, peak_kept_bytes
+from .ode.memory import LiveBytes
 
 FEW = 2  # images that are run for a prediction
 GRADIENT = 3.0  # forward passes that a forward and a backward pass cost
+RUNS = 6  # of the batch, by a conversion: in both modes before and after it, and block by block
 REPLAYED = 2.0  # evaluations per step of a method that keeps no activations, corrections aside
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """bytes: of weights, gradients and activations; images and the process itself come on top."""
+    """bytes: of weights, gradients and activations that are alive at a time.
+
+    On top come images, Python, torch, and what the C library's allocator keeps of freed memory: with many methods in
+    turn a process on the CPU grew by 2.0 to 2.4 times the bytes of `check-grad` where these were more than 200 MiB.
+    """
 
     seconds: float
     bytes: int
 
 
-def forecast_inference(net: nn.Module, image: Tensor, images: int) -> Forecast | None:
-    """`images` forward passes, from one image (1, 3, H, W). Bytes: weights, and the largest layer's input and output.
+def forecast_conversion(net: nn.Module, image: Tensor, images: int) -> Forecast | None:
+    """What `convert` takes that compares logits of `images` images, from one image (1, C, H, W).
 
+    Seconds: RUNS passes of the batch. Bytes: the weights, and the largest of what one pass of the batch has alive, what
+    modules take and return for one image, among which the search for stages looks, and the copy that is written.
     None for a network that fails, which is for its user to say.
     """
-    largest = 0
+    passed: dict[int, Tensor] = {}
 
     def see(module: nn.Module, given: tuple[object, ...], out: object) -> None:
-        nonlocal largest
-        tensors = [t for t in (*given, out) if isinstance(t, Tensor)]
-        largest = max(largest, sum(t.nbytes for t in tensors))
+        for tensor in (*given, out):
+            if isinstance(tensor, Tensor):
+                passed[tensor.untyped_storage()._cdata] = tensor
 
-    leaves = [m for m in net.modules() if not any(True for _ in m.children())]
-    hooks = [leaf.register_forward_hook(see) for leaf in leaves]
-    began = time.perf_counter()
+    own = [*net.parameters(), *net.buffers(), image]
+    hooks = [module.register_forward_hook(see) for module in net.modules()]
     try:
         with torch.no_grad():
             net(image)
+            kept = sum(tensor.untyped_storage().nbytes() for tensor in passed.values())
+            for hook in hooks:
+                hook.remove()
+            passed.clear()
+            began = time.perf_counter()
+            with LiveBytes(own) as live:
+                net(image)
+            seconds = (time.perf_counter() - began) * images * RUNS
     except Exception:
         return None
     finally:
         for hook in hooks:
             hook.remove()
-    seconds = (time.perf_counter() - began) * images
-    return Forecast(seconds, _weights(net) + largest * images)
+    weights = _weights(net)
+    return Forecast(seconds, weights + max(live.peak * images, kept + live.peak, weights))
 
 
 def forecast_gradients(model: OdeResNet, images: Tensor, methods: Sequence[Adjoint]) -> Forecast:

@@ -20,6 +20,7 @@ from resode_cli.exporting import export, source_state
 from resode_cli.model import OdeResNet
 from resode_cli.transfer import deepen, tie
 
+ONNX = importlib.util.find_spec("onnxruntime") is not None
 SIZE = 64
 SMALL = {"size": SIZE, "crop_fraction": 1.0}
 # One architecture per family.
@@ -158,7 +159,7 @@ def test_a_program_has_the_models_logits_for_any_batch(any_model, tmp_path):
         assert_close(program(batch), any_model, batch)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("onnxruntime") is None, reason="ONNX is an optional extra")
+@pytest.mark.skipif(not ONNX, reason="ONNX is an optional extra")
 def test_an_onnx_graph_has_the_models_logits_for_any_batch(any_model, tmp_path):
     import onnxruntime
 
@@ -179,3 +180,15 @@ def test_the_model_stays_what_it_was(tiny, images, tmp_path):
 def test_an_unknown_suffix_is_named(tiny, images, tmp_path):
     with pytest.raises(UsageError, match=r"suffix names the format \(allowed: .safetensors, .pt2, .onnx\)"):
         export(tiny, tmp_path / "m.pth", images)
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".safetensors", *([".onnx"] if ONNX else [])])
+def test_the_same_model_gives_the_same_file(suffix: str, tiny_file, randomise, tmp_path):
+    """Whatever was drawn or exported before."""
+    source = open_source(f"{tiny_file}:make", pretrained=False, preprocessing=SMALL | {"size": 16})
+    model = convert(source)[0]
+    images = random_batch(model.info.preprocessing, 2)
+    for name in ("a", "b"):
+        torch.rand(5)
+        export(model, tmp_path / f"{name}{suffix}", images, origin=source.spec)
+    assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()

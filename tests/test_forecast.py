@@ -9,9 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resode_cli.forecast import forecast_gradients, forecast_inference
+from resode_cli.adapters.sources import open_source
+from resode_cli.check_grad import check_gradients
+from resode_cli.conversion import VERIFIED, convert, random_batch
+from resode_cli.forecast import forecast_conversion, forecast_gradients
 from resode_cli.model import OdeResNet
 from resode_cli.ode import Adjoint, kept_bytes
+from resode_cli.ode.memory import LiveBytes
 
 
 def test_memory_of_gradients_is_that_of_the_whole_batch(tiny: OdeResNet, images: Tensor):
@@ -50,16 +54,44 @@ def test_a_forecast_leaves_the_model_as_it_was(tiny: OdeResNet, images: Tensor):
     assert all(torch.equal(value, before[name]) for name, value in tiny.state_dict().items())
 
 
-def test_inference_keeps_the_weights_and_the_largest_layer():
-    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1))
-    found = forecast_inference(net, torch.zeros(1, 3, 10, 10), 5)
-    assert found is not None
-    layers = [(3 + 8) * 100 * 4, (8 + 2) * 100 * 4]
-    assert found.bytes == sum(p.nbytes for p in net.parameters()) + 5 * max(layers)
-    assert not any(m._forward_hooks for m in net.modules())
+def test_gradients_of_every_method_fit_into_the_forecast(tiny: OdeResNet, images: Tensor):
+    labels = torch.arange(len(images)) % 5
+    methods = [Adjoint("backprop"), Adjoint("pc"), Adjoint("checkpoint")]
+    found = forecast_gradients(tiny, images, methods).bytes
+    with LiveBytes([*tiny.parameters(), *tiny.buffers(), images, labels]) as live:
+        check_gradients(tiny, images, labels, methods=methods)
+    assert live.peak <= found <= 2.5 * live.peak
+
+
+@pytest.mark.parametrize("name", ["timm:resnet18", "timm:convnext_atto", "cifar:resnet20"])
+def test_a_conversion_fits_into_its_forecast(name: str):
+    source = open_source(name, pretrained=False, preprocessing={"size": 96})
+    image = random_batch(source.preprocessing, 1)
+    weights = sum(p.nbytes for p in source.net.parameters())
+    found = forecast_conversion(source.net.eval(), image, VERIFIED)
+    assert found is not None and not any(module._forward_hooks for module in source.net.modules())
+    with LiveBytes([*source.net.parameters(), *source.net.buffers()]) as live:
+        convert(source)
+    assert found.bytes >= 0.9 * (weights + live.peak)
+    # The copy that is written is not in what `convert` has alive.
+    assert found.bytes <= 1.5 * (weights + max(live.peak, weights))
+
+
+def test_bytes_alive_are_those_of_storages_not_of_views():
+    x = torch.zeros(100)
+    with LiveBytes([x]) as live:
+        a = x + 1
+        b = a.view(10, 10).t()[2:]
+        assert live.now == live.peak == 400
+        del a
+        assert live.now == 400 and len(b)
+        del b
+        assert live.now == 0
+        x.view(10, 10).add_(1)
+        assert live.now == 0 and live.peak == 400
 
 
 def test_a_network_that_fails_has_no_forecast():
     net = nn.Conv2d(4, 8, 1)
-    assert forecast_inference(net, torch.zeros(1, 3, 10, 10), 5) is None
+    assert forecast_conversion(net, torch.zeros(1, 3, 10, 10), 5) is None
     assert not net._forward_hooks

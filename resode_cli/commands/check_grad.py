@@ -102,9 +102,9 @@ def check_grad_command(
     forecast = forecast_gradients(loaded, inputs, [c.fixed if c.fixed is not None else Adjoint("pc") for c in choices])
     wide = f" at each of {len(depths)} depths" if depths is not None else ""
     tuned = ", and calibration" if any(c.fixed is None for c in choices) else ""
+    held = "; a process on the CPU grows by two to three times that" if where.type == "cpu" else ""
     output.note(
-        f"predicted{wide}: {duration(forecast.seconds)}{tuned}, {size(forecast.bytes)} of memory at most,"
-        " beside what Python and torch take"
+        f"predicted{wide}: {duration(forecast.seconds)}{tuned}, {size(forecast.bytes)} of tensors at a time{held}"
     )
     methods: list[Adjoint | StageAdjoints] = []
     calibrations = []

@@ -80,7 +80,7 @@ def convert_command(
     from ..adapters.sources import open_source
     from ..atomic import check_output
     from ..conversion import VERIFIED, check_rule, convert, like, random_batch
-    from ..forecast import forecast_inference
+    from ..forecast import forecast_conversion
     from ..parts import parse_size
     from ..report import stage_rows, stage_table, verification_line
     from ..tables import duration, finite, size
@@ -108,10 +108,10 @@ def convert_command(
     for note in opened.notes:
         output.note(note if note.startswith("warning: ") else f"note: {note}")
     image = like(random_batch(opened.preprocessing, 1), opened.net)
-    forecast = forecast_inference(opened.net.eval(), image, 2 * VERIFIED)
+    forecast = forecast_conversion(opened.net.eval(), image, VERIFIED)
     if forecast is not None:
         output.note(
-            f"predicted: {duration(forecast.seconds)}, {size(forecast.bytes)} of memory"
+            f"predicted: {duration(forecast.seconds)}, about {size(forecast.bytes)} of memory"
             " beside what Python and torch take"
         )
     model, verification = convert(opened, scheme=scheme, form="pre" if form == "pre" else "exact")

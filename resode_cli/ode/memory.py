@@ -1,13 +1,17 @@
-"""Bytes that computation graphs keep for their backward passes, counted exactly."""
+"""Bytes of tensors, counted exactly: what computation graphs keep for their backward passes, and what is alive."""
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 @contextmanager
@@ -75,3 +79,34 @@ class _Kept:
 
     def __del__(self) -> None:
         self.meter.release(self.address, self.size)
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of the storages that operations make inside the block, each for as long as it lives.
+
+    peak: the most that was alive at a time. The storages of `exclude` (parameters, inputs) are left out, and so is
+    what a library allocates for itself while an operation runs.
+    """
+
+    def __init__(self, exclude: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self._known: dict[int, object] = {t.untyped_storage()._cdata: t for t in exclude}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self._known:
+                self._take(storage)
+        return out
+
+    def _take(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+
+        def gone(_: object) -> None:
+            self.now -= size
+            self._known.pop(key, None)
+
+        self._known[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
