@@ -107,8 +107,9 @@ class Probe:
         for name, stage in self.stages.items():
             error = relative_error(truth[name], found[name])
             roundoff = max(torch.finfo(g.dtype).eps for g in truth[name])
-            # NaN where the gradients are no numbers in this precision, which compares as false.
-            if error > max(DIFFERS, math.sqrt(roundoff)):
+            if not all(bool(g.isfinite().all()) for g in truth[name]):
+                continue  # backprop itself overflows in this precision, for the training loop's guard to say
+            if not error <= max(DIFFERS, math.sqrt(roundoff)):
                 raise ResodeError(
                     f"stage {name}: gradients by {stage.adjoint.label}, which are exact for a block that does the same"
                     f" whenever it is evaluated, are off by {error:.2g} from plain backprop's; use --adjoint backprop"

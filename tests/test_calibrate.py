@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
+from resode_cli import probe
 from resode_cli.calibrate import calibrate
 from resode_cli.candidates import Candidate, by_preference, candidates, planned_evaluations
 from resode_cli.check_grad import StageAdjoints, check_gradients
@@ -12,7 +15,7 @@ from resode_cli.errors import ResodeError
 from resode_cli.model import OdeResNet, freeze_batch_norm
 from resode_cli.ode import Adjoint
 from resode_cli.probe import StageBytes
-from resode_cli.transfer import deepen
+from resode_cli.transfer import deepen, tie
 
 PLENTY = 2**34
 
@@ -51,6 +54,31 @@ def test_the_choice_meets_the_tolerance_in_the_whole_network(tolerance, deep, im
     assert len(errors) == 3 and max(errors.values()) <= tolerance
     for choice in calibration.choices:  # and what it said is what is measured
         assert choice.error == pytest.approx(errors[choice.stage], rel=1e-3, abs=1e-9)
+
+
+def test_a_reference_that_is_not_backprop_is_no_reference(build_tiny, images, labels, monkeypatch):
+    """What `auto` is held against is itself held against plain backprop."""
+    model = build_tiny().double()
+    monkeypatch.setattr(probe, "reference_adjoint", lambda stage: Adjoint("euler"))
+    with pytest.raises(ResodeError, match="stage layer1: gradients by euler, .* from plain backprop's"):
+        chosen(model, images, labels, tolerance=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rounding_of_a_low_precision_is_no_wrong_reference(dtype, build_tiny, images, labels):
+    """A tied block's gradient is a sum over its steps, rounded otherwise when the steps are taken one by one."""
+    model = build_tiny(form="pre")
+    for name, stage in model.stages.items():
+        model.replace_stage(name, deepen(tie(stage), 24))
+    model.train()
+    freeze_batch_norm(model)
+    autocast = partial(torch.autocast, "cpu", dtype=dtype, enabled=dtype != torch.float32)
+    found = probe.Probe(model, images, labels, autocast)
+    assert set(found.stages) == set(model.stages)
+    # What overflows is compared with nothing, and is for the training loop's guard to name.
+    with torch.no_grad():
+        model.net.linear.weight.fill_(torch.inf)
+    assert probe.Probe(model, images, labels, autocast).stages
 
 
 def test_a_smaller_tolerance_buys_more(deep, images, labels):
