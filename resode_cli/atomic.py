@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import ResodeError, UsageError
-from .tables import size
+from .quantities import size
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Writers in other languages pass the system's words on, and torch's says only that it failed.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .errors import UsageError, unknown
-from .ranges import COUNT, COUNT_OR_NONE, NOT_NEGATIVE, POSITIVE, SEED, WORKERS, check_ranges, ranged
+from .quantities import COUNT, COUNT_OR_NONE, NOT_NEGATIVE, POSITIVE, SEED, WORKERS, check_ranges, ranged
 
 TO_STATES, END_TO_END = ("blocks", "stages"), ("logits", "refine")
 PHASES = TO_STATES + END_TO_END

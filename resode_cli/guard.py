@@ -13,9 +13,10 @@ from torch import Tensor
 
 from .calibrate import Calibration, calibrate
 from .errors import ResodeError
-from .memory_budget import free_bytes, parse_bytes
+from .memory_budget import free_bytes
 from .model import OdeResNet
 from .ode import Adjoint
+from .quantities import parse_bytes
 from .settings import Settings
 
 # After a calibration asked for by the monitor: a stage that drifts again within so many steps gets exact anchors.

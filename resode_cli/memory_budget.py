@@ -1,4 +1,4 @@
-"""Memory that a training step may use: what a user allows, or what the device has free."""
+"""Memory that a device has free."""
 
 from __future__ import annotations
 
@@ -8,33 +8,14 @@ from pathlib import Path
 
 import torch
 
-from .errors import ResodeError, UsageError
-from .tables import size
+from .errors import ResodeError
+from .quantities import size
 
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 FOOTPRINT = 4  # times a batch's own bytes in float32 that the first layers of a network take at least
 CGROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
-
-
-MEANT_AS_MORE, MOST = 2**20, 2**60  # bytes; nobody means a number below a MiB as bytes, and no machine has an EiB
-
-
-def parse_bytes(text: str) -> int:
-    """The bytes that '8GiB', '512 MiB' or '2e9' stand for. Raises UsageError for anything else."""
-    match = re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)\s*", text)
-    unit = UNITS.get(match[2].upper()) if match else None
-    try:
-        count = float(match[1]) * unit if match and unit else 0.0
-    except ValueError:
-        count = 0.0
-    if 1 <= count < MEANT_AS_MORE and match and not match[2]:
-        raise UsageError(f"memory budget {text!r}: that is {count:g} bytes; add the unit, as in {match[1]}GiB")
-    if not 1 <= count <= MOST:
-        raise UsageError(f"memory budget {text!r}: write a size such as 8GiB or 512MiB")
-    return int(count)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -16,7 +16,7 @@ from .errors import ResodeError, first_few
 from .model import ModelInfo
 from .ode import SCHEMES
 from .parts import Preprocessing, SourceSpec
-from .ranges import LONGEST_STAGE, Range
+from .quantities import LONGEST_STAGE, Range
 from .residual import FORMS, as_form
 from .stage import BlockSpec, StageSpec
 

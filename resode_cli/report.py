@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from .quantities import counted, finite, number, size
 from .report_calibration import calibration_json
-from .tables import counted, finite, number, plain_table, size
+from .tables import plain_table
 
 if TYPE_CHECKING:
     from .check_grad import GradientReport, SweepRow

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from .bench import BenchRow
-from .tables import finite, number, plain_table, size
+from .quantities import finite, number, size
+from .tables import plain_table
 
 if TYPE_CHECKING:
     from .bench import BenchReport

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from .tables import counted, finite, number, plain_table, size
+from .quantities import counted, finite, number, size
+from .tables import plain_table
 
 if TYPE_CHECKING:
     from .calibrate import Calibration

@@ -11,7 +11,8 @@ from rich.table import Table
 
 from .comparison import NetworkFigures
 from .fit_results import FitResult, PhaseCost, PhaseResult
-from .tables import counted, duration, finite, number, plain_table, size
+from .quantities import counted, duration, finite, number, size
+from .tables import plain_table
 
 ENDED = {
     "done": "",

@@ -8,8 +8,7 @@ import torch
 
 from .adjoint_choice import AdjointChoice, choose_adjoint
 from .errors import unknown
-from .memory_budget import parse_bytes
-from .ranges import (
+from .quantities import (
     COUNT,
     COUNT_OR_NONE,
     DECAYING,
@@ -19,6 +18,7 @@ from .ranges import (
     SEED,
     WORKERS,
     check_ranges,
+    parse_bytes,
     ranged,
 )
 

@@ -12,7 +12,7 @@ import pytest
 from resode_cli.app import app, main
 from resode_cli.errors import UsageError
 from resode_cli.fit_settings import FitSettings
-from resode_cli.ranges import COUNT, DECAYING, FINITE, POSITIVE, SEED, Range
+from resode_cli.quantities import COUNT, DECAYING, FINITE, POSITIVE, SEED, Range
 from resode_cli.settings import Settings
 
 # What each command needs besides, so that nothing but the number is wrong; no file of these exists.

@@ -1,6 +1,6 @@
 import pytest
 
-from resode_cli.tables import counted, duration, number
+from resode_cli.quantities import counted, duration, number
 
 
 @pytest.mark.parametrize(

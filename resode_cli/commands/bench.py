@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from ..errors import UsageError
-from ..ranges import COUNT, SEED
+from ..quantities import COUNT, SEED
 from .options import (
     AnchorsOption,
     BatchNormOption,

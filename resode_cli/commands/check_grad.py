@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from ..errors import ResodeError
-from ..ranges import COUNT, NOT_NEGATIVE
+from ..quantities import COUNT, NOT_NEGATIVE
 from .options import (
     DATA_ROOT,
     AnchorsOption,
@@ -78,12 +78,12 @@ def check_grad_command(
     from ..adjoint_choice import choose_adjoints
     from ..check_grad import StageAdjoints, SweepRow, calibrated, check_gradients, sweep_depths
     from ..forecast import forecast_gradients
-    from ..memory_budget import free_bytes, parse_bytes
+    from ..memory_budget import free_bytes
     from ..model import as_device
     from ..ode import Adjoint
+    from ..quantities import duration, finite, number, parse_bytes, size
     from ..report import gradient_json, gradient_table, sweep_json, sweep_table
     from ..report_calibration import calibration_json, calibration_table
-    from ..tables import duration, finite, number, size
 
     output = Output(json_mode=json)
     choices = choose_adjoints(adjoint, anchors=anchors, corrections=corrections, snapshots=snapshots)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import UsageError
-from ..ranges import COUNT, FINITE, POSITIVE, SEED, Range
+from ..quantities import COUNT, FINITE, POSITIVE, SEED, Range
 from .options import ForceOption, JsonOption, OutputOption, RecipeOption, check_safetensors, number
 from .output import Output, start
 
@@ -82,8 +82,8 @@ def convert_command(
     from ..conversion import VERIFIED, check_rule, convert, like, random_batch
     from ..forecast import forecast_conversion
     from ..parts import parse_size
+    from ..quantities import duration, finite, size
     from ..report import stage_rows, stage_table, verification_line
-    from ..tables import duration, finite, size
 
     output = Output(json_mode=json)
     check_output(check_safetensors(out), force=force)

@@ -98,7 +98,7 @@ def demo_command(
 
 def proof(results: dict[str, Any]) -> str:
     """What the run has shown, from what its commands measured."""
-    from ..tables import size
+    from ..quantities import size
 
     after = {method: results[method]["after"] for method in ("pc", "backprop")}
     kept = {

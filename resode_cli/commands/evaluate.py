@@ -51,8 +51,8 @@ def eval_command(
     from ..errors import unknown
     from ..evaluate import evaluate
     from ..model import as_device
+    from ..quantities import finite
     from ..report import evaluation_json, evaluation_line
-    from ..tables import finite
     from .progress import counting
 
     output = Output(json_mode=json)

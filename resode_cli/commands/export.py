@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import UsageError
-from ..ranges import COUNT
+from ..quantities import COUNT
 from .options import ForceOption, JsonOption, ModelArgument, SourceOption, TrustSourceOption, number
 from .output import Output, start
 
@@ -38,8 +38,8 @@ def export_command(
     from ..atomic import check_output
     from ..conversion import VERIFIED, like, random_batch
     from ..exporting import export
+    from ..quantities import finite, size
     from ..report import verification_line
-    from ..tables import finite, size
 
     output = Output(json_mode=json)
     if batch_size is not None and out.suffix == ".safetensors":

@@ -131,11 +131,11 @@ def finetune_command(
     from ..finetune_results import Callbacks
     from ..model import as_device
     from ..optimizer_state import check_optimizer
+    from ..quantities import size
     from ..report import evaluation_line, finetune_json
     from ..report_calibration import calibration_table
     from ..resuming import check_folder, check_model, check_resumable, loaded_checksum, resumed
     from ..settings import Settings
-    from ..tables import size
     from ..teacher import open_teacher
     from .progress import training
 

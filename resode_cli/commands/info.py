@@ -22,8 +22,8 @@ def info_command(
     """Show what a model file holds: source, stages, preprocessing, and the commands that made it."""
     start()
     from .. import model_file
+    from ..quantities import finite, size
     from ..report import stage_rows, stage_table, verification_line
-    from ..tables import finite, size
 
     output = Output(json_mode=json)
     loaded = model_file.load(model, source=source, trust_source=trust_source)

@@ -9,7 +9,8 @@ import typer
 
 from .. import catalog
 from ..errors import first_few
-from ..tables import counted, plain_table
+from ..quantities import counted
+from ..tables import plain_table
 from .options import JsonOption
 from .output import Output
 

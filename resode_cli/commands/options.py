@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 from ..errors import UsageError, join
-from ..ranges import COUNT, COUNT_OR_NONE, LONGEST_STAGE, POSITIVE, WORKERS, Range
+from ..quantities import COUNT, COUNT_OR_NONE, LONGEST_STAGE, POSITIVE, WORKERS, Range
 from ..recipe import read_recipe
 
 

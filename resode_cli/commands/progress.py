@@ -18,7 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from ..tables import number, size
+from ..quantities import number, size
 
 if TYPE_CHECKING:
     from ..fit_results import FitStep

@@ -237,9 +237,9 @@ class Rewrite:
     def _report(
         self, columns: Sequence[_Column], reference: str, verified: Mapping[str, Any], extra: dict[str, Any]
     ) -> None:
+        from ..quantities import finite
         from ..report import evaluation_json, evaluation_line, stage_rows, stage_table, verification_line
         from ..report_fit import figures_json, figures_table
-        from ..tables import finite
 
         rows = stage_rows(self.model)
         self.output.show(stage_table(rows, title=f"{self.command}: {self.path} → {self.out}"))

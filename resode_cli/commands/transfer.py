@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import UsageError, unknown
-from ..ranges import COUNT, STEPS
+from ..quantities import COUNT, STEPS
 from .fit_options import (
     FIT,
     PHASES,

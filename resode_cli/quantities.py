@@ -1,8 +1,9 @@
-"""Which numbers a setting takes."""
+"""Numbers as users write and read them: which of them a setting takes, and bytes, seconds and counts in words."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -75,3 +76,62 @@ def check_ranges(settings: Any) -> None:
 
 def flag_of(name: str, metadata: Mapping[str, Any]) -> str:
     return metadata.get("flag") or f"--{name.replace('_', '-')}"
+
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+MEANT_AS_MORE, MOST = 2**20, 2**60  # bytes; nobody means a number below a MiB as bytes, and no machine has an EiB
+
+
+def parse_bytes(text: str) -> int:
+    """The bytes that '8GiB', '512 MiB' or '2e9' stand for. Raises UsageError for anything else."""
+    match = re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    unit = UNITS.get(match[2].upper()) if match else None
+    try:
+        count = float(match[1]) * unit if match and unit else 0.0
+    except ValueError:
+        count = 0.0
+    if 1 <= count < MEANT_AS_MORE and match and not match[2]:
+        raise UsageError(f"memory budget {text!r}: that is {count:g} bytes; add the unit, as in {match[1]}GiB")
+    if not 1 <= count <= MOST:
+        raise UsageError(f"memory budget {text!r}: write a size such as 8GiB or 512MiB")
+    return int(count)
+
+
+def number(value: float | None) -> str:
+    """A figure to two significant digits; '–' where there is none."""
+    if value is None:
+        return "–"
+    return "not finite" if not math.isfinite(value) else "0" if value == 0 else f"{value:.2g}"
+
+
+def size(count: float) -> str:
+    """Bytes in binary units."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}" if count < 999.5 else f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.3g} GiB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, or minutes and seconds."""
+    if seconds >= 5400:
+        return f"{seconds / 3600:.1f} h"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{rest + 60 * minutes} s" if seconds < 90 else f"{minutes} min {rest:02} s"
+
+
+def counted(count: int, noun: str) -> str:
+    """'1 image', '5,000 images'."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def finite(value: Any) -> Any:
+    """The same with every figure that is not finite replaced by None, which JSON can say."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return value
