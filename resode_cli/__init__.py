@@ -19,37 +19,37 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .adapters.sources import open_source
-    from .check_grad import check_gradients
-    from .conversion import convert
     from .data import open_data
     from .errors import ResodeError
-    from .fit_settings import FitSettings
-    from .fitting import FitData, fit
-    from .model import OdeResNet, freeze_batch_norm
-    from .model_file import load, save
+    from .files.model_file import load, save
+    from .fitting.fit import FitData, fit
+    from .fitting.settings import FitSettings
+    from .gradients.check_grad import check_gradients
+    from .network.model import OdeResNet, freeze_batch_norm
     from .ode import Adjoint
-    from .teacher import own_teacher
-    from .transfer import deepen, tie, untie
+    from .sources.registry import open_source
+    from .surgery.convert import convert
+    from .surgery.rewrite import deepen, tie, untie
+    from .training.teacher import own_teacher
 
 _HOMES = {
     "Adjoint": "ode",
-    "FitData": "fitting",
-    "FitSettings": "fit_settings",
-    "OdeResNet": "model",
+    "FitData": "fitting.fit",
+    "FitSettings": "fitting.settings",
+    "OdeResNet": "network.model",
     "ResodeError": "errors",
-    "check_gradients": "check_grad",
-    "convert": "conversion",
-    "deepen": "transfer",
-    "fit": "fitting",
-    "freeze_batch_norm": "model",
-    "load": "model_file",
+    "check_gradients": "gradients.check_grad",
+    "convert": "surgery.convert",
+    "deepen": "surgery.rewrite",
+    "fit": "fitting.fit",
+    "freeze_batch_norm": "network.model",
+    "load": "files.model_file",
     "open_data": "data",
-    "open_source": "adapters.sources",
-    "own_teacher": "teacher",
-    "save": "model_file",
-    "tie": "transfer",
-    "untie": "transfer",
+    "open_source": "sources.registry",
+    "own_teacher": "training.teacher",
+    "save": "files.model_file",
+    "tie": "surgery.rewrite",
+    "untie": "surgery.rewrite",
 }
 
 __all__ = [

@@ -7,7 +7,7 @@ import signal
 import sys
 from typing import Any, NoReturn
 
-from .signals import SIGNALS, exit_code
+from .machine.signals import SIGNALS, exit_code
 
 
 def _end(number: int, frame: Any) -> NoReturn:

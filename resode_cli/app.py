@@ -19,7 +19,7 @@ from .commands import bench, check_grad, convert, demo, evaluate, export, finetu
 from .commands.interrupt import leave_closed_terminal, listening, send_nowhere, stop
 from .commands.options import RECIPE
 from .errors import ResodeError, ResodeWarning, UsageError, printable
-from .signals import Stopped, exit_code
+from .machine.signals import Stopped, exit_code
 
 
 class _Interrupted(ResodeError):

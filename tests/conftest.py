@@ -17,12 +17,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from resode_cli import model_file
-from resode_cli.adapters.cifar import CifarResNet
-from resode_cli.adapters.sources import open_source
-from resode_cli.conversion import convert
-from resode_cli.model import ModelInfo, OdeResNet
-from resode_cli.parts import Preprocessing, Source, SourceSpec
+from resode_cli.files import model_file
+from resode_cli.network.model import ModelInfo, OdeResNet
+from resode_cli.network.parts import Preprocessing, Source, SourceSpec
+from resode_cli.sources.cifar import CifarResNet
+from resode_cli.sources.registry import open_source
+from resode_cli.surgery.convert import convert
 
 TINY_SIZE = 16
 TINY_NET = """
@@ -37,7 +37,7 @@ def make_long(num_classes=5):
     return CifarResNet(9, num_classes=num_classes, widths=(2, 4, 4))
 """
 PICO_NET = (
-    "from resode_cli.adapters.cifar import CifarResNet\ndef small():\n    return CifarResNet(2, widths=(4, 8, 8))\n"
+    "from resode_cli.sources.cifar import CifarResNet\ndef small():\n    return CifarResNet(2, widths=(4, 8, 8))\n"
 )
 PICO_PREPROCESSING = Preprocessing(size=8, crop_fraction=1.0)
 

@@ -28,7 +28,7 @@ from .options import (
 from .output import Output, start
 
 if TYPE_CHECKING:
-    from ..bench_workload import StageShape
+    from ..bench.workload import StageShape
     from ..ode import Adjoint
 
 
@@ -94,11 +94,11 @@ def bench_command(
     steps = depth_list("--depths", depths) if depths is not None else None
     _check_files(csv, plot)
     start()
-    from ..bench import bench
-    from ..bench_workload import Workload
-    from ..model import as_device
-    from ..parts import parse_size
-    from ..report_bench import bench_csv, bench_json, bench_table
+    from ..bench.run import bench
+    from ..bench.workload import Workload
+    from ..network.model import as_device
+    from ..network.parts import parse_size
+    from ..reports.bench import bench_csv, bench_json, bench_table
 
     output = Output(json_mode=json)
     shape = _shape(stage_shape, {"block": block, "weights": weights, "scheme": scheme})
@@ -129,13 +129,13 @@ def bench_command(
         )
     output.show(bench_table(report))
     if csv is not None:
-        from ..atomic import atomic_path
+        from ..machine.atomic import atomic_path
 
         with atomic_path(csv) as temporary:
             temporary.write_text(bench_csv(report))
         output.note(f"wrote {csv}")
     if plot is not None:
-        from ..plot_bench import plot_bench
+        from ..reports.plot_bench import plot_bench
 
         plot_bench(report, plot)
         output.note(f"wrote {plot}")
@@ -144,7 +144,7 @@ def bench_command(
 
 def _methods(adjoint: str, anchors: str | None, corrections: int, snapshots: int | None) -> list[Adjoint]:
     """The adjoints of a list such as 'multistep,pc:anchors=10'."""
-    from ..adjoint_choice import choose_adjoints
+    from ..gradients.adjoint_choice import choose_adjoints
 
     methods: list[Adjoint] = []
     for choice in choose_adjoints(adjoint, anchors=anchors, corrections=corrections, snapshots=snapshots):
@@ -159,7 +159,7 @@ def _methods(adjoint: str, anchors: str | None, corrections: int, snapshots: int
 
 
 def _shape(text: str | None, settings: dict[str, str | None]) -> StageShape | None:
-    from ..bench_workload import StageShape
+    from ..bench.workload import StageShape
 
     given = {name: value for name, value in settings.items() if value is not None}
     if text is None:
@@ -178,6 +178,6 @@ def _check_files(csv: Path | None, plot: Path | None) -> None:
     if csv is not None and (csv.is_dir() or not csv.parent.is_dir() or not os.access(csv.parent, os.W_OK)):
         raise UsageError(f"--csv {str(csv)!r}: not a file in a folder that exists and can be written to")
     if plot is not None:
-        from ..plot import check_plot
+        from ..reports.plot_gradients import check_plot
 
         check_plot(plot)

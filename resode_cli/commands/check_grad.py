@@ -34,7 +34,7 @@ from .output import Output, start
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..model import OdeResNet
+    from ..network.model import OdeResNet
 
 
 def check_grad_command(
@@ -74,23 +74,23 @@ def check_grad_command(
 ) -> None:
     """Measure how far each adjoint method's gradients are from true backprop, stage by stage."""
     start()
-    from .. import model_file
-    from ..adjoint_choice import choose_adjoints
-    from ..check_grad import StageAdjoints, SweepRow, calibrated, check_gradients, sweep_depths
-    from ..forecast import forecast_gradients
-    from ..memory_budget import free_bytes
-    from ..model import as_device
+    from ..files import model_file
+    from ..gradients.adjoint_choice import choose_adjoints
+    from ..gradients.check_grad import StageAdjoints, SweepRow, calibrated, check_gradients, sweep_depths
+    from ..machine.memory import free_bytes
+    from ..measuring.forecast import forecast_gradients
+    from ..network.model import as_device
     from ..ode import Adjoint
     from ..quantities import duration, finite, number, parse_bytes, size
-    from ..report import gradient_json, gradient_table, sweep_json, sweep_table
-    from ..report_calibration import calibration_json, calibration_table
+    from ..reports.choice import calibration_json, calibration_table
+    from ..reports.report import gradient_json, gradient_table, sweep_json, sweep_table
 
     output = Output(json_mode=json)
     choices = choose_adjoints(adjoint, anchors=anchors, corrections=corrections, snapshots=snapshots)
     budget = parse_bytes(memory_budget) if memory_budget is not None else None
     depths = depth_list("--sweep", sweep, at_least=2) if sweep is not None else None
     if plot is not None:
-        from ..plot import check_plot
+        from ..reports.plot_gradients import check_plot
 
         check_plot(plot)
     loaded = model_file.load(model, source=source, trust_source=trust_source).to(where := as_device(device))
@@ -157,7 +157,7 @@ def check_grad_command(
     if rows:
         output.show(sweep_table(rows))
     if plot is not None:
-        from ..plot import plot_errors, plot_sweep
+        from ..reports.plot_gradients import plot_errors, plot_sweep
 
         if rows:
             plot_sweep(rows, plot)
@@ -217,7 +217,7 @@ class _Batches:
     def _noise(self, seed: int) -> tuple[Tensor, Tensor]:
         import torch
 
-        from ..conversion import random_batch
+        from ..surgery.convert import random_batch
 
         labels = torch.randint(
             self.model.info.num_classes, (self.images,), generator=torch.Generator().manual_seed(seed)

@@ -76,14 +76,14 @@ def convert_command(
     start()
     import torch
 
-    from .. import model_file
-    from ..adapters.sources import open_source
-    from ..atomic import check_output
-    from ..conversion import VERIFIED, check_rule, convert, like, random_batch
-    from ..forecast import forecast_conversion
-    from ..parts import parse_size
+    from ..files import model_file
+    from ..machine.atomic import check_output
+    from ..measuring.forecast import forecast_conversion
+    from ..network.parts import parse_size
     from ..quantities import duration, finite, size
-    from ..report import stage_rows, stage_table, verification_line
+    from ..reports.report import stage_rows, stage_table, verification_line
+    from ..sources.registry import open_source
+    from ..surgery.convert import VERIFIED, check_rule, convert, like, random_batch
 
     output = Output(json_mode=json)
     check_output(check_safetensors(out), force=force)

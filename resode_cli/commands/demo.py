@@ -84,7 +84,7 @@ def demo_command(
             folder = out
             _check_free(folder, force=force)
             folder.mkdir(parents=True, exist_ok=True)
-        packaged = resources.files("resode_cli.digits").joinpath(NETWORK)
+        packaged = resources.files("resode_cli.data.digits").joinpath(NETWORK)
         with resources.as_file(packaged) as weights:
             shutil.copyfile(weights, folder / NETWORK)
         stack.enter_context(_inside(folder))

@@ -46,13 +46,13 @@ def eval_command(
 ) -> None:
     """Top-1 and top-5 accuracy and cross-entropy of a model."""
     start()
-    from .. import model_file
     from ..data import batches, open_labelled
     from ..errors import unknown
-    from ..evaluate import evaluate
-    from ..model import as_device
+    from ..files import model_file
+    from ..measuring.evaluate import evaluate
+    from ..network.model import as_device
     from ..quantities import finite
-    from ..report import evaluation_json, evaluation_line
+    from ..reports.report import evaluation_json, evaluation_line
     from .progress import counting
 
     output = Output(json_mode=json)

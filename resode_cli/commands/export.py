@@ -34,12 +34,12 @@ def export_command(
 ) -> None:
     """Write a model for other programs: a plain state dict, a torch.export program or an ONNX graph."""
     start()
-    from .. import model_file
-    from ..atomic import check_output
-    from ..conversion import VERIFIED, like, random_batch
-    from ..exporting import export
+    from ..files import model_file
+    from ..files.exporting import export
+    from ..machine.atomic import check_output
     from ..quantities import finite, size
-    from ..report import verification_line
+    from ..reports.report import verification_line
+    from ..surgery.convert import VERIFIED, like, random_batch
 
     output = Output(json_mode=json)
     if batch_size is not None and out.suffix == ".safetensors":

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UsageError, join
-from ..locks import FolderLock, refuse_several_processes
-from ..signals import exit_code
+from ..machine.locks import FolderLock, refuse_several_processes
+from ..machine.signals import exit_code
 from .fit_options import TeacherOption, TemperatureOption
 from .interrupt import working
 from .options import (
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     import torch
 
     from ..data import ImageData
-    from ..model import OdeResNet
-    from ..settings import Settings
+    from ..network.model import OdeResNet
+    from ..training.settings import Settings
 
 
 def finetune_command(
@@ -125,18 +125,19 @@ def finetune_command(
     """Train a model with a backward pass that need not store activations."""
     refuse_several_processes()
     start()
-    from .. import model_file, run_folder
     from ..data import held_out_splits, open_labelled
-    from ..finetune import finetune
-    from ..finetune_results import Callbacks
-    from ..model import as_device
-    from ..optimizer_state import check_optimizer
+    from ..files import model_file
+    from ..network.model import as_device
     from ..quantities import size
-    from ..report import evaluation_line, finetune_json
-    from ..report_calibration import calibration_table
-    from ..resuming import check_folder, check_model, check_resumable, loaded_checksum, resumed
-    from ..settings import Settings
-    from ..teacher import open_teacher
+    from ..reports.choice import calibration_table
+    from ..reports.report import evaluation_line, finetune_json
+    from ..training import run_folder
+    from ..training.finetune import finetune
+    from ..training.optimizer_state import check_optimizer
+    from ..training.results import Callbacks
+    from ..training.resuming import check_folder, check_model, check_resumable, loaded_checksum, resumed
+    from ..training.settings import Settings
+    from ..training.teacher import open_teacher
     from .progress import training
 
     output = Output(json_mode=json)
@@ -273,10 +274,10 @@ def _on_test(
     output: Output,
 ) -> dict[str, Any]:
     """The best model on images that neither trained nor chose it."""
-    from .. import model_file
     from ..data import batches
-    from ..evaluate import evaluate
-    from ..report import evaluation_json, evaluation_line
+    from ..files import model_file
+    from ..measuring.evaluate import evaluate
+    from ..reports.report import evaluation_json, evaluation_line
 
     best = out / "best.safetensors"
     model = model_file.load(best, source=source, trust_source=trust_source) if best.is_file() else last
@@ -288,7 +289,7 @@ def _on_test(
 
 
 def _written(folder: Path) -> str:
-    from ..run_folder import FILES
+    from ..training.run_folder import FILES
 
     return join([name for name in FILES if (folder / name).is_file()]) or "nothing"
 

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ..fit_results import FitResult, FitStep
-    from ..fit_settings import FitSettings
-    from ..model import OdeResNet
-    from ..residual import Form
+    from ..fitting.results import FitResult, FitStep
+    from ..fitting.settings import FitSettings
+    from ..network.model import OdeResNet
+    from ..network.residual import Form
 
 FIGURES_IMAGES = 256  # held out of the fit, on which networks are compared
 
@@ -48,8 +48,8 @@ class FitJob:
         skip_corrupt: bool,
     ) -> None:
         from ..data import open_data
-        from ..fitting import FitData
-        from ..teacher import open_teacher, own_teacher
+        from ..fitting.fit import FitData
+        from ..training.teacher import open_teacher, own_teacher
 
         self.request, self.model, self.device = request, model, device
         settings, pre = request.settings, model.info.preprocessing
@@ -80,9 +80,9 @@ class FitJob:
         """Images that are held out of the fit."""
         import torch
 
-        from ..comparison import spread
         from ..data import batches
-        from ..fitting import held_out
+        from ..fitting.fit import held_out
+        from ..measuring.comparison import spread
 
         order = spread(held_out(len(self.data.plain)), FIGURES_IMAGES)
         found = [b.images for b in batches(self.data.plain, 64, order=order) if len(b.labels)]
@@ -95,14 +95,14 @@ class FitJob:
 
     def network(self) -> OdeResNet:
         """What the student is compared with: the teacher, or else the model as it was."""
-        from ..model import OdeResNet
+        from ..network.model import OdeResNet
 
         net = self.teacher.net
         return net if isinstance(net, OdeResNet) else copy.deepcopy(self.model)
 
     def into_form(self, names: Sequence[str]) -> None:
         """Bring stages into the form that was asked for."""
-        from ..residual import ACTIVATIONS, check_form
+        from ..network.residual import ACTIVATIONS, check_form
 
         for name in names:
             stage = self.model.stages[name]
@@ -116,9 +116,9 @@ class FitJob:
 
     def run(self, output: Output, deepening: Mapping[str, Any], save: Callable[[OdeResNet], None]) -> FitResult:
         """Fit, with a bar; `save` gets the model after every phase."""
-        from ..fit_results import FitCallbacks
-        from ..fitting import PROBED, fit
-        from ..report_fit import block_table, cost_table, phase_line
+        from ..fitting.fit import PROBED, fit
+        from ..fitting.results import FitCallbacks
+        from ..reports.fit import block_table, cost_table, phase_line
 
         output.notes(self.data.plain.notes)
         output.note(f"teacher: {self.teacher.name}; {len(self.data.plain):,} images of {self.request.data}")

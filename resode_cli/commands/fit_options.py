@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..errors import UsageError
-from ..fit_settings import END_TO_END, TIE_SETTINGS, TO_STATES, FitSettings
+from ..fitting.settings import END_TO_END, TIE_SETTINGS, TO_STATES, FitSettings
 from .fit_job import FitRequest
 
 FIT, TIE = FitSettings(), TIE_SETTINGS  # the defaults
@@ -108,7 +108,7 @@ def request(ctx: typer.Context, *, bn: str) -> FitRequest | None:
     Raises UsageError for an option of a fit without one, and for a flag that none of its phases reads. A recipe's
     value is no flag: flags may choose other phases than the recipe's.
     """
-    from ..residual import as_form
+    from ..network.residual import as_form
 
     given = ctx.params
     if given["fit"] is None:

@@ -21,9 +21,9 @@ def info_command(
 ) -> None:
     """Show what a model file holds: source, stages, preprocessing, and the commands that made it."""
     start()
-    from .. import model_file
+    from ..files import model_file
     from ..quantities import finite, size
-    from ..report import stage_rows, stage_table, verification_line
+    from ..reports.report import stage_rows, stage_table, verification_line
 
     output = Output(json_mode=json)
     loaded = model_file.load(model, source=source, trust_source=trust_source)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from ..signals import SIGNALS, Stopped
+from ..machine.signals import SIGNALS, Stopped
 
 LOST = 5.0  # seconds after which a signal that was raised and ended nothing is raised again
 ANEW = 0.5  # seconds after which a signal is a second one; terminals, shells and `timeout` send the first one twice

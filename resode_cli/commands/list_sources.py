@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from .. import catalog
 from ..errors import first_few
 from ..quantities import counted
-from ..tables import plain_table
+from ..reports.tables import plain_table
+from ..sources import catalog
 from .options import JsonOption
 from .output import Output
 

@@ -21,8 +21,8 @@ from rich.progress import (
 from ..quantities import number, size
 
 if TYPE_CHECKING:
-    from ..fit_results import FitStep
-    from ..run_folder import StepRecord
+    from ..fitting.results import FitStep
+    from ..training.run_folder import StepRecord
     from .output import Output
 
 LINE_EVERY = 20  # steps, where there is no terminal to draw a bar on

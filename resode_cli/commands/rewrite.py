@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ..locks import file_lock, refuse_several_processes
-from ..signals import exit_code
+from ..machine.locks import file_lock, refuse_several_processes
+from ..machine.signals import exit_code
 from .fit_job import FitJob, FitRequest
 from .interrupt import stop
 from .options import check_safetensors
@@ -21,11 +21,11 @@ from .output import Output
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..comparison import NetworkFigures
     from ..data import ImageData
-    from ..evaluate import Evaluation
-    from ..model import OdeResNet
-    from ..stage import OdeStage
+    from ..measuring.comparison import NetworkFigures
+    from ..measuring.evaluate import Evaluation
+    from ..network.model import OdeResNet
+    from ..network.stage import OdeStage
 
 RANDOM_IMAGES = 4
 
@@ -49,9 +49,9 @@ class Rewrite:
         settings: dict[str, Any],
         gradients: bool | None = None,
     ) -> None:
-        from .. import model_file
-        from ..atomic import check_output
-        from ..model import as_device
+        from ..files import model_file
+        from ..machine.atomic import check_output
+        from ..network.model import as_device
 
         self.command, self.path, self.out, self.settings = command, model, out, settings
         self.gradients = bool(gradients)
@@ -76,7 +76,7 @@ class Rewrite:
     ) -> None:
         """Measure on the test split of `data`; on fixed random images without any."""
         from ..data import open_labelled
-        from ..model import as_device
+        from ..network.model import as_device
 
         self.device = as_device(device)
         self.model.to(self.device)
@@ -142,7 +142,7 @@ class Rewrite:
         change: Callable[[OdeStage], OdeStage],
         deepening: Mapping[str, Any] | None,
     ) -> None:
-        from ..report_fit import fit_json
+        from ..reports.fit import fit_json
 
         job = FitJob(request, self.model, self.path, self.device, root=self.data_root, skip_corrupt=self.skip_corrupt)
         picked = list(self.pick(names))
@@ -171,12 +171,12 @@ class Rewrite:
         self._report([source, plain, fitted], job.teacher.name, verified, {"fit": fit_json(result)})
 
     def _random(self) -> Tensor:
-        from ..conversion import random_batch
+        from ..surgery.convert import random_batch
 
         return random_batch(self.model.info.preprocessing, RANDOM_IMAGES)
 
     def _logits(self, images: Tensor) -> Tensor:
-        from ..comparison import logits_of
+        from ..measuring.comparison import logits_of
 
         return logits_of(self.model, images)
 
@@ -190,9 +190,9 @@ class Rewrite:
         accuracy: bool = True,
     ) -> _Column:
         """Figures of the model, or of another network, with its accuracy where there is data."""
-        from ..comparison import network_figures
         from ..data import batches
-        from ..evaluate import evaluate
+        from ..measuring.comparison import network_figures
+        from ..measuring.evaluate import evaluate
 
         model = (self.model if network is None else network).to(self.device)
         evaluation = None
@@ -214,7 +214,7 @@ class Rewrite:
     def _verified(self, before: Tensor) -> dict[str, Any]:
         import torch
 
-        from ..conversion import compare_logits
+        from ..surgery.convert import compare_logits
 
         after = self._logits(self._random())
         return compare_logits(before, after, batch="random images", kept=torch.equal(before, after)).record()
@@ -223,7 +223,7 @@ class Rewrite:
         self, model: OdeResNet | None = None, *, verified: Mapping[str, Any] | None = None, to: Path | None = None
     ) -> None:
         """Write the model, or one that stands for it, with this command in its history."""
-        from .. import model_file
+        from ..files import model_file
 
         model = self.model if model is None else model
         settings = self.settings if verified is None else {**self.settings, "verified": verified}
@@ -238,8 +238,8 @@ class Rewrite:
         self, columns: Sequence[_Column], reference: str, verified: Mapping[str, Any], extra: dict[str, Any]
     ) -> None:
         from ..quantities import finite
-        from ..report import evaluation_json, evaluation_line, stage_rows, stage_table, verification_line
-        from ..report_fit import figures_json, figures_table
+        from ..reports.fit import figures_json, figures_table
+        from ..reports.report import evaluation_json, evaluation_line, stage_rows, stage_table, verification_line
 
         rows = stage_rows(self.model)
         self.output.show(stage_table(rows, title=f"{self.command}: {self.path} → {self.out}"))

@@ -59,8 +59,8 @@ from .output import start
 from .rewrite import Rewrite
 
 if TYPE_CHECKING:
-    from ..model import OdeResNet
-    from ..stage import OdeStage
+    from ..network.model import OdeResNet
+    from ..network.stage import OdeStage
 
 TIED = ("tied", "tied+norms")
 
@@ -109,7 +109,7 @@ def tie_command(
 ) -> None:
     """Share one block among all steps of a stage. Changes the function; --fit repairs it."""
     start()
-    from ..transfer import tie
+    from ..surgery.rewrite import tie
 
     if depth_weights not in TIED:
         raise unknown("depth weights", depth_weights, TIED)
@@ -158,7 +158,7 @@ def untie_command(
 ) -> None:
     """Give every step a block of its own. Keeps the function."""
     start()
-    from ..transfer import untie
+    from ..surgery.rewrite import untie
 
     rewrite = Rewrite(
         "untie",
@@ -231,7 +231,7 @@ def deepen_command(
 ) -> None:
     """Take stages to more steps. Without --stage: all that have any. With --fit: and keep what the network knows."""
     start()
-    from ..transfer import deepen
+    from ..surgery.rewrite import deepen
 
     wanted = request(ctx, bn=FIT.bn)
     if wanted is not None and mode != "replicate":
@@ -288,7 +288,7 @@ def recalibrate_command(
     """Re-estimate BatchNorm statistics on training images, as after --form pre. Labels are not used."""
     start()
     from ..data import batches, open_labelled
-    from ..recalibrate import recalibrate
+    from ..surgery.batch_norm import recalibrate
 
     rewrite = Rewrite(
         "recalibrate",

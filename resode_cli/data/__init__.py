@@ -6,15 +6,7 @@ loading: what a model is fed.
 """
 
 from .classes import check_classes
-from .loading import (
-    DEFAULT_ROOT,
-    Batch,
-    ImageData,
-    batches,
-    held_out_splits,
-    open_data,
-    open_labelled,
-)
+from .loading import DEFAULT_ROOT, Batch, ImageData, batches, held_out_splits, open_data, open_labelled
 from .named import NAMES
 from .transforms import transform
 

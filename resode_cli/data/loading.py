@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import ResodeError, UsageError, first_few, unknown
-from ..model import ModelInfo
-from ..parts import Preprocessing
+from ..network.model import ModelInfo
+from ..network.parts import Preprocessing
 from .classes import check_classes, places, without_images
 from .folders import SPLIT_FOLDERS, Found, Split, has_splits, held_out_of, open_folder, open_unlabelled
 from .images import UnreadableImage, shown, to_rgb

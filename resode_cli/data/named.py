@@ -53,7 +53,7 @@ class _Digits:
     """The embedded digits as (PIL image, label)."""
 
     def __init__(self, split: Split) -> None:
-        content = resources.files("resode_cli.digits").joinpath("digits.safetensors").read_bytes()
+        content = resources.files("resode_cli.data.digits").joinpath("digits.safetensors").read_bytes()
         tensors = load_safetensors(content)
         part = slice(0, N_TRAIN_DIGITS) if split == "train" else slice(N_TRAIN_DIGITS, None)
         self.images, self.labels = tensors["images"][part], tensors["labels"][part]

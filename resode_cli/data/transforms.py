@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 from ..errors import ResodeError
-from ..parts import Preprocessing
+from ..network.parts import Preprocessing
 
 SMALL = 64  # pixels of the longer side, up to which images are augmented by shifts
 

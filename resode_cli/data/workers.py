@@ -18,7 +18,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from ..errors import ResodeError, join
-from ..signals import SIGNALS
+from ..machine.signals import SIGNALS
 
 STUCK = 300  # seconds without a batch; slow network disks take tens of them
 PR_SET_PDEATHSIG = 1

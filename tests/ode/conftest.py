@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resode_cli.adapters.cifar import CifarBlock
-from resode_cli.adapters.reading import read_rule
+from resode_cli.network.reading import read_rule
+from resode_cli.network.stage import BlockSpec, OdeStage, StageSpec
 from resode_cli.ode import SCHEMES, Adjoint, Field, Monitor, Residual, solve
-from resode_cli.stage import BlockSpec, OdeStage, StageSpec
+from resode_cli.sources.cifar import CifarBlock
 
 WIDTH = 5
 

@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from resode_cli.adapters.cifar import CifarBlock
-from resode_cli.adapters.reading import read_rule
+from resode_cli.network.reading import read_rule
+from resode_cli.network.stage import BlockSpec, OdeStage, StageSpec
 from resode_cli.ode import Adjoint
-from resode_cli.stage import BlockSpec, OdeStage, StageSpec
+from resode_cli.sources.cifar import CifarBlock
 
 ADJOINTS = {
     "checkpoint": Adjoint("checkpoint"),

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from resode_cli.adapters.discover import find_stages
-from resode_cli.arguments import further_arguments
-from resode_cli.conversion import stage_specs
-from resode_cli.model import ModelInfo, OdeResNet, assemble
-from resode_cli.parts import Preprocessing, SourceSpec
-from resode_cli.residual import GENERIC, LINEAR, BlockResidual
+from resode_cli.network.block_inputs import further_arguments
+from resode_cli.network.model import ModelInfo, OdeResNet, assemble
+from resode_cli.network.parts import Preprocessing, SourceSpec
+from resode_cli.network.residual import GENERIC, LINEAR, BlockResidual
+from resode_cli.sources.find_stages import find_stages
+from resode_cli.surgery.convert import stage_specs
 
 INFO = ModelInfo(SourceSpec("file", "net.py:make"), Preprocessing(), 10)
 # Of the largest entry that a block makes of a state: rounding, amplified by the block's own layers.

@@ -18,10 +18,10 @@ import torch
 import torchvision
 from torch import nn
 
-from resode_cli.adapters.discover import find_stages
 from resode_cli.errors import ResodeError
+from resode_cli.sources.find_stages import find_stages
 
-TABLE = Path(__file__).parents[2] / "resode_cli" / "catalog" / "catalog.json"
+TABLE = Path(__file__).parents[2] / "resode_cli" / "sources" / "catalog" / "catalog.json"
 
 
 def sources() -> Iterator[str]:

@@ -12,10 +12,10 @@ from block_classes import CORE, OTHERS, Architecture
 from checks import converted, draw, steps_of_the_source
 from torch import Tensor, nn
 
-from resode_cli.adapters.discover import find_stages
-from resode_cli.adapters.reading import read_rule
+from resode_cli.network.reading import read_rule
+from resode_cli.network.residual import GENERIC
 from resode_cli.ode import Adjoint
-from resode_cli.residual import GENERIC
+from resode_cli.sources.find_stages import find_stages
 
 
 @pytest.mark.parametrize("architecture", [*CORE, *OTHERS], ids=str)

@@ -11,9 +11,9 @@ import torch
 from checks import draw, steps_of_the_source
 from torch import nn
 
-from resode_cli import catalog
-from resode_cli.adapters.discover import find_stages
 from resode_cli.errors import ResodeError
+from resode_cli.sources import catalog
+from resode_cli.sources.find_stages import find_stages
 
 pytestmark = pytest.mark.zoo
 

@@ -1,1 +1,0 @@
-"""From a source model to its parts. Only the modules here know timm's and torchvision's classes."""

@@ -1,0 +1,1 @@
+"""Model files, and formats that other programs read."""

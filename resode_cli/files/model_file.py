@@ -1,0 +1,204 @@
+"""The model file: one .safetensors file, tensors under their source names, one JSON metadata entry.
+
+No pickle is written. Files that are truncated, foreign, newer, misshapen or inconsistent are refused
+by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..errors import NonFiniteWarning, ResodeError, UsageError, first_few, join
+from ..machine.atomic import atomic_path
+from ..network.model import ModelInfo, OdeResNet, assemble, non_finite
+from ..network.parts import SourceSpec
+from ..sources import registry as sources
+from .model_schema import FORMAT_VERSION, parse_json, parse_metadata
+from .saving import info_to_save
+
+METADATA_KEY = "resode"
+CHECKSUM = "checksum"
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Write a safetensors file with one JSON metadata entry and a checksum of all, atomically."""
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    text = json.dumps({**metadata, CHECKSUM: checksum(contiguous, metadata)})
+    need = sum(tensor.nbytes for tensor in contiguous.values()) + len(text)
+    with atomic_path(path, need=need) as temporary:
+        save_file(contiguous, temporary, metadata={METADATA_KEY: text})
+
+
+def checksum(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str:
+    """SHA-256 of what a file says and of its tensors: names, types, shapes and bytes."""
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the JSON metadata entry of a file written by `write_tensors`.
+
+    Raises ResodeError if they are not what was written.
+    """
+    metadata = read_metadata(path)
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    written = metadata.pop(CHECKSUM, None)  # files of the first two formats have none
+    if written is None and metadata["format"] > 2:
+        raise ResodeError(f"{path}: its checksum is missing")
+    if written is not None and written != checksum(tensors, metadata):
+        raise ResodeError(f"{path}: damaged or changed since it was written (its checksum does not agree)")
+    return tensors, metadata
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The JSON metadata entry alone, its checksum included."""
+    path = Path(path)
+    if path.is_dir():
+        raise UsageError(_not_the_folder(path))
+    if not path.is_file():
+        raise UsageError(f"model file {str(path)!r} does not exist")
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(METADATA_KEY)
+    except (SafetensorError, OSError) as error:
+        raise ResodeError(f"{path}: not a safetensors file, or cut short ({error})") from error
+    if text is None:
+        raise ResodeError(f"{path}: a safetensors file, but not a resode model; `resode convert` makes one")
+    try:
+        metadata = parse_json(text)
+        version = metadata["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ResodeError(f"{path}: its resode metadata cannot be read") from error
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise ResodeError(
+            f"{path}: format version {version}, newer than this resode reads ({FORMAT_VERSION}); upgrade resode"
+        )
+    return metadata
+
+
+def _not_the_folder(folder: Path) -> str:
+    first = ("best.safetensors", "last.safetensors")
+    found = sorted(path.name for path in folder.glob("*.safetensors") if path.name != "state.safetensors")
+    models = [name for name in first if name in found] + [name for name in found if name not in first]
+    hint = f"; did you mean {join([str(folder / name) for name in models[:3]], 'or')}?" if models else ""
+    return f"model file {str(folder)!r} is a folder{hint}"
+
+
+def model_metadata(model: OdeResNet) -> dict[str, Any]:
+    """What the file says besides tensors."""
+    info = model.info
+    return {
+        "format": FORMAT_VERSION,
+        "source": asdict(info.source),
+        "preprocessing": asdict(info.preprocessing),
+        "num_classes": info.num_classes,
+        "class_names": info.class_names,
+        "left_out": info.left_out,
+        "stages": [{**asdict(stage.spec), "horizon": str(stage.spec.horizon)} for stage in model.stages.values()],
+        "history": info.history,
+    }
+
+
+def save(model: OdeResNet, path: str | Path, *, source: str | None = None) -> None:
+    """Write a model file, atomically.
+
+    source: FILE.py:FUNCTION that builds the network as it is now, where layers were put in since its conversion. A
+        new head of a network of a library needs none: its number of classes is recorded.
+    Raises ResodeError, and writes nothing, for a network that loading could not build again.
+    """
+    described = model.with_info(info_to_save(model, source))
+    write_tensors(Path(path), model.file_state(), model_metadata(described))
+
+
+def load(path: str | Path, *, source: str | nn.Module | None = None, trust_source: bool = False) -> OdeResNet:
+    """Read a model file. The result is an nn.Module: images (B, 3, H, W) to logits (B, K).
+
+    Its parameters are plain parameters, each distinct block once, and its backward is autograd's
+    until `model.use_adjoint(Adjoint("pc"))` says otherwise. Long reconstructions on a CPU are much
+    faster after `torch.set_flush_denormal(True)`, which the commands call at start-up.
+
+    source: FILE.py:FUNCTION that builds the network, for a model made by a file of the user's own; or the network
+        that was converted, built anew, which is used up. A file made of a network from Python needs the latter.
+    trust_source: run the FILE.py that the model file itself names. A model file is data: nothing that it names is
+        run without this.
+    Raises ResodeError if the file is not whole, not ours, newer or inconsistent, or if it names code.
+    """
+    path = Path(path)
+    tensors, metadata = read_tensors(path)
+    if "run" in metadata:
+        raise ResodeError(f"{path}: the state of a run, not a model; its folder holds best and last models")
+    return from_tensors(path, tensors, metadata, source=source, trust_source=trust_source)
+
+
+def from_tensors(
+    path: Path,
+    tensors: dict[str, Tensor],
+    metadata: dict[str, Any],
+    *,
+    source: str | nn.Module | None = None,
+    trust_source: bool = False,
+) -> OdeResNet:
+    """The model that a file's metadata describes, with the given tensors."""
+    try:
+        info, specs = parse_metadata({name: value for name, value in metadata.items() if name != "run"})
+        check_classes(info, tensors)
+        if isinstance(source, nn.Module):
+            net = source
+        else:
+            net = sources.build(origin_of(info.source, source, trust_source=trust_source))
+        model = assemble(net, specs, info)
+        model.load_file_state(tensors)
+        if unusable := non_finite(tensors):
+            warnings.warn(f"{path} holds NaN or infinity in {first_few(unusable)}", NonFiniteWarning, stacklevel=3)
+    except ResodeError as error:
+        raise ResodeError(f"{path}: {error}") from error
+    return model.eval()
+
+
+def origin_of(origin: SourceSpec, source: str | None, *, trust_source: bool) -> SourceSpec:
+    """What to build a model's network of: what the user names now, or else what its file names.
+
+    Raises ResodeError where the file names code and the user has not said that it may run.
+    """
+    if source is not None:
+        library, name = sources.parse_source(source)
+        return SourceSpec(library, name, arguments=origin.arguments)
+    if origin.library == "module":
+        raise ResodeError(
+            f"made of a network from Python ({origin.name}); load it there, load(path, source=the network), or pass"
+            " --source FILE.py:FUNCTION that builds it"
+        )
+    if origin.library != "file":
+        return origin
+    file, _, function = origin.name.rpartition(":")
+    if not trust_source:
+        raise ResodeError(
+            f"its network is built by the function {function} of {Path(file).absolute()}, which a model file must not"
+            f" run by itself; if you trust that code, pass --source {origin.name} or --trust-source (in Python:"
+            " source= or trust_source=True)"
+        )
+    if not Path(file).is_file():
+        raise ResodeError(f"made from {origin.name}, which is not there any more; pass --source FILE.py:FUNCTION")
+    return origin
+
+
+def check_classes(info: ModelInfo, tensors: dict[str, Tensor]) -> None:
+    """Raises ResodeError for a number of classes that no tensor of the file has: a layer of that size is not built."""
+    count = info.source.arguments.get("num_classes")
+    if count is not None and count not in {tensor.shape[0] for tensor in tensors.values() if tensor.ndim}:
+        raise ResodeError(f"its network was built for {count} classes, but no tensor has {count} rows")

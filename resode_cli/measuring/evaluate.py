@@ -1,0 +1,66 @@
+"""Accuracy and loss of a model on a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..data import Batch
+from ..errors import ResodeError
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """top1, top5: fractions of images; loss: mean cross-entropy; skipped: corrupt files left out."""
+
+    top1: float
+    top5: float
+    loss: float
+    images: int
+    skipped: tuple[str, ...] = ()
+    predictions: Tensor = field(default_factory=lambda: torch.empty(0), repr=False)
+
+    def agreement(self, other: Evaluation) -> float:
+        """Fraction of images on which both predict the same class."""
+        return (self.predictions == other.predictions).double().mean().item()
+
+
+def evaluate(
+    model: nn.Module,
+    data: Iterable[Batch],
+    *,
+    device: torch.device | str = "cpu",
+    on_batch: Callable[[int], None] = lambda images: None,
+) -> Evaluation:
+    """Top-1, top-5 and cross-entropy in eval mode. With fewer than five classes top-5 counts them all."""
+    training = model.training
+    model.eval()
+    top1 = top5 = images = 0
+    loss = 0.0
+    predictions: list[Tensor] = []
+    skipped: list[str] = []
+    try:
+        with torch.no_grad():
+            for batch in data:
+                skipped += batch.skipped
+                if len(batch.labels) == 0:
+                    continue
+                logits = model(batch.images.to(device)).float()
+                labels = batch.labels.to(device)
+                best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+                hits = best == labels[:, None]
+                top1 += int(hits[:, 0].sum())
+                top5 += int(hits.sum())
+                loss += F.cross_entropy(logits, labels, reduction="sum").item()
+                images += len(labels)
+                predictions.append(best[:, 0].cpu())
+                on_batch(images)
+    finally:
+        model.train(training)
+    if images == 0:
+        raise ResodeError("no image could be read")
+    return Evaluation(top1 / images, top5 / images, loss / images, images, tuple(skipped), torch.cat(predictions))

@@ -1,0 +1,106 @@
+"""What a command will take, predicted from a small part of it: seconds and bytes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..network.model import OdeResNet
+from ..ode import Adjoint, fixed_buffers, peak_kept_bytes
+from ..ode.memory import LiveBytes
+
+FEW = 2  # images that are run for a prediction
+GRADIENT = 3.0  # forward passes that a forward and a backward pass cost
+RUNS = 6  # of the batch, by a conversion: in both modes before and after it, and block by block
+REPLAYED = 2.0  # evaluations per step of a method that keeps no activations, corrections aside
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """bytes: of weights, gradients and activations that are alive at a time.
+
+    On top come images, Python, torch, and what the C library's allocator keeps of freed memory: with many methods in
+    turn a process on the CPU grew by 2.0 to 2.4 times the bytes of `check-grad` where these were more than 200 MiB.
+    """
+
+    seconds: float
+    bytes: int
+
+
+def forecast_conversion(net: nn.Module, image: Tensor, images: int) -> Forecast | None:
+    """What `convert` takes that compares logits of `images` images, from one image (1, C, H, W).
+
+    Seconds: RUNS passes of the batch. Bytes: the weights, and the largest of what one pass of the batch has alive, what
+    modules take and return for one image, among which the search for stages looks, and the copy that is written.
+    None for a network that fails, which is for its user to say.
+    """
+    passed: dict[int, Tensor] = {}
+
+    def see(module: nn.Module, given: tuple[object, ...], out: object) -> None:
+        for tensor in (*given, out):
+            if isinstance(tensor, Tensor):
+                passed[tensor.untyped_storage()._cdata] = tensor
+
+    own = [*net.parameters(), *net.buffers(), image]
+    hooks = [module.register_forward_hook(see) for module in net.modules()]
+    try:
+        with torch.no_grad():
+            net(image)
+            kept = sum(tensor.untyped_storage().nbytes() for tensor in passed.values())
+            for hook in hooks:
+                hook.remove()
+            passed.clear()
+            began = time.perf_counter()
+            with LiveBytes(own) as live:
+                net(image)
+            seconds = (time.perf_counter() - began) * images * RUNS
+    except Exception:
+        return None
+    finally:
+        for hook in hooks:
+            hook.remove()
+    weights = _weights(net)
+    return Forecast(seconds, weights + max(live.peak * images, kept + live.peak, weights))
+
+
+def forecast_gradients(model: OdeResNet, images: Tensor, methods: Sequence[Adjoint]) -> Forecast:
+    """Backprop's gradients and each method's on a batch (B, 3, H, W), from backprop on a few of its images.
+
+    Methods that keep no activations evaluate the branches again; calibration is not included. The model is
+    left as it was.
+    """
+    few = images[: min(FEW, len(images))]
+    adjoints = {name: stage.adjoint for name, stage in model.stages.items()}
+    training = model.training
+    try:
+        model.eval()
+        model.use_adjoint(Adjoint("backprop"))
+        with fixed_buffers([model]), torch.enable_grad():
+            parameters = [p for p in model.parameters() if p.requires_grad]
+            with peak_kept_bytes(model.parameters()) as count:
+                _gradients(model, few, parameters)
+            began = time.perf_counter()
+            _gradients(model, few, parameters)
+            seconds = time.perf_counter() - began
+    finally:
+        model.use_adjoint(adjoints)
+        model.train(training)
+    scale = len(images) / len(few)
+    backward = sum(1 if m.method == "backprop" else 1 + (REPLAYED + m.corrections) / GRADIENT for m in methods)
+    return Forecast(seconds * scale * (1 + backward), int(count() * scale) + 3 * _weights(model))
+
+
+def _gradients(model: OdeResNet, images: Tensor, parameters: list[nn.Parameter]) -> None:
+    logits = model(images)
+    torch.autograd.grad(F.cross_entropy(logits, logits.argmax(1)), parameters, allow_unused=True)
+    if images.is_cuda:
+        torch.cuda.synchronize(images.device)
+
+
+def _weights(net: nn.Module) -> int:
+    return sum(p.nbytes for p in net.parameters())

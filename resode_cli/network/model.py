@@ -1,0 +1,349 @@
+"""OdeResNet: a source network whose stages are OdeStages, and what is known about it."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Size, Tensor, nn
+
+from ..errors import ResodeError, UsageError, first_few, unknown
+from ..ode import Adjoint
+from .parts import BlockRule, Preprocessing, SourceSpec
+from .reading import is_plain_sequence, read_rule, runs_its_children, whole
+from .residual import GENERIC
+from .sharing import distinct, share_layers
+from .stage import OdeStage, OnePiece, StageSpec
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a model file says besides tensors and stages.
+
+    left_out: blocks of the source that look like residual steps and are none, one of each kind, and why.
+    """
+
+    source: SourceSpec
+    preprocessing: Preprocessing
+    num_classes: int
+    class_names: tuple[str, ...] | None = None
+    history: tuple[dict[str, object], ...] = field(default_factory=tuple)
+    left_out: tuple[str, ...] = ()
+
+    def with_command(self, command: str, **settings: object) -> ModelInfo:
+        """The same, with one more command in the history."""
+        return replace(self, history=(*self.history, {"command": command, **settings}))
+
+    def with_classes(self, names: Sequence[str]) -> ModelInfo:
+        """The same, with the names of its classes."""
+        return replace(self, class_names=tuple(names))
+
+
+class OdeResNet(nn.Module):
+    """Logits (B, K) of images (B, 3, H, W).
+
+    The source network stays in charge of everything outside its stages, so its stem, its head and
+    its own methods (`model.net.…`) are what they were.
+    """
+
+    def __init__(self, net: nn.Module, paths: dict[str, str], info: ModelInfo, built: dict[str, Size]) -> None:
+        """built: the shapes of the source network's tensors, as its builder made it; see `saving`."""
+        super().__init__()
+        self.built = built
+        self.net = net
+        self.paths = paths  # stage name -> path of its OdeStage in the network
+        self.info = info
+        self.channels_last = False
+
+    def with_info(self, info: ModelInfo) -> OdeResNet:
+        """The same network with other things known about it."""
+        return OdeResNet(self.net, self.paths, info, self.built)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        return self.net(x)
+
+    @property
+    def stages(self) -> dict[str, OdeStage]:
+        """The stages by name, in order."""
+        found = {name: self.net.get_submodule(path) for name, path in self.paths.items()}
+        return {name: stage for name, stage in found.items() if isinstance(stage, OdeStage)}
+
+    def pick(self, names: Iterable[str] | None) -> dict[str, OdeStage]:
+        """The stages called `names`: names ('layer3') or places counted from 1 ('3'); 'layer1,3' is two.
+
+        All for None.
+        """
+        stages = self.stages
+        if not names:
+            return stages
+        places = {str(i): name for i, name in enumerate(stages, start=1)}
+        picked = []
+        for name in (part.strip() for given in names for part in given.split(",")):
+            if name not in stages and name not in places:
+                raise unknown("stage", name, [*stages, *places])
+            picked.append(name if name in stages else places[name])
+        return {name: stage for name, stage in stages.items() if name in picked}
+
+    def replace_stage(self, name: str, stage: OdeStage) -> None:
+        """Put a stage in another's place; it runs compiled if that one does."""
+        compilation = self.stages[name].compilation
+        if compilation is not None and stage.compilation is None:
+            stage.compile_branch(**compilation.options)
+        if stage is not self.stages[name]:
+            take_hooks(stage, self.stages[name])
+        self.net = _with_submodule(self.net, self.paths[name], stage)
+
+    def use_adjoint(self, adjoint: Adjoint | Mapping[str, Adjoint]) -> None:
+        """Set the backward method of every stage, or of the stages named."""
+        for name, stage in self.stages.items():
+            if isinstance(adjoint, Adjoint):
+                stage.use_adjoint(adjoint)
+            elif name in adjoint:
+                stage.use_adjoint(adjoint[name])
+
+    def use_scheme(self, scheme: str) -> None:
+        """Switch the forward rule of every stage. That changes the network's function."""
+        for stage in self.stages.values():
+            stage.use_scheme(scheme)
+
+    def compile_branches(self, **options: Any) -> None:
+        """Run every stage's steps compiled from now on; `options` are torch.compile's. See `compilation`."""
+        for stage in self.stages.values():
+            stage.compile_branch(**options)
+
+    def use_channels_last(self) -> None:
+        """Keep weights, images and states in the order (B, H, W, C) in memory, which fast convolutions want.
+
+        Images are brought into it in `forward`, and the states of the stages inherit it.
+        """
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.channels_last = True
+
+    def file_name(self, key: str) -> str:
+        """A tensor's name in a model file, from its name in `self.net`.
+
+        They differ only where a container became several stages: each then holds some of the
+        children under their own names, one level further down.
+        """
+        for name, path in self.paths.items():
+            container = self.stages[name].spec.container
+            if path != container and key.startswith(path + "."):
+                return f"{container}.{key[len(path) + 1 :]}".lstrip(".")
+        return key
+
+    def file_state(self) -> dict[str, Tensor]:
+        """Every tensor under its name in a model file; one that several blocks share once, under its first name."""
+        tensors = distinct(self.net.state_dict(keep_vars=True).items())
+        return {self.file_name(key): value.detach() for key, value in tensors.items()}
+
+    def load_file_state(self, tensors: dict[str, Tensor]) -> None:
+        """Load tensors under their file names. Raises ResodeError naming what does not fit."""
+        floats = {t.dtype for t in tensors.values() if t.is_floating_point()}
+        if floats == {torch.float64}:
+            self.net.to(torch.float64)  # as it was saved
+        state = distinct(self.net.state_dict(keep_vars=True).items())
+        names = {self.file_name(key): key for key in state}
+        problems = describe_misfit({name: state[key] for name, key in names.items()}, tensors, types=True)
+        if problems:
+            raise ResodeError(problems)
+        negative = [n for n, t in tensors.items() if n.rpartition(".")[2] == "running_var" and bool((t < 0).any())]
+        if negative:
+            raise ResodeError(f"a variance below 0: {first_few(negative)}")
+        # Not strict: the other names of a shared tensor are left out, and what fits was checked above.
+        self.net.load_state_dict({names[name]: value for name, value in tensors.items()}, strict=False)
+
+    def parameter_groups(self) -> dict[str, str]:
+        """Which part each parameter of `self.net` belongs to: a stage's name, '<stage> transition', 'stem' or 'head'.
+
+        Outside the stages, what is registered before the first of them is the stem.
+        """
+        stages = [(path + ".", name, self.stages[name].spec.transition) for name, path in self.paths.items()]
+        groups: dict[str, str] = {}
+        group = "stem"
+        for key, _ in self.net.named_parameters():
+            for prefix, name, transition in stages:
+                if key.startswith(prefix):
+                    child = key[len(prefix) :].split(".")[0]
+                    groups[key] = f"{name} transition" if child in transition else name
+                    group = "head"
+                    break
+            else:
+                groups[key] = group
+        return groups
+
+
+def describe_misfit(expected: dict[str, Tensor], given: dict[str, Tensor], *, types: bool = False) -> str:
+    """One line on missing, unexpected and wrongly shaped tensors; empty if all fit. types: on wrong types too."""
+    missing = [k for k in expected if k not in given]
+    unexpected = [k for k in given if k not in expected]
+    shapes = [
+        f"{k} {tuple(given[k].shape)} instead of {tuple(expected[k].shape)}"
+        for k in expected
+        if k in given and expected[k].shape != given[k].shape
+    ]
+    kept = [
+        f"{k} {_type(given[k])} instead of {_type(expected[k])}"
+        for k in expected
+        if types and k in given and not _keeps_values(given[k].dtype, expected[k].dtype)
+    ]
+    kinds = (("missing", missing), ("unexpected", unexpected), ("wrong shape", shapes), ("wrong type", kept))
+    return "; ".join(f"{len(names)} {kind}: {first_few(names)}" for kind, names in kinds if names)
+
+
+def shapes_of(module: nn.Module) -> dict[str, Size]:
+    """The shape of every tensor of a state dict, by name."""
+    return {name: tensor.shape for name, tensor in module.state_dict().items() if isinstance(tensor, Tensor)}
+
+
+def _type(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _keeps_values(given: torch.dtype, expected: torch.dtype) -> bool:
+    """Whether numbers of one type become the other's without being changed in kind or range.
+
+    A complex number would lose its imaginary part, a fraction all behind the point.
+    """
+    if given == expected:
+        return True
+    floats = given.is_floating_point and expected.is_floating_point
+    return floats and given.itemsize <= expected.itemsize and given in (torch.float16, torch.bfloat16, torch.float32)
+
+
+def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that hold NaN or infinity."""
+    return [name for name, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
+
+
+def assemble(net: nn.Module, specs: Sequence[StageSpec], info: ModelInfo) -> OdeResNet:
+    """Replace the stages of a source network by OdeStages. `net` is used up."""
+    paths: dict[str, str] = {}
+    built = shapes_of(net)
+    twice = [name for name, count in Counter(spec.name for spec in specs).items() if count > 1]
+    if twice:
+        raise ResodeError(f"two stages are called {twice[0]}")
+    for spec in specs:
+        try:
+            container = net.get_submodule(spec.container)
+        except AttributeError as error:
+            raise ResodeError(f"the source network has no {spec.container!r}") from error
+        children = dict(container.named_children())
+        stage = _build_stage(spec, children)
+        first, *others = (*spec.transition, *dict.fromkeys(spec.source_blocks))
+        is_whole = {first, *others} == set(children) and not isinstance(container, nn.ModuleList)
+        if is_whole and runs_its_children(container):
+            paths[spec.name] = spec.container
+            take_hooks(stage, container)
+            net = _with_submodule(net, spec.container, stage)
+            continue
+        # The stage takes the first one's place. The others stay, emptied, for what counts or indexes them.
+        paths[spec.name] = f"{spec.container}.{first}".lstrip(".")
+        container.register_module(first, stage)
+        for name in others:
+            container.register_module(name, _Emptied())
+        if hasattr(net, "group_matcher"):
+            net.__dict__["group_matcher"] = partial(_refuse_groups, spec.name)
+        if others and is_plain_sequence(container):
+            owner = _owner(net, spec.container)
+            for method in ("forward_intermediates", "get_intermediate_layers"):
+                if hasattr(owner, method):
+                    owner.__dict__[method] = partial(_refuse_features, spec.name)
+    return OdeResNet(net, paths, info, built)
+
+
+def take_hooks(module: nn.Module, other: nn.Module) -> None:
+    """Let `module`, which takes the place of another, take its hooks too. Their handles go on removing them."""
+    for name, hooks in other.__dict__.items():
+        if name in module.__dict__ and "_hook" in name and (hooks or not module.__dict__[name]):
+            module.__dict__[name] = hooks
+
+
+class _Emptied(nn.Identity):
+    """In a block's place: hands the state on, whatever the block was called with beside it."""
+
+    def forward(self, input: Tensor, *_: object, **__: object) -> Tensor:
+        return input
+
+
+def _owner(net: nn.Module, container: str) -> nn.Module:
+    """The module whose forward iterates over a list of blocks, and may hand out what is between them."""
+    owner = container.rpartition(".")[0]
+    while isinstance(net.get_submodule(owner), nn.ModuleList):
+        owner = owner.rpartition(".")[0]
+    return net.get_submodule(owner)
+
+
+def _refuse_features(stage: str, *_: object, **__: object) -> None:
+    raise OnePiece(stage, "hands out no intermediate features")
+
+
+def _refuse_groups(stage: str, *_: object, **__: object) -> None:
+    raise ResodeError(
+        f"the parameters of stage {stage} are below its first block, so that names no longer tell the layers apart"
+        " (layer decay goes by them)"
+    )
+
+
+def _build_stage(spec: StageSpec, children: dict[str, nn.Module]) -> OdeStage:
+    unused = [name for name in (*spec.transition, *(b.origin for b in spec.blocks)) if name not in children]
+    if unused:
+        raise ResodeError(f"stage {spec.name}: the source network has no block {unused[0]!r}")
+    rules: dict[str, BlockRule] = {}
+    blocks: list[nn.Module] = []
+    for block in spec.blocks:
+        module = children[block.origin]
+        if block.origin in rules:
+            module = copy.deepcopy(module)
+        else:
+            rules[block.origin] = BlockRule(whole, GENERIC) if spec.further else read_rule(module)
+        blocks.append(module)
+    by_name = {block.name: module for block, module in zip(spec.blocks, blocks, strict=True)}
+    for block, module in zip(spec.blocks, blocks, strict=True):
+        if block.shares is not None:
+            if block.shares not in by_name or block.shares == block.name:
+                raise ResodeError(f"stage {spec.name}: block {block.name} shares the weights of {block.shares!r}")
+            share_layers(module, by_name[block.shares])
+    return OdeStage(
+        spec,
+        transition={name: children[name] for name in spec.transition},
+        blocks=blocks,
+        rules=[rules[block.origin] for block in spec.blocks],
+    )
+
+
+def _with_submodule(net: nn.Module, path: str, module: nn.Module) -> nn.Module:
+    """The network with one submodule replaced; the module itself for the empty path."""
+    if not path:
+        return module
+    parent, _, name = path.rpartition(".")
+    net.get_submodule(parent).register_module(name, module)
+    return net
+
+
+def freeze_batch_norm(model: nn.Module) -> None:
+    """Put BatchNorm layers in eval mode: running statistics are used and stay; scale and shift still train.
+
+    Call it after every `model.train()`, which puts them back.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+
+def as_device(name: str) -> torch.device:
+    """The device called `name`; 'auto' is the GPU where there is one. Raises UsageError if it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device {name!r} is not available: {str(error).splitlines()[0]}") from error
+    return device

@@ -1,0 +1,131 @@
+"""What an adapter returns: a source network, and which of its blocks are steps of which stage."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from .premises import Premises
+
+Branch = Callable[[nn.Module, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class BlockRule:
+    """How to read a block: its branch g and what follows the addition (see residual.py).
+
+    premises: what that rests on beside the block's tensors; None for a block that is called as it is.
+    """
+
+    branch: Branch
+    activation: str
+    premises: Premises | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class StageParts:
+    """Consecutive children of one container: transition blocks, then residual steps.
+
+    container: the container's path in the network, e.g. 'layer1'.
+    transition, blocks: names of its children.
+    further: names of what the blocks take beside the state, the same for all of them.
+    """
+
+    container: str
+    transition: tuple[str, ...]
+    blocks: tuple[str, ...]
+    further: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From an image to the network's input. Mean and std per channel, of values in [0, 1]; size in pixels.
+
+    size: of both sides, or (height, width) where they differ.
+    mean, std: as many as the network takes channels: three for RGB, one for grey.
+    crop_mode: how an image becomes square before the central crop: 'center' keeps its proportions and cuts the
+        longer side, 'squash' does not keep them, 'border' pads the shorter side with the mean colour.
+    """
+
+    size: int | tuple[int, int] = 224
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    interpolation: str = "bilinear"
+    crop_fraction: float = 0.875  # of the resized image's side
+    crop_mode: str = "center"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.size, int):  # a list, out of a file; a square is written as one number
+            height, width = self.size
+            object.__setattr__(self, "size", height if height == width else (height, width))
+
+    @property
+    def height(self) -> int:
+        return self.size if isinstance(self.size, int) else self.size[0]
+
+    @property
+    def width(self) -> int:
+        return self.size if isinstance(self.size, int) else self.size[1]
+
+    @property
+    def channels(self) -> int:
+        """How many channels the network's input has."""
+        return len(self.mean)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width."""
+        return self.channels, self.height, self.width
+
+    @property
+    def size_text(self) -> str:
+        """For people: '224×224', height by width."""
+        return f"{self.height}×{self.width}"
+
+
+def parse_size(text: str, option: str = "--input-size") -> int | tuple[int, int]:
+    """The pixels of '224', or the height and width of '256x128' or '256,128'. Raises UsageError for anything else."""
+    sides = re.fullmatch(r"\s*(\d{1,9})\s*(?:[x×,]\s*(\d{1,9})\s*)?", text)
+    height, width = (int(sides[1]), int(sides[2] or sides[1])) if sides else (0, 0)
+    if min(height, width) < 1:
+        raise UsageError(
+            f"{option} {text}: must be 1 or more pixels, as one number, or as height and width: 256x128 or 256,128"
+        )
+    return height if height == width else (height, width)
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """Where a network came from: enough to build it again.
+
+    library: 'timm', 'torchvision', 'cifar', 'file' or 'module'.
+    name: architecture, 'FILE.py:FUNCTION', or the class of a module.
+    tag: pretrained tag, if the library's own weights were loaded.
+    arguments: what the builder was called with.
+    weights: the file, repository or folder that they came from, if one was given.
+    weights_sha256: of the loaded state dict.
+    """
+
+    library: str
+    name: str
+    tag: str | None = None
+    arguments: dict[str, object] = field(default_factory=dict)
+    weights: str | None = None
+    weights_sha256: str | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.library in ("file", "module") else f"{self.library}:{self.name}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source network, ready to be converted."""
+
+    spec: SourceSpec
+    net: nn.Module
+    preprocessing: Preprocessing
+    notes: tuple[str, ...] = ()  # what the user should know, e.g. a re-initialised head

@@ -1,0 +1,363 @@
+"""OdeStage: a transition followed by N residual steps, held as distinct blocks and a schedule."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+
+from ..errors import ResodeError, UsageError, first_few
+from ..ode import SCHEMES, Adjoint, Evaluator, Field, Monitor, Residual, solve, trajectory
+from .block_inputs import WithArguments, further_arguments, tensors_in
+from .compilation import Compilation, CompiledResidual
+from .parts import BlockRule
+from .premises import has_hooks
+from .reading import read_again, whole
+from .residual import ACTIVATIONS, GENERIC, LINEAR, BlendedResidual, BlockResidual, Form, check_form
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """One distinct block: its name in the file, and the source block whose structure it has.
+
+    shares: name of the block whose parameters it holds, all but those of norms, instead of its own.
+    """
+
+    name: str
+    origin: str
+    shares: str | None = None
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """Everything about a stage but its tensors; this is what a model file stores.
+
+    name: unique in the model: the container, and '#2' and so on where it holds several stages.
+    container: path in the source network of the sequence of blocks, e.g. 'layer1'.
+    transition: names of the transition blocks.
+    source_blocks: names of the container's children that the source's own steps were.
+    blocks: the distinct blocks.
+    schedule: which distinct block step n uses; its length is the depth N.
+    horizon: T; a fraction, so that T/N is the same number however it was reached.
+    blends: where weights are linear in depth, the share w_n in which step n has the weights of block
+        schedule[n] + 1; those of block schedule[n] make up the rest. Else empty.
+    scheme: forward rule. form: of the residual functions.
+    further: names of the arguments that the blocks take beside the state, each the same for all of them; such
+        blocks are steps taken as a whole.
+    """
+
+    name: str
+    container: str
+    transition: tuple[str, ...]
+    source_blocks: tuple[str, ...]
+    blocks: tuple[BlockSpec, ...]
+    schedule: tuple[int, ...]
+    horizon: Fraction
+    scheme: str = "euler"
+    form: Form = "exact"
+    blends: tuple[float, ...] = ()
+    further: tuple[str, ...] = ()
+
+    @property
+    def depth(self) -> int:
+        return len(self.schedule)
+
+    @property
+    def step_size(self) -> float:
+        """h = T/N, rounded once."""
+        return float(self.horizon / self.depth) if self.depth else 0.0
+
+    @property
+    def kind(self) -> str:
+        """How the steps share weights: untied, tied, tied+norms, linear in depth, or runs of equal weights."""
+        if self.blends:
+            return "linear"
+        if len({block.shares or block.name for block in self.blocks}) == 1 < len(self.blocks):
+            return "tied+norms"
+        if self.schedule == tuple(range(self.depth)):
+            return "untied"
+        return "tied" if len(set(self.schedule)) == 1 else "runs"
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A look at the states x_n of the given steps, 0 to N, as they pass.
+
+    see: gets n and x_n, and returns the state to go on with: x_n itself, or for instance a detached one.
+    """
+
+    steps: tuple[int, ...]
+    see: Callable[[int, Tensor], Tensor]
+
+
+class OnePiece(ResodeError, TypeError):
+    """What a stage cannot do. A TypeError too, so that `list(stage)`, which asks for a length, goes on without."""
+
+    def __init__(self, stage: str, what: str) -> None:
+        reason = "its steps run as one, and states between them are no features (`OdeStage.tap` sees them)"
+        super().__init__(f"stage {stage} {what}: {reason}")
+
+
+class OdeStage(nn.Module):
+    """x_0 = transition(x); x_{n+1} = x_n + h Φ_n(x_n), n = 0 … N-1; returns x_N.
+
+    In `pre` form the steps' clip is dropped and the activation is applied once, to x_N.
+    The state (B, C, H, W) is float32 under autocast, whatever dtype the branches compute in.
+    Children keep the names they have in the source network, so parameters do too.
+
+    The stage holds its blocks, `stage.blocks`, and runs the code of their branches, as read from their forward. It
+    looks again at each call: numbers of a block's own are read as they are then, and a block that has changed
+    otherwise since it was read, in an attribute, a child, a function that its forward uses, is called itself.
+
+    Hooks on a block fire whenever it is evaluated: under the adjoint methods other than 'backprop' in the backward
+    pass too, as `torch.utils.checkpoint` has it, and in the forward pass without a gradient then. Where steps have
+    weights of their own, linear in depth, those of the lower of two blocks fire.
+
+    adjoint: the method of the backward pass; see `resode_cli.ode.METHODS`.
+    rules: how each block is run, as found when the stage last ran.
+    monitor: what the last passes did (drift, evaluations).
+    compilation: the compiled residual functions, if the steps run compiled.
+    further: what the blocks were called with beside the state, the last time that the stage ran: for looks at
+        the stage by itself, as `stage(x, **stage.further)`.
+    tap: sees states as they pass; without a tap the steps are one run of the engine, with one they are
+        cut into runs where it looks.
+    """
+
+    def __init__(
+        self,
+        spec: StageSpec,
+        *,
+        transition: Mapping[str, nn.Module],
+        blocks: Sequence[nn.Module],
+        rules: Sequence[BlockRule],
+    ) -> None:
+        super().__init__()
+        for name, module in transition.items():
+            self._add(name, module)
+        for block, module in zip(spec.blocks, blocks, strict=True):
+            self._add(block.name, module)
+        self.spec = spec
+        self.rules = self._checked(rules)
+        self.adjoint = Adjoint("backprop")
+        self.monitor = Monitor()
+        self.compilation: Compilation | None = None
+        self.tap: Tap | None = None
+        self.further: dict[str, Any] = {}
+
+    def _add(self, name: str, module: nn.Module) -> None:
+        if hasattr(self, name):
+            raise ResodeError(f"the block name {name!r} clashes with another block or an attribute of a stage")
+        self.add_module(name, module)
+
+    def _checked(self, rules: Sequence[BlockRule]) -> tuple[BlockRule, ...]:
+        """The rules, if the stage's form suits them."""
+        spec = self.spec
+        for block, rule in zip(spec.blocks, rules, strict=True):
+            check_form(spec.form, rule.activation, f"{spec.name}.{block.origin}")
+        if spec.form == "pre" and len({rule.activation for rule in rules}) > 1:
+            endings = ", ".join(f"{b.origin}: {rule.activation}" for b, rule in zip(spec.blocks, rules, strict=True))
+            raise UsageError(f"form 'pre' needs blocks that end alike, but those of {spec.name} do not ({endings})")
+        return tuple(rules)
+
+    def _look_again(self, blocks: Sequence[nn.Module]) -> None:
+        """Read anew the blocks that are no longer what their rules rest on."""
+        rules = [
+            rule if rule.premises is None or rule.premises.hold(block) else self._read_again(block, rule)
+            for block, rule in zip(blocks, self.rules, strict=True)
+        ]
+        if any(new is not old for new, old in zip(rules, self.rules, strict=True)):
+            self.rules = self._checked(rules)
+
+    def _read_again(self, block: nn.Module, rule: BlockRule) -> BlockRule:
+        return read_again(block, rule, as_branch=self.spec.form == "pre" and rule.activation != LINEAR)
+
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """The distinct residual blocks."""
+        return tuple(self.get_submodule(block.name) for block in self.spec.blocks)
+
+    @property
+    def transition(self) -> tuple[nn.Module, ...]:
+        return tuple(self.get_submodule(name) for name in self.spec.transition)
+
+    @property
+    def activation(self) -> str:
+        """What follows the addition in the source's blocks."""
+        return self.rules[0].activation if self.rules else "linear"
+
+    def residuals(self, further: Mapping[str, Any] | None = None) -> tuple[BlockResidual, ...]:
+        """The distinct blocks' residual functions, not compiled.
+
+        further: what the blocks are called with beside the state; what the stage last ran with by default.
+        """
+        given = self.further if further is None else further
+        if given.keys() != set(self.spec.further):
+            raise ResodeError(
+                f"stage {self.spec.name} takes {first_few(self.spec.further) or 'nothing'} beside the state,"
+                f" but was given {first_few(list(given)) or 'nothing'}"
+            )
+        blocks = self.blocks
+        if not torch.compiler.is_dynamo_compiling():  # dynamo guards what it sees by itself
+            self._look_again(blocks)
+        return tuple(
+            self._residual(name.origin, block, rule, given)
+            for name, block, rule in zip(self.spec.blocks, blocks, self.rules, strict=True)
+        )
+
+    def _residual(self, name: str, block: nn.Module, rule: BlockRule, given: Mapping[str, Any]) -> BlockResidual:
+        if given:
+            return BlockResidual(block, WithArguments(given), rule.activation, self.spec.form)
+        if rule.activation == GENERIC or not has_hooks(block):
+            return BlockResidual(block, rule.branch, rule.activation, self.spec.form)
+        if self.spec.form == "pre" and rule.activation != LINEAR:
+            raise ResodeError(
+                f"block {self.spec.name}.{name} has hooks, but in form 'pre' only its branch runs, never the block;"
+                " put them on its children, or convert with form 'exact'"
+            )
+        return BlockResidual(block, whole, GENERIC, self.spec.form)  # only the block itself calls them
+
+    def field(self, further: Mapping[str, Any] | None = None) -> Field:
+        """What the engine runs: the residual functions, compiled if the stage is, and the schedule."""
+        blocks = self.residuals(further)
+        residuals: tuple[Residual, ...] = blocks
+        schedule = self.spec.schedule
+        if self.spec.blends:
+            residuals, schedule = self._blended(blocks), tuple(range(self.spec.depth))
+        if self.compilation is not None:
+            replayed = self.adjoint.method != "backprop"
+            # Compiled code keeps the hooks that it was compiled with, so blocks that have any run as they are.
+            residuals = tuple(
+                r if has_hooks(r.module) else CompiledResidual(r, self.compilation, replayed=replayed)
+                for r in residuals
+            )
+        names = tuple(f"{self.spec.container}.{block.name}" for block in self.spec.blocks)
+        if self.spec.blends:
+            names = tuple(names[b] for b in self.spec.schedule)
+        return Field(residuals, schedule, self.spec.step_size, names)
+
+    def _blended(self, knots: tuple[BlockResidual, ...]) -> tuple[Residual, ...]:
+        """Each step's residual function, where weights are linear in depth."""
+        steps = zip(self.spec.schedule, self.spec.blends, strict=True)
+        return tuple(BlendedResidual(knots[b], knots[b + 1], w) if w else knots[b] for b, w in steps)
+
+    def compile_branch(self, **options: Any) -> None:
+        """Run the steps' residual functions compiled from now on; `options` are torch.compile's.
+
+        Call it once depth, form and modes are settled. Raises UsageError for options that cannot be, and
+        for weights that are linear in depth.
+        """
+        if self.spec.blends:
+            raise UsageError(
+                f"stage {self.spec.name} has weights linear in depth, which cannot be compiled; leave out --compile,"
+                " or give every step its own weights with `resode untie`"
+            )
+        self.compilation = Compilation(options)
+
+    def use_scheme(self, scheme: str) -> None:
+        """Switch the forward rule. That changes the network's function."""
+        self.spec = replace(self.spec, scheme=scheme)
+
+    def use_adjoint(self, adjoint: Adjoint) -> None:
+        """Set the method of the backward pass. Raises UsageError if the forward rule does not suit it."""
+        adjoint.plan(self.spec.depth, self.spec.scheme)
+        self.adjoint = adjoint
+
+    # A compiled network runs its stages as they are, between its own graphs: the engine counts, looks at states and
+    # evaluates again, and `compile_branch` compiles what there is to gain from.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """args, kwargs: what the blocks take beside the state."""
+        if getattr(self, "_is_replica", False):
+            raise ResodeError("nn.DataParallel is not supported; use DistributedDataParallel")
+        if isinstance(x, torch.fx.Proxy):
+            raise ResodeError("an OdeStage cannot be traced by torch.fx; name it among the tracer's leaf modules")
+        field = self.field(self.take(x, *args, **kwargs))
+        x = self.enter(x)
+        x = self._solve(field, x) if self.tap is None else self._tapped(self.tap, field, x)
+        return self.leave(x)
+
+    def take(self, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
+        """What a call of the stage hands to its blocks beside the state, noted in `further`.
+
+        Raises ResodeError where it needs a gradient: the backward sweeps give one to states and parameters alone.
+        """
+        further = further_arguments(self.blocks[0], args, kwargs) if self.spec.depth else {}
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors_in(further)):
+            raise ResodeError(
+                f"stage {self.spec.name}: {first_few(list(further))} needs a gradient, which no stage gives it;"
+                " freeze what makes it (requires_grad_(False))"
+            )
+        if further and not torch.compiler.is_exporting():
+            self.further = further
+        return further
+
+    def _solve(self, field: Field, x: Tensor) -> Tensor:
+        plan = self.adjoint.plan(field.depth, self.spec.scheme)
+        return solve(field, SCHEMES[self.spec.scheme], plan, x, monitor=self.monitor)
+
+    def _tapped(self, tap: Tap, field: Field, x: Tensor) -> Tensor:
+        """The same, stopping for the tap. A rule that looks beyond its step is then recorded by autograd."""
+        scheme, here = SCHEMES[self.spec.scheme], 0
+        for n in sorted({*tap.steps, self.spec.depth}):
+            if scheme.evaluations == 1:
+                x = self._solve(replace(field, schedule=field.schedule[here:n]), x)
+            else:
+                x = deque([x, *trajectory(Evaluator(field), scheme, x, here, n)], maxlen=1).pop()
+            here = n
+            if n in tap.steps:
+                x = tap.see(n, x)
+        return x
+
+    def enter(self, x: Tensor) -> Tensor:
+        """x_0: the transition's output, in float32 even under autocast."""
+        for block in self.transition:
+            x = block(x)
+        low = x.dtype in (torch.float16, torch.bfloat16)
+        return x.float() if self.spec.depth and low and torch.is_autocast_enabled(x.device.type) else x
+
+    def leave(self, x: Tensor) -> Tensor:
+        """What follows x_N: in `pre` form the activation, once."""
+        if self.spec.depth and x.requires_grad and in_channels_last(x):
+            # Poolings hand in a gradient in the other order, and every step of the sweep would mix the two.
+            x.register_hook(lambda adjoint: adjoint.contiguous(memory_format=torch.channels_last))  # type: ignore
+        if self.spec.depth and self.spec.form == "pre" and self.activation in ACTIVATIONS:
+            return ACTIVATIONS[self.activation](x)
+        return x
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        """One module, the stage: for sources that run a sequence by iterating over it."""
+        yield self
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __len__(self) -> int:
+        raise OnePiece(self.spec.name, "has no length")
+
+    def __getitem__(self, index: object) -> nn.Module:
+        raise OnePiece(self.spec.name, "cannot be indexed")
+
+    @property
+    def grad_checkpointing(self) -> bool:
+        """For sources that checkpoint a stage themselves: here the adjoint does that."""
+        return False
+
+    @grad_checkpointing.setter
+    def grad_checkpointing(self, enable: bool) -> None:
+        if enable:
+            raise ResodeError(f"stage {self.spec.name} checkpoints by its adjoint: use_adjoint(Adjoint('checkpoint'))")
+
+    def extra_repr(self) -> str:
+        spec = self.spec
+        return f"steps={spec.depth}, horizon={spec.horizon}, scheme={spec.scheme}, form={spec.form}"
+
+
+def in_channels_last(x: Tensor) -> bool:
+    """Whether x is in the order (B, H, W, C) in memory, and not in the usual one as well."""
+    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()

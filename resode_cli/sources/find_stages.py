@@ -1,0 +1,272 @@
+"""Find the stages of a network: chains of residual steps, on the live model.
+
+The network runs once, watched. Block by block, from the outside in, a module that makes a state of a state is
+read (reading.py): whether it adds a branch to its own input is decided from its own forward. Children of one
+module that hand a state on from one to the next are a chain. A chain is cut where a state in it is read by
+something else too, since that state must stay in reach.
+
+Where the forward does not tell, the block is put to a test: with all its parameters set to zero, a block that
+adds a branch to its own input returns that input, or its activation.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ResodeError
+from ..network.block_inputs import WithArguments, equal, tensors_in
+from ..network.parts import BlockRule, StageParts
+from ..network.premises import has_hooks
+from ..network.reading import Reading, is_plain_sequence, read, runs_its_children, whole
+from ..network.repeat import as_before, repeatable
+from ..network.residual import ACTIVATIONS, GENERIC, BlockResidual
+from .watch import Watch, watch
+
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+_AFTER_ADDITION: tuple[Callable[[Tensor], Tensor], ...] = (
+    lambda z: z,
+    *ACTIVATIONS.values(),
+    F.leaky_relu,
+    F.relu6,
+    F.elu,
+    F.mish,
+    F.tanh,
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is in a network.
+
+    stages: in order.
+    left_out: of blocks that look like residual steps and are none, one of each kind, and why.
+    """
+
+    stages: list[StageParts]
+    left_out: list[str]
+
+
+def find_stages(net: nn.Module, example: Tensor) -> Found:
+    """The stages of `net`. Raises ResodeError, naming the reason, if there is no step.
+
+    example: a batch of images that the network runs on.
+    """
+    search = _Search(net, example)
+    stages = search.stages()
+    left_out = search.left_out(stages)
+    if not any(stage.blocks for stage in stages):
+        reasons = "; ".join(left_out[:2]) or "no module in it adds a branch to its input"
+        raise ResodeError(f"{type(net).__name__} has no residual steps to convert: {reasons}")
+    return Found(stages, left_out)
+
+
+class _Search:
+    """What is known of a network's modules: which are steps, and why others are not."""
+
+    def __init__(self, net: nn.Module, example: Tensor) -> None:
+        self.net, self.example = net, example
+        self.seen = watch(net, example)
+        self.paths = {module: path for path, module in net.named_modules()}
+        self.refused: dict[str, Reading] = {}  # by path, as `reused`
+        self.reused: dict[str, Reading] = {}
+        self.steps: set[nn.Module] = set()
+        self._visit(net)
+        self.classes = {type(step) for step in self.steps}
+        # An attention that adds to its input, inside a transition block of the steps' own class.
+        self.steps -= {part for m in net.modules() if type(m) in self.classes for part in m.modules() if part is not m}
+
+    def _visit(self, module: nn.Module) -> bool:
+        """Find the steps inside a module; returns whether there are any."""
+        found = False
+        for child in module.children():
+            reading = self._read(child)
+            inside = reading.rule is None and self._visit(child)
+            is_container = inside and (reading.untraceable or self._holds_a_chain(child))
+            if reading.unclear and not is_container and self._passes_zero_test(child):
+                reading = Reading(BlockRule(whole, GENERIC))
+            if reading.rule is not None:
+                reading = self._verified(child, reading)
+            if reading.rule is not None:
+                self.steps.difference_update(child.modules())
+                self.steps.add(child)
+            elif reading.reason:
+                self.refused[self.paths[child]] = reading
+            found = found or inside or reading.rule is not None
+        return found
+
+    def _holds_a_chain(self, module: nn.Module) -> bool:
+        """Whether the steps inside a module are a stage, rather than parts of one block."""
+        sequences = (part.children() for part in module.modules() if is_plain_sequence(part))
+        return any(sum(child in self.steps for child in sequence) > 1 for sequence in sequences)
+
+    def _read(self, module: nn.Module) -> Reading:
+        call = self.seen.of(module)
+        is_layer = type(module).__module__.startswith("torch.nn.") or not any(True for _ in module.parameters())
+        if is_layer or is_plain_sequence(module) or not call.keeps_shape:
+            return Reading(None)
+        if not call.further:
+            return read(module)
+        if not self._takes_constants(module):
+            names = ", ".join(call.further)
+            return Reading(None, f"takes more than the state ({names}), learned or another for each image", near=True)
+        return Reading(None, untraceable=True)  # for want of a way to trace it with them
+
+    def _takes_constants(self, module: nn.Module) -> bool:
+        """Whether what a module takes beside the state is the same for other images, and is not learned."""
+        named = {p.name for p in inspect.signature(module.forward).parameters.values() if p.kind in _BY_NAME}
+        further, again = self.seen.of(module).further, self._other_images.of(module).further
+        return named >= set(further) and equal(further, again) and not any(t.requires_grad for t in tensors_in(again))
+
+    @cached_property
+    def _other_images(self) -> Watch:
+        images = self.example.flip(-1)
+        if images.is_floating_point():
+            images = images.mul(0.5).requires_grad_()
+        return watch(self.net, images, recorded=True)
+
+    def _random_state(self, block: nn.Module) -> Tensor:
+        state = self.seen.of(block).into
+        assert state is not None
+        return torch.randn(state.shape, generator=torch.Generator().manual_seed(0)).to(state)
+
+    def _verified(self, block: nn.Module, reading: Reading) -> Reading:
+        """The reading, if its rule gives what the block gives and leaves the state alone."""
+        x, rule, further = self._random_state(block), reading.rule, self.seen.of(block).further
+        assert rule is not None
+        if x.is_meta:  # no values to compare: the structure alone is asked for
+            return reading
+        if has_hooks(block):  # only the block itself calls them
+            rule = BlockRule(whole, GENERIC)
+        residual = BlockResidual(block, WithArguments(further) if further else rule.branch, rule.activation)
+        kept = x.clone()
+        with as_before(block), torch.no_grad():
+            for training in (False, True):
+                block.train(training)
+                try:
+                    expected = repeatable(lambda: block(kept.clone(), **further))
+                except Exception:  # such as a norm that wants more values than one image has
+                    if training:
+                        break
+                    raise
+                found = repeatable(lambda: residual.step(x, 1.0))
+                if not torch.equal(x, kept):
+                    return Reading(None, "writes to its input", near=True)
+                if rule.branch is whole and not further:  # the block itself, which may count, or draw from its own
+                    continue
+                if not torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())):
+                    mode = " in train mode" if training else ""
+                    return Reading(None, f"does more{mode} than its own forward says", near=True)
+        return reading
+
+    def _passes_zero_test(self, block: nn.Module) -> bool:
+        if not self.seen.of(block).keeps_shape:
+            return False
+        probe = copy.deepcopy(block).eval()
+        x = self._random_state(block)
+        with torch.no_grad():
+            for parameter in probe.parameters():
+                parameter.zero_()
+            for module in probe.modules():
+                if isinstance(variance := getattr(module, "running_var", None), Tensor):
+                    variance.fill_(2.0)  # a norm without parameters is no identity
+            try:
+                result = probe(x.clone(), **self.seen.of(block).further)
+            except (RuntimeError, ValueError, AssertionError, ArithmeticError):  # it cannot do with zeros
+                if x.is_meta:
+                    raise
+                return False
+        return any(torch.allclose(result, a(x), rtol=1e-5, atol=1e-6) for a in _AFTER_ADDITION)
+
+    def stages(self) -> list[StageParts]:
+        """In the order in which they run."""
+        order = {module: i for i, module in enumerate(self.seen.calls)}
+        found = [
+            (order[parent.get_submodule((*part.transition, *part.blocks)[0])], part)
+            for path, parent in self.net.named_modules()
+            for part in self._stages_of(path, parent)
+        ]
+        return [part for _, part in sorted(found, key=lambda item: item[0])]
+
+    def _stages_of(self, path: str, parent: nn.Module) -> Iterator[StageParts]:
+        """The stages among a module's children. What follows the last step stays where it is."""
+        children = {name: child for name, child in parent.named_children() if child in self.seen.calls}
+        if not any(child in self.steps for child in children.values()):
+            # Blocks of a class whose others are steps: a stage too, without any.
+            if children and {type(child) for child in children.values()} <= self.classes and runs_its_children(parent):
+                yield StageParts(path, tuple(children), ())
+            return
+        # A custom forward, as that of a whole network, may do what is not seen here; it keeps its own transitions
+        # unless all that it does is run blocks, to the last of them.
+        ends_in_steps = list(children.values())[-1] in self.steps
+        in_order = is_plain_sequence(parent) or (ends_in_steps and runs_its_children(parent))
+        for chain in self._chains(children):
+            if len(chain.blocks) == 1 and chain.reader is not None:
+                reason = f"is in a chain whose states are read by {type(chain.reader).__name__} too"
+                block = f"{path}.{chain.blocks[0]}".lstrip(".")
+                self.reused[block] = Reading(None, reason, near=True)
+            elif chain.blocks:
+                further = tuple(self.seen.of(children[chain.blocks[0]]).further)
+                transition = tuple(chain.transition) if in_order and not further else ()
+                yield StageParts(path, transition, tuple(chain.blocks), further)
+
+    def _chains(self, children: dict[str, nn.Module]) -> list[_Chain]:
+        """Children that hand a state on, each to the next alone: any that are no steps, then steps."""
+        calls = list(self.seen.calls)
+        makers: dict[int, str] = {}  # which child made a tensor
+        ending: dict[str, _Chain] = {}
+        chains: list[_Chain] = []
+        for name, child in sorted(children.items(), key=lambda item: calls.index(item[1])):
+            call, is_step = self.seen.of(child), child in self.steps
+            maker = makers.get(id(call.into), "")
+            chain, cut = ending.get(maker), None
+            if chain is not None and (reader := self.seen.read_elsewhere(children[maker], child)) is not None:
+                if is_step and type(children[maker]) is type(child):
+                    chain.reader = cut = reader
+                chain = None
+            goes_on = is_step and bool(maker) and equal(call.further, self.seen.of(children[maker]).further)
+            if chain is None or (chain.blocks and not goes_on):
+                chain = _Chain(reader=cut)
+                chains.append(chain)
+            if not is_step and not self.steps.isdisjoint(child.modules()):
+                continue
+            (chain.blocks if is_step else chain.transition).append(name)
+            ending[name] = chain
+            if call.out is not None:
+                makers[id(call.out)] = name
+        return chains
+
+    def left_out(self, stages: list[StageParts]) -> list[str]:
+        """The outermost of the blocks that come near to a step, by class and reason."""
+        used = {
+            self.net.get_submodule(stage.container).get_submodule(name)
+            for stage in stages
+            for name in (*stage.transition, *stage.blocks)
+        }
+        within = {part for module in used for part in module.modules()}
+        kinds: dict[tuple[type, str], list[str]] = {}
+        for path, reading in sorted({**self.reused, **self.refused}.items(), key=lambda item: item[0].count(".")):
+            module = self.net.get_submodule(path)
+            if reading.near and module not in within:
+                within.update(module.modules())
+                kinds.setdefault((type(module), reading.reason), []).append(path)
+        return [
+            f"{paths[0]} ({kind.__name__}){f', like {len(paths) - 1} more,' if len(paths) > 1 else ''} {reason}"
+            for (kind, reason), paths in kinds.items()
+        ]
+
+
+@dataclass
+class _Chain:
+    """transition: names of the children before the first step; reader: what else reads a state where it was cut."""
+
+    transition: list[str] = field(default_factory=list)
+    blocks: list[str] = field(default_factory=list)
+    reader: nn.Module | None = None

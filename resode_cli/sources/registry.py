@@ -1,0 +1,328 @@
+"""SOURCE, as the command line takes it, to a network with its weights."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ResodeError, UsageError, unknown
+from ..machine.memory import check_room
+from ..network.parts import Preprocessing, Source, SourceSpec
+from . import cifar, saved_models, user_file
+from .weights import describe_not_finite, load_weights, state_sha256
+
+LIBRARIES = ("timm", "torchvision", "hf-hub", "local-dir", "cifar", "file")
+RANDOM_NOTE = "no pretrained weights: the network is random"
+SMALL = 64  # pixels; images of small networks are used whole, without the central crop of ImageNet's
+CIFAR_PREPROCESSING = Preprocessing(size=32, crop_fraction=1.0)
+
+
+def parse_source(text: str) -> tuple[str, str]:
+    """'timm:resnet50' → ('timm', 'resnet50'); 'net.py:make' → ('file', 'net.py:make')."""
+    library, separator, name = text.partition(":")
+    library = "hf-hub" if library == "hf_hub" else library
+    if separator and name and library in LIBRARIES[:-1]:
+        return library, name
+    file, _, function = text.rpartition(":")
+    if file.endswith(".py") and function:
+        return "file", text
+    if text.endswith(".py"):
+        raise UsageError(f"source {text!r}: name the function that builds the network, {text}:FUNCTION")
+    if not separator or file.endswith(".py"):
+        raise UsageError(
+            f"source {text!r}: write timm:NAME, torchvision:NAME, hf-hub:REPO, local-dir:FOLDER,"
+            " cifar:NAME or FILE.py:FUNCTION"
+        )
+    raise unknown("source library", library, LIBRARIES[:-1])
+
+
+def open_source(
+    text: str,
+    *,
+    pretrained: bool = True,
+    weights: Path | None = None,
+    num_classes: int | None = None,
+    stem: str | None = None,
+    shortcut: str | None = None,
+    preprocessing: dict[str, Any] | None = None,
+    prefix: str | None = None,
+) -> Source:
+    """Build the source network and load its weights.
+
+    weights: a file; it takes the place of the library's pretrained weights.
+    prefix: of the network's names in that file, where several would do.
+    stem: 'cifar' for a 3×3 stem of stride 1 without pooling, on timm's and torchvision's networks.
+    shortcut: 'A' or 'B', of the CIFAR networks.
+    preprocessing: fields of Preprocessing that differ from the source's own. A size of up to 64 pixels
+        brings a crop fraction of 1 with it, unless that is given too.
+
+    Raises UsageError for a source that does not exist, ResodeError for weights that cannot be had.
+    """
+    library, name = parse_source(text)
+    if prefix is not None and weights is None:
+        raise UsageError(f"--prefix {prefix}: goes with --weights FILE, in which names begin so")
+    if num_classes is not None and num_classes < 1:
+        raise UsageError(f"--num-classes {num_classes}: must be 1 or more")
+    if stem not in (None, "cifar"):
+        raise unknown("stem", str(stem), ["cifar"])
+    arguments = {"num_classes": num_classes, "stem": stem, "shortcut": shortcut}
+    spec = SourceSpec(library, name, arguments={k: v for k, v in arguments.items() if v is not None})
+    if library in ("hf-hub", "local-dir"):
+        with _clear_download_errors(text, "pass a copy of it as local-dir:FOLDER"):
+            return _open_saved(
+                spec, text, num_classes, pretrained=pretrained, weights=weights, chosen=preprocessing, prefix=prefix
+            )
+    from_library = pretrained and weights is None and library != "file"
+    if from_library and library == "cifar":
+        raise UsageError(f"{text} has no weights to fetch; pass --weights FILE or --no-pretrained")
+    with _clear_download_errors(text, "pass --weights FILE, or --no-pretrained for a random network"):
+        net = build(spec, pretrained=from_library)
+    notes: list[str] = []
+    if weights is not None:
+        notes += load_weights(net, weights, num_classes=num_classes, prefix=prefix)
+        spec = replace(spec, weights=weights.name)
+    elif from_library:
+        spec = replace(spec, tag=_library(library).tag(name))
+        known = _library(library).pretrained_classes(name)
+        if num_classes not in (None, known):
+            notes.append(_head_note(known, num_classes))
+    if stem == "cifar":
+        notes.append("the 3×3 stem starts at random")
+    if from_library or weights is not None:
+        spec = replace(spec, weights_sha256=state_sha256(net.state_dict()))
+    elif library == "file":  # the function may have loaded weights of its own
+        spec = replace(spec, weights_sha256=state_sha256(net.state_dict()))
+    else:
+        notes.append(RANDOM_NOTE)
+    notes += _not_finite(net)
+    _check_scripts(net, str(spec))
+    known = _preprocessing(spec, net)
+    own = channelled(known, net, preprocessing)
+    if library == "file" and known == Preprocessing() and "size" not in (preprocessing or {}):
+        notes.append(
+            f"images are taken as {own.size_text} with {_whose(own)};"
+            " --input-size, --mean and --std, or a default_cfg of the network, say otherwise"
+        )
+    elif own.channels != known.channels:
+        notes += _channel_note(own, preprocessing)
+    return Source(spec, net, _chosen(own, preprocessing), tuple(notes))
+
+
+def _open_saved(
+    spec: SourceSpec,
+    text: str,
+    num_classes: int | None,
+    *,
+    pretrained: bool,
+    weights: Path | None,
+    chosen: dict[str, Any] | None,
+    prefix: str | None,
+) -> Source:
+    """A network that timm saved. Its spec names the architecture, so that it can be built again without the hub."""
+    from . import timm_models
+
+    for name in ("stem", "shortcut"):
+        if name in spec.arguments:
+            raise UsageError(f"--{name} does not apply to {text}, whose layers are as they were saved")
+    folder = spec.library == "local-dir"
+    saved = saved_models.read_folder(spec.name) if folder else saved_models.read_hub(spec.name)
+    timm_models.check_name(saved.architecture)
+    arguments = {**spec.arguments, **({"model_args": saved.arguments} if saved.arguments else {})}
+    if num_classes is None and saved.classes is not None:
+        arguments["num_classes"] = saved.classes
+    built = SourceSpec("timm", saved.architecture, arguments=arguments)
+    notes = [f"{text} is a {saved.architecture}"]
+    file = weights or (saved.weights if pretrained else None)
+    if pretrained and folder and file is None:
+        raise ResodeError(f"{spec.name} holds no weights ({' or '.join(saved_models.WEIGHTS)}); pass --weights FILE")
+    from_hub = pretrained and file is None
+    net = (
+        build(built)
+        if not from_hub
+        else timm_models.build_from_hub(spec.name, saved.architecture, saved.config, arguments)
+    )
+    if file is not None:
+        notes += load_weights(net, file, num_classes=num_classes, prefix=prefix)
+    elif from_hub and num_classes not in (None, saved.classes):
+        notes.append(_head_note(saved.classes, num_classes))
+    if file is None and not from_hub:
+        notes.append(RANDOM_NOTE)
+    else:
+        origin = weights.name if weights is not None else text
+        built = replace(built, weights=origin, weights_sha256=state_sha256(net.state_dict()))
+    notes += _not_finite(net)
+    own = channelled(timm_models.preprocessing_of(saved.config), net, chosen)
+    if own.channels not in (len(saved.config.get("mean", ())), 3):
+        notes += _channel_note(own, chosen)
+    return Source(built, net, _chosen(own, chosen), tuple(notes))
+
+
+def _check_scripts(net: nn.Module, name: str) -> None:
+    """Raises ResodeError for TorchScript inside: stages are found by hooks, which it does not have."""
+    for path, module in net.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ResodeError(
+                f"{name}: {path or 'the network'} is a ScriptModule, whose layers can be neither watched nor replaced;"
+                " build it of plain modules"
+            )
+
+
+def _not_finite(net: nn.Module) -> list[str]:
+    problem = describe_not_finite(net.state_dict())
+    return [f"warning: {problem}"] if problem else []
+
+
+def channelled(own: Preprocessing, net: nn.Module, given: dict[str, Any] | None = None) -> Preprocessing:
+    """The preprocessing for as many channels as the network takes, at the size that the user gave.
+
+    Grey images have the mean of the colours' means; of other channels nothing is known.
+    """
+    channels = _channels(net, replace(own, size=(given or {}).get("size", own.size)))
+    if channels == own.channels:
+        return own
+    if channels == 1:
+        return replace(own, mean=(fmean(own.mean),), std=(fmean(own.std),))
+    return replace(own, mean=(0.0,) * channels, std=(1.0,) * channels)
+
+
+def _channels(net: nn.Module, own: Preprocessing) -> int:
+    """How many channels the network's input has: as many as its first convolution, unless it takes others.
+
+    That one does not decide where a stem puts pixels into channels, or layers are registered in another order.
+    """
+    first = next((m for m in net.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d))), None)
+    if not isinstance(first, nn.Conv2d) or first.in_channels == own.channels:
+        return own.channels
+    check_room(1, *own.shape)
+    weight = first.weight
+    training = {module: module.training for module in net.modules()}
+    net.eval()
+    try:
+        for channels in (own.channels, first.in_channels):
+            image = torch.zeros(1, channels, own.height, own.width, dtype=weight.dtype, device=weight.device)
+            try:
+                with torch.no_grad():
+                    net(image)
+            except Exception:  # of whatever kind a network raises for an input that is not its own
+                continue
+            return channels
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    return own.channels
+
+
+def _head_note(known: int | None, wanted: int | None) -> str:
+    return f"the pretrained head has {known} classes: the head starts at random for {wanted}"
+
+
+def _chosen(own: Preprocessing, given: dict[str, Any] | None) -> Preprocessing:
+    """The source's preprocessing with the fields that the user gave."""
+    chosen = dict(given or {})
+    if "size" in chosen and max(Preprocessing(size=chosen["size"]).shape[1:]) <= SMALL:
+        chosen.setdefault("crop_fraction", 1.0)
+    for name in ("mean", "std"):
+        if name in chosen and len(chosen[name]) != own.channels:
+            raise UsageError(
+                f"--{name} has {len(chosen[name])} numbers, but the network takes images of {own.channels} channels"
+            )
+    return replace(own, **chosen)
+
+
+def _channel_note(own: Preprocessing, given: dict[str, Any] | None) -> list[str]:
+    known = given is not None and {"mean", "std"} <= given.keys()
+    return [] if known else [f"images are taken with {_whose(own)}; --mean and --std say otherwise"]
+
+
+def _whose(own: Preprocessing) -> str:
+    """The mean and the standard deviation of images, where no one says."""
+    if own.channels == 3:
+        return "ImageNet's mean and std"
+    if own.channels == 1:
+        return f"one channel, grey, mean {own.mean[0]:.3g} and std {own.std[0]:.3g}"
+    return f"{own.channels} channels, mean 0 and std 1"
+
+
+def source_of(net: nn.Module) -> Source:
+    """A network made in Python. Its file can be loaded again beside the same network alone."""
+    kind = type(net)
+    spec = SourceSpec("module", f"{kind.__module__}.{kind.__qualname__}", weights_sha256=state_sha256(net.state_dict()))
+    _check_scripts(net, str(spec))
+    return Source(spec, net, channelled(user_file.preprocessing(net), net))
+
+
+def build(spec: SourceSpec, *, pretrained: bool = False) -> nn.Module:
+    """The network of a SourceSpec, with random weights unless `pretrained`."""
+    arguments: dict[str, Any] = dict(spec.arguments)
+    builder = _library(spec.library)
+    if spec.library in ("timm", "torchvision"):
+        arguments["pretrained"] = pretrained
+    allowed = {"cifar": {"num_classes", "shortcut"}, "file": {"num_classes"}}.get(
+        spec.library, {"num_classes", "stem", "pretrained", "model_args"}
+    )
+    for name in arguments:
+        if name not in allowed:
+            raise UsageError(f"--{name} does not apply to {spec}")
+    return builder.build(spec.name, **arguments)
+
+
+def _library(library: str) -> Any:
+    # Imported here so that a network of one library loads without importing the other.
+    if library == "timm":
+        from . import timm_models
+
+        return timm_models
+    if library == "torchvision":
+        from . import torchvision_models
+
+        return torchvision_models
+    if library == "cifar":
+        return cifar
+    if library == "file":
+        return user_file
+    raise ResodeError(f"the model file names the source library {library!r}, which this version does not know")
+
+
+def _preprocessing(spec: SourceSpec, net: nn.Module) -> Preprocessing:
+    if spec.library == "cifar":
+        return CIFAR_PREPROCESSING
+    if spec.library == "file":
+        return user_file.preprocessing(net)
+    own: Preprocessing = _library(spec.library).preprocessing(spec.name)
+    return replace(own, size=32, crop_fraction=1.0) if "stem" in spec.arguments else own
+
+
+@contextmanager
+def _clear_download_errors(source: str, instead: str) -> Iterator[None]:
+    """Say in one line that a source cannot be fetched, whichever of the many errors says so."""
+    try:
+        with redirect_stdout(sys.stderr):  # libraries announce downloads there
+            yield
+    except ResodeError:
+        raise
+    except Exception as error:
+        chain: list[BaseException] = [error]
+        while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+            chain.append(cause)
+        modules = {type(e).__module__.partition(".")[0] for e in chain}
+        network = modules & {"urllib", "requests", "httpx", "httpx2", "httpcore", "huggingface_hub", "socket"}
+        if network or any(isinstance(e, OSError) for e in chain):
+            raise ResodeError(
+                f"the weights of {source} cannot be fetched ({_first_line(error)});"
+                f" connect to the network, or {instead}"
+            ) from error
+        raise
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    line = text.splitlines()[0]
+    return line if len(line) <= 120 else line[:117] + "…"

@@ -1,0 +1,118 @@
+"""Watch a network run once: which tensor went into and came out of each module, and what else read it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from ..network.block_inputs import further_arguments
+
+Stack = tuple[nn.Module, ...]  # the modules being called, the outermost first
+
+
+@dataclass
+class Call:
+    """What went into a module, the last time that it was called, and what came out.
+
+    into: the first argument; further: other arguments, by name, that are not left at their defaults.
+    """
+
+    calls: int = 0
+    into: Tensor | None = None
+    out: Tensor | None = None
+    further: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def keeps_shape(self) -> bool:
+        """Whether it was called once and made one tensor of another of the same shape."""
+        if self.calls != 1 or self.into is None or self.out is None:
+            return False
+        return self.into.shape == self.out.shape and self.into.dtype == self.out.dtype
+
+
+@dataclass
+class Watch:
+    """One forward pass in eval mode."""
+
+    calls: dict[nn.Module, Call] = field(default_factory=dict)  # in the order in which they began
+    # By id of a tensor that came out of a module.
+    readers: dict[int, list[Stack]] = field(default_factory=dict)
+
+    def of(self, module: nn.Module) -> Call:
+        return self.calls.get(module, Call())
+
+    def read_elsewhere(self, first: nn.Module, second: nn.Module) -> nn.Module | None:
+        """A module, neither of two linked ones, that reads the tensor between them: it is no hidden state then."""
+        state = self.of(first).out
+        for stack in self.readers.get(id(state), ()):
+            if first not in stack and second not in stack:
+                return stack[-1]
+        return None
+
+
+def watch(net: nn.Module, example: Tensor, *, recorded: bool = False) -> Watch:
+    """Run the network on `example`, recorded by autograd or not. Its mode is put back."""
+    seen = Watch()
+    stack: list[nn.Module] = []
+    held: list[Tensor] = []  # what came out of modules called twice too: no other tensor may get its id
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        stack.append(module)
+        call = seen.calls.setdefault(module, Call())
+        call.calls += 1
+        call.further = further_arguments(module, args, kwargs)
+        call.into = args[0] if args and isinstance(args[0], Tensor) else None
+
+    def after(module: nn.Module, args: tuple[Any, ...], out: object) -> None:
+        stack.pop()
+        seen.calls[module].out = out if isinstance(out, Tensor) else None
+        if isinstance(out, Tensor):
+            seen.readers.setdefault(id(out), [])
+            held.append(out)
+
+    handles = [m.register_forward_pre_hook(before, with_kwargs=True) for m in net.modules()]
+    handles += [m.register_forward_hook(after) for m in net.modules()]
+    training = {m: m.training for m in net.modules()}
+    net.eval()
+    try:
+        # The record alone is asked for, not what a backward pass would need.
+        with torch.set_grad_enabled(recorded), saved_tensors_hooks(_nothing, _nothing), _Readers(seen.readers, stack):
+            net(example)
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _nothing(_: object) -> Tensor:
+    return torch.empty(0)
+
+
+class _Readers(TorchFunctionMode):
+    """Notes, for every operation that makes tensors, the tensors it reads and the modules it runs in."""
+
+    def __init__(self, readers: dict[int, list[Stack]], stack: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.readers, self.stack = readers, stack
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if any(True for _ in _tensors(result)):
+            stack = tuple(self.stack)
+            for tensor in {id(t) for t in _tensors((args, kwargs))} & self.readers.keys():
+                self.readers[tensor].append(stack)
+        return result
+
+
+def _tensors(values: object) -> Iterator[Tensor]:
+    yield from (value for value in tree_leaves(values) if isinstance(value, Tensor))

@@ -1,0 +1,1 @@
+"""Changes to a network: convert, tie, untie, deepen, and BatchNorm statistics measured anew."""

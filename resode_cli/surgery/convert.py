@@ -1,0 +1,207 @@
+"""Write a source network as stages of 1/N-scaled residual steps, and verify that it is the same function."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ResodeError, unknown
+from ..machine.memory import check_room
+from ..network.block_inputs import tensors_in
+from ..network.model import ModelInfo, OdeResNet, assemble
+from ..network.parts import Preprocessing, Source, StageParts
+from ..network.repeat import as_before, repeatable
+from ..network.residual import GENERIC, LINEAR, Form, as_form
+from ..network.stage import BlockSpec, StageSpec
+from ..ode import SCHEMES
+from ..sources.find_stages import find_stages
+from ..sources.registry import source_of
+
+# Largest difference of logits, relative to their largest magnitude, that rounding explains where a
+# step is not computed as the block itself (smooth activations). Random deep networks amplify
+# rounding, so this is far above one unit in the last place and far below any wrong formula.
+ROUNDING = 1e-3
+VERIFIED = 4  # random images
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The converted network against its source on one batch.
+
+    max_difference: largest absolute difference of the logits. top1_agreement: fraction of images.
+    """
+
+    batch: str
+    images: int
+    max_difference: float
+    top1_agreement: float
+    function_kept: bool
+
+    @property
+    def identical(self) -> bool:
+        return self.max_difference == 0.0
+
+    def record(self) -> dict[str, object]:
+        """For the model's history and for JSON."""
+        return {**asdict(self), "identical": self.identical}
+
+
+def convert(
+    source: Source | nn.Module,
+    *,
+    scheme: str = "euler",
+    form: Form = "exact",
+    images: int = VERIFIED,
+    example: Tensor | None = None,
+) -> tuple[OdeResNet, Verification]:
+    """Convert `source`, whose network is used up, and compare logits on a batch.
+
+    source: what `open_source` returns, or any network of one's own from images to logits, of which a
+        `pretrained_cfg` or `default_cfg`, a dictionary as timm's, says how images are made its input.
+    example: the batch; normal noise (images, channels, height, width), always the same, in the network's precision
+        and on its device, if it is not given.
+
+    Every step gets h = T/N with T = N, so Euler steps of exact residual functions are the source's
+    blocks. Raises ResodeError if they then do not agree, or if there is no residual step.
+    """
+    check_rule(scheme, form)
+    if not isinstance(source, Source):
+        source = source_of(source)
+    net = source.net.eval()
+    batch = like(random_batch(source.preprocessing, images), net) if example is None else example
+    with as_before(net):
+        before = _logits(net, batch, str(source.spec))
+    trained = _outputs_in_training(net, batch)
+    with as_before(net):
+        found = find_stages(net, batch[:1])
+    specs = stage_specs(found.stages, scheme=scheme, form=form)
+    info = ModelInfo(source.spec, source.preprocessing, before.shape[1], left_out=tuple(found.left_out))
+    model = assemble(net, specs, info).eval()
+    with as_before(model):
+        after = _logits(model, batch, "the converted network")
+    changed = any(_changes_function(model, name) for name in model.stages)
+    kind = "random images" if example is None else "images given"
+    result = compare_logits(before, after, batch=f"{kind}, {batch.shape[-2]}×{batch.shape[-1]}", kept=not changed)
+    scale = before.abs().max().item()
+    if not changed and not result.max_difference <= ROUNDING * max(scale, 1.0):
+        raise ResodeError(
+            f"the converted network does not agree with {source.spec}:"
+            f" logits differ by {result.max_difference:.3g} (largest logit {scale:.3g}); nothing was written"
+        )
+    if not changed and trained is not None:
+        _check_in_training(trained, model, batch, str(source.spec))
+    return model, result
+
+
+def _outputs_in_training(net: nn.Module, batch: Tensor) -> list[Tensor] | None:
+    """What the network returns in train mode, with random numbers that come again. It is left as it was.
+
+    None where it does not run on this batch, as where norms want more values than there are.
+    """
+    with as_before(net), torch.no_grad():
+        net.train()
+        try:
+            return tensors_in(repeatable(lambda: net(batch)))
+        except Exception:  # whatever a network of one's own raises
+            return None
+
+
+def _check_in_training(expected: list[Tensor], model: OdeResNet, batch: Tensor, source: str) -> None:
+    """Raises ResodeError if the converted network does not do in train mode what its source did."""
+    found = _outputs_in_training(model, batch)
+    if found is None or len(found) != len(expected):
+        raise ResodeError(f"in train mode {source} runs, but the converted network does not; nothing was written")
+    for a, b in zip(expected, found, strict=True):
+        scale = max(float(a.abs().max()), 1.0)
+        difference = float((a - b).abs().max())
+        if not difference <= ROUNDING * scale:
+            raise ResodeError(
+                f"in train mode the converted network does not agree with {source}: what they return differs by"
+                f" {difference:.3g} (largest value {scale:.3g}), with equal random numbers; something outside its"
+                " blocks, such as a loop that skips some of them, does more when it trains, or a block goes by what it"
+                " keeps from call to call; nothing was written"
+            )
+
+
+def check_rule(scheme: str, form: str) -> None:
+    """Raises UsageError for a forward rule or form that does not exist."""
+    if scheme not in SCHEMES:
+        raise unknown("scheme", scheme, SCHEMES)
+    as_form(form)
+
+
+def _changes_function(model: OdeResNet, name: str) -> bool:
+    stage = model.stages[name]
+    clipped = stage.activation not in (LINEAR, GENERIC)
+    return stage.spec.depth > 0 and (stage.spec.scheme != "euler" or (stage.spec.form == "pre" and clipped))
+
+
+def stage_specs(parts: list[StageParts], *, scheme: str, form: Form) -> list[StageSpec]:
+    """Untied stages with T = N."""
+    seen: Counter[str] = Counter()
+    specs = []
+    for part in parts:
+        seen[part.container] += 1
+        count = seen[part.container]
+        specs.append(
+            StageSpec(
+                name=(part.container or "net") + (f"#{count}" if count > 1 else ""),
+                container=part.container,
+                transition=part.transition,
+                source_blocks=part.blocks,
+                blocks=tuple(BlockSpec(name, name) for name in part.blocks),
+                schedule=tuple(range(len(part.blocks))),
+                horizon=Fraction(len(part.blocks)),
+                scheme=scheme,
+                form=form,
+                further=part.further,
+            )
+        )
+    return specs
+
+
+def random_batch(preprocessing: Preprocessing, images: int, *, seed: int = 0) -> Tensor:
+    """A fixed batch of normal noise (B, C, H, W), for where there is no real data.
+
+    Raises ResodeError for one that would not leave memory for a network to run on it.
+    """
+    check_room(images, *preprocessing.shape)
+    return torch.randn(images, *preprocessing.shape, generator=torch.Generator().manual_seed(seed))
+
+
+def like(batch: Tensor, net: nn.Module) -> Tensor:
+    """The batch on the network's device, in the precision of its weights."""
+    own = next((t for t in (*net.parameters(), *net.buffers()) if t.is_floating_point()), batch)
+    return batch.to(own.device, own.dtype)
+
+
+def _logits(net: nn.Module, batch: Tensor, name: str) -> Tensor:
+    with torch.no_grad():
+        try:
+            logits = net(batch)
+        except ResodeError:
+            raise
+        except Exception as error:
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ResodeError(f"{name} fails on a batch of shape {tuple(batch.shape)}: {first}") from error
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ResodeError(
+            f"{name} returns {shape} where logits (images, classes) are needed; convert it with its head, and take"
+            " features from the result (`model.net.forward_intermediates`, hooks)"
+        )
+    return logits
+
+
+def compare_logits(before: Tensor, after: Tensor, *, batch: str, kept: bool) -> Verification:
+    return Verification(
+        batch=batch,
+        images=len(before),
+        max_difference=(before - after).abs().max().item(),
+        top1_agreement=(before.argmax(1) == after.argmax(1)).double().mean().item(),
+        function_kept=kept,
+    )

@@ -1,0 +1,1 @@
+"""Fine-tuning on labels: settings, optimizers, the loop, its guards, and the folder of a run."""

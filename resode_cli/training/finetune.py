@@ -1,0 +1,400 @@
+"""Train a model on labelled images, with the backward pass of one's choice."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data import Batch, ImageData, batches
+from ..errors import ResodeError
+from ..files import model_file
+from ..gradients.choose import Calibration
+from ..machine.locks import FolderLock
+from ..machine.signals import Stopped
+from ..measuring.evaluate import Evaluation, evaluate
+from ..network.model import OdeResNet, freeze_batch_norm
+from ..ode import RandomState, fixed_buffers
+from . import run_folder
+from .guard import Guard, GuardState
+from .objective import Objective
+from .optimization import create_optimizer, create_scheduler
+from .optimizer_state import OptimizerState
+from .results import Callbacks, FinetuneResult, Progress, peak_bytes
+from .resuming import check_finite, run_fingerprint, saved_files
+from .run_folder import StepRecord
+from .settings import AMP, Settings
+from .starting import calibration_batch, switch_scheme, train_only
+from .teacher import Teacher
+
+MOST_SKIPPED = 10  # steps in a row
+LOG = "log.csv"
+
+
+def finetune(
+    model: OdeResNet,
+    train: ImageData,
+    test: ImageData | None,
+    *,
+    out: Path,
+    settings: Settings,
+    device: torch.device,
+    callbacks: Callbacks | None = None,
+    resume: run_folder.State | None = None,
+    teacher: Teacher | None = None,
+    lock: FolderLock | None = None,
+    began_with: str | None = None,
+) -> FinetuneResult:
+    """Minimise the `Objective` on `train`; write best, last, log and state files to the folder `out`.
+
+    The order of images and their augmentation follow from the seed, so a resumed run repeats what
+    the uninterrupted one would have done, bit for bit on one device.
+
+    lock: on `out`, where the caller holds it already. An error after a step leaves that step saved.
+    began_with: the checksum of the model's file, by which a resumed run will know it.
+
+    What a run before has left in the folder goes once the first save of this one stands.
+
+    Raises ResodeError if the loss stops being finite, on drift past the tolerance with 'stop', and if
+    the memory budget is too small.
+    """
+    callbacks = callbacks or Callbacks()
+    with nullcontext(lock) if lock is not None else FolderLock(out, on_message=callbacks.on_message) as held:
+        return _Run(model, train, test, held, settings, device, callbacks, resume, teacher, began_with).run()
+
+
+class _Run:
+    def __init__(
+        self,
+        model: OdeResNet,
+        train: ImageData,
+        test: ImageData | None,
+        lock: FolderLock,
+        settings: Settings,
+        device: torch.device,
+        callbacks: Callbacks,
+        resume: run_folder.State | None,
+        teacher: Teacher | None,
+        began_with: str | None,
+    ) -> None:
+        self.model, self.train, self.test, self.lock = model.to(device), train, test, lock
+        self.before: Evaluation | None = None
+        self.after: Evaluation | None = None
+        self.halfway = False  # through a step or a save
+        self.settings, self.device, self.callbacks = settings, device, callbacks
+        self.per_epoch, self.total = settings.per_epoch(len(train)), settings.steps(len(train))
+        self.progress = Progress()
+        self.last_step_at = 0.0
+        self.objective = Objective(model, None if teacher is None else teacher.to(device), settings)
+        self.fingerprint = (
+            {**run_fingerprint(train, test, settings), "model": began_with} if resume is None else resume.fingerprint
+        )
+        self.nothing_of = saved_files(lock.folder) if resume is None else []  # what a run before has left
+        self.in_a_row = 0  # steps skipped just now
+        check_finite(model, "the model holds NaN or infinity in {}: nothing can be trained from there")
+        self.stage_names = [name for name, stage in model.stages.items() if stage.spec.depth]
+        train_only(model, settings.stages)
+        if resume is None:
+            torch.manual_seed(settings.seed)
+            self._switch_scheme(test if test is not None else train)
+        else:
+            self.progress = Progress(**resume.progress)
+        if settings.channels_last:
+            model.use_channels_last()
+        if settings.compile:  # last: the graphs depend on the layout, the forward rule and what is frozen
+            model.compile_branches()
+        self.calibration: Calibration | None = None
+        self.guard = Guard(
+            model,
+            settings,
+            device,
+            autocast=self._autocast,
+            prepare=self._train_mode,
+            on_message=self.callbacks.on_message,
+            on_calibration=self._calibrated,
+            state=GuardState(**self.progress.guard),
+        )
+        self.guard.start(lambda: calibration_batch(train, settings, device))
+        self.optimizer = create_optimizer(model, settings)
+        self.optimizer_state = OptimizerState(self.optimizer, model)
+        self.scheduler = create_scheduler(self.optimizer, settings, self.total)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16")
+        if resume is not None:
+            resume.restore(self.optimizer_state, self.scaler, device)
+
+    def _switch_scheme(self, data: ImageData) -> None:
+        switched = switch_scheme(self.model, self.settings, data, self.device, self.callbacks.on_message)
+        if switched is not None:
+            self.progress.switched = switched
+            self.model.info = self.model.info.with_command(
+                "switch-scheme", scheme=self.settings.adjoint_choice().required_scheme, **switched
+            )
+
+    def _calibrated(self, calibration: Calibration) -> None:
+        self.calibration = calibration
+        chosen = {c.stage: {"adjoint": c.adjoint.label, "error": c.error} for c in calibration.choices}
+        self.model.info = self.model.info.with_command("calibrate", step=self.progress.step, stages=chosen)
+        self.callbacks.on_calibration(calibration)
+
+    def _train_mode(self) -> None:
+        self.model.train()
+        if self.settings.bn == "frozen":
+            freeze_batch_norm(self.model)
+
+    def run(self) -> FinetuneResult:
+        progress, first = self.progress, self.progress.step
+        name = ".log.csv.new" if self.nothing_of else LOG
+        self.log = run_folder.Log(self.lock.ensure() / name, self.stage_names, keep_up_to=first)
+        began = time.perf_counter()
+        try:
+            interrupted = self._train()
+        except Stopped as stopped:
+            stopped.heeded = True  # or it would come again while the run ends
+            if progress.step == first:
+                raise
+            interrupted = True
+            self._save_state()
+        except Exception:
+            # The step in progress is lost, the one before is not: between steps the model is as that one left it.
+            if not self.halfway and progress.step > first:
+                self._save_state()
+                self.callbacks.on_message(f"step {progress.step} is saved; --resume goes on from there")
+            raise
+        finally:
+            if progress.step == 0 or self.nothing_of:  # a run that never began, or saved nothing, is none
+                self.log.path.unlink(missing_ok=True)
+        return FinetuneResult(
+            progress.step,
+            self.total,
+            self.before,
+            self.after,
+            progress.best_top1,
+            time.perf_counter() - began,
+            peak_bytes(self.device),
+            interrupted,
+            progress.skipped,
+            {name: self.model.stages[name].adjoint.label for name in self.stage_names},
+            progress.switched,
+            tuple(self.guard.state.moved_to_anchors),
+            self.guard.state.recalibrations,
+            self.calibration,
+        )
+
+    def _train(self) -> bool:
+        """Whether it was interrupted. A signal may end it anywhere but in the blocks that are `_undisturbed`."""
+        settings, progress = self.settings, self.progress
+        if self.test is not None and progress.step == 0:
+            self.before = self._evaluate()
+            self.log.test(0, 0, self.before)
+        elif self._evaluation_is_due():  # the run was stopped before it
+            self._choose_best()
+            self._save_state()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self.last_step_at = time.perf_counter()
+        for batch in self._batches():
+            with self._undisturbed():
+                record = self._step(batch)
+                self.callbacks.on_step(record)
+                figures = (value for stages in record.monitor.values() for value in stages.values())
+                progress.window.append([record.loss, record.accuracy, *figures])
+                last = progress.step == self.total
+                if progress.step % settings.log_every == 0 or last:
+                    self._move_log()
+                    self.log.train(record, progress.window)
+                    progress.window.clear()
+            interrupted = self.callbacks.should_stop()
+            if self._evaluation_is_due() and not interrupted:
+                self._choose_best()
+                self.last_step_at = time.perf_counter()
+            if interrupted or last or progress.step % settings.save_every == 0:
+                self._save_state()
+            if interrupted:
+                return True
+        return False
+
+    def _evaluation_is_due(self) -> bool:
+        step = self.progress.step
+        end_of_epoch = step % self.per_epoch == 0 and (step // self.per_epoch) % self.settings.eval_every == 0
+        due = step > 0 and (end_of_epoch or step == self.total)
+        return self.test is not None and due and self.progress.evaluated < step
+
+    def _choose_best(self) -> None:
+        self.after = self._evaluate()
+        with self._undisturbed():
+            step = self.progress.evaluated = self.progress.step
+            self._move_log()
+            self.log.test(step, (step - 1) // self.per_epoch + 1, self.after)
+            if not math.isfinite(self.after.loss):
+                raise ResodeError(f"after step {step} the loss on the test images is {self.after.loss}{self._advice()}")
+            if self.after.top1 > self.progress.best_top1:
+                self.progress.best_top1 = self.after.top1
+                self._save_model("best")
+
+    @contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """A signal waits for the end of the block. `halfway` stays set if it ends badly."""
+        with self.callbacks.deferred():
+            self.halfway = True
+            yield
+            self.halfway = False
+
+    def _move_log(self) -> None:
+        self.log.path = self.lock.ensure() / self.log.path.name
+
+    def _batches(self) -> Iterator[Batch]:
+        """Training batches from where the run stands, epoch after epoch."""
+        while self.progress.step < self.total:
+            epoch, done = divmod(self.progress.step, self.per_epoch)
+            self.train.epoch = epoch
+            generator = torch.Generator().manual_seed(self.settings.seed + 7919 * epoch)
+            order = torch.randperm(len(self.train), generator=generator).tolist()
+            epoch_batches = batches(
+                self.train,
+                self.settings.batch_size,
+                order=order,
+                workers=self.settings.workers,
+                drop_last=True,
+                skip=done,
+            )
+            for batch in epoch_batches:
+                if self.progress.step == self.total:
+                    return
+                if len(batch.labels) == 0:
+                    raise ResodeError(f"a whole batch of corrupt images: {batch.skipped[0]} and others")
+                yield batch
+
+    def _step(self, batch: Batch) -> StepRecord:
+        settings = self.settings
+        self.scheduler.step_update(self.progress.step)
+        self._train_mode()
+        images, labels = batch.images.to(self.device), batch.labels.to(self.device)
+        random = RandomState.now(self.device)
+        loss, accuracy, steepest, monitor = self._forward_backward(images, labels)
+        while self.guard.must_redo(monitor["drift"], images, labels, self.progress.step + 1):
+            # The gradient is thrown away and taken again: same random numbers, and running
+            # statistics that have moved once already.
+            random.restore()
+            with fixed_buffers([self.model]):
+                loss, accuracy, steepest, monitor = self._forward_backward(images, labels)
+        if not math.isfinite(loss + steepest):
+            return self._skip(batch, loss, accuracy, steepest, monitor)
+        self.in_a_row = 0
+        if settings.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_grad)
+        lr = max(group["lr"] for group in self.optimizer.param_groups)
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.scaler.get_scale() < scale:
+            self.callbacks.on_message(
+                f"step {self.progress.step + 1}: a gradient overflowed in fp16, so the step was skipped and the loss"
+                f" scale lowered to {self.scaler.get_scale():g}"
+            )
+        return self._record(len(labels), loss, accuracy, lr, monitor)
+
+    def _skip(
+        self, batch: Batch, loss: float, accuracy: float, steepest: float, monitor: dict[str, dict[str, float]]
+    ) -> StepRecord:
+        """Leave the weights as they are. Raises ResodeError where that is not wanted, or has been done too often."""
+        step = self.progress.step + 1
+        what = f"a gradient is {steepest} (loss {loss:.4g})" if math.isfinite(loss) else f"the loss is {loss}"
+        self.in_a_row += 1
+        if self.settings.on_nonfinite == "stop" or self.in_a_row > MOST_SKIPPED:
+            again = "" if self.in_a_row <= MOST_SKIPPED else f", as in the {MOST_SKIPPED} before"
+            raise ResodeError(f"{what} at step {step}{again}{self._advice()}, or --on-nonfinite skip")
+        self.progress.skipped += 1
+        self.callbacks.on_message(f"step {step} is skipped: {what}")
+        lr = max(group["lr"] for group in self.optimizer.param_groups)
+        nothing = {name: dict.fromkeys(stages, math.nan) for name, stages in monitor.items()}
+        return self._record(len(batch.labels), loss, accuracy, lr, nothing)
+
+    def _record(
+        self, images: int, loss: float, accuracy: float, lr: float, monitor: dict[str, dict[str, float]]
+    ) -> StepRecord:
+        self.progress.step += 1
+        now = time.perf_counter()
+        speed, self.last_step_at = images / (now - self.last_step_at), now
+        step, epoch, peak = self.progress.step, (self.progress.step - 1) // self.per_epoch + 1, peak_bytes(self.device)
+        return StepRecord(step, self.total, epoch, loss, accuracy, lr, speed, peak, monitor)
+
+    def _forward_backward(
+        self, images: Tensor, labels: Tensor
+    ) -> tuple[float, float, float, dict[str, dict[str, float]]]:
+        """Loss and accuracy on a batch, the largest entry of the gradient, the monitor's figures; and .grad set.
+
+        With fp16, whose gradients are scaled and may overflow, the scaler looks after them: the entry is 0.
+        """
+        with self._autocast():
+            loss, logits = self.objective(images, labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(self.scaler.scale(loss))
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        look = gradients and not self.scaler.is_enabled()
+        steepest = torch.nn.utils.get_total_norm(gradients, math.inf) if look else loss.new_zeros(())
+        # One transfer per step: the loss, the accuracy, the gradient's size and every stage's figures together.
+        accuracy = (logits.argmax(1) == labels).float().mean()
+        figures = [loss.detach(), accuracy, steepest]
+        values = torch.stack([*(value.float() for value in figures), *self.guard.figures()]).tolist()
+        return values[0], values[1], values[2], self.guard.read(values[3:])
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        dtype = AMP[self.settings.amp]
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
+
+    def _evaluate(self) -> Evaluation:
+        assert self.test is not None
+        data = batches(self.test, max(self.settings.batch_size, 100), workers=self.settings.workers)
+        return evaluate(self.model, data, device=self.device)
+
+    def _described(self) -> OdeResNet:
+        """The model with this run in its history."""
+        settings = {k: v for k, v in asdict(self.settings).items() if v is not None}
+        info = self.model.info.with_command("finetune", data=self.train.name, steps=self.progress.step, **settings)
+        names = self.train.class_names
+        return self.model.with_info(info.with_classes(names))
+
+    def _save_model(self, name: str) -> None:
+        check_finite(self.model, f"after step {self.progress.step} weights are no numbers ({{}}){self._advice()}")
+        model_file.save(self._described(), self.lock.ensure() / f"{name}.safetensors")
+        self._replace(f"{name}.safetensors")
+
+    def _save_state(self) -> None:
+        """The state first: it alone is enough to go on; the last model is there for the other commands."""
+        with self._undisturbed():
+            check_finite(self.model, f"after step {self.progress.step} weights are no numbers ({{}}){self._advice()}")
+            run_folder.save_state(
+                self.lock.ensure() / run_folder.STATE,
+                self.model,
+                optimizer=self.optimizer_state,
+                scaler=self.scaler,
+                progress={**asdict(self.progress), "guard": asdict(self.guard.state)},
+                settings=asdict(self.settings),
+                fingerprint=self.fingerprint,
+            )
+            self._replace(run_folder.STATE)
+            self._save_model("last")
+
+    def _replace(self, written: str) -> None:
+        """What a run before has left goes, now that something of this one stands."""
+        folder = self.lock.folder
+        for name in self.nothing_of:
+            if name != written:
+                (folder / name).unlink(missing_ok=True)
+        if self.nothing_of:
+            self.nothing_of = []
+            self.log.path = self.log.path.replace(folder / LOG)
+
+    def _advice(self) -> str:
+        state = self.lock.folder / run_folder.STATE
+        own = state.is_file() and not self.nothing_of
+        kept = f"{state} holds the last saved step" if own else "nothing was saved yet"
+        return f"; {kept}. Try a lower --lr, --clip-grad, or --adjoint checkpoint"

@@ -1,0 +1,181 @@
+"""The adjoints of a training run, and the watch over them: no step is taken on a gradient known to be wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ResodeError
+from ..gradients.choose import Calibration, calibrate
+from ..machine.memory import free_bytes
+from ..network.model import OdeResNet
+from ..ode import Adjoint
+from ..quantities import parse_bytes
+from .settings import Settings
+
+# After a calibration asked for by the monitor: a stage that drifts again within so many steps gets exact anchors.
+PATIENCE = 20
+# A drift so many times the calibrated one is still chance, whatever the error measured then would allow.
+CHANCE = 1.5
+# Of the free memory, what a stage that moves to anchors may take: other stages may follow.
+SHARE = 0.5
+FIGURES = ("drift", "correction", "contraction")
+
+
+@dataclass
+class GuardState:
+    """What a resumed run needs: the stages' adjoints, the drift allowed to each, and what happened to them."""
+
+    adjoints: dict[str, dict[str, Any]] = field(default_factory=dict)
+    allowed: dict[str, float] = field(default_factory=dict)
+    calibrated_at: dict[str, int] = field(default_factory=dict)
+    moved_to_anchors: list[str] = field(default_factory=list)
+    recalibrations: int = 0
+    warned: list[str] = field(default_factory=list)
+
+
+class Guard:
+    """Sets the adjoints of a run, calibrated if the settings say so, and acts on the monitor.
+
+    batch: gives a batch to calibrate on. prepare: puts the model in the mode that it trains in.
+    """
+
+    def __init__(
+        self,
+        model: OdeResNet,
+        settings: Settings,
+        device: torch.device,
+        *,
+        autocast: Callable[[], AbstractContextManager[Any]],
+        prepare: Callable[[], None],
+        on_message: Callable[[str], None],
+        on_calibration: Callable[[Calibration], None],
+        state: GuardState | None,
+    ) -> None:
+        self.model, self.settings, self.device = model, settings, device
+        self.autocast, self.prepare = autocast, prepare
+        self.on_message, self.on_calibration = on_message, on_calibration
+        self.choice = settings.adjoint_choice()
+        self.state = state or GuardState()
+        self.stage_names = [name for name, stage in model.stages.items() if stage.spec.depth]
+
+    def start(self, batch: Callable[[], tuple[Tensor, Tensor]]) -> None:
+        """Set every stage's adjoint: as it was, as given, or calibrated on a batch."""
+        if self.state.adjoints:
+            self.model.use_adjoint({name: Adjoint(**values) for name, values in self.state.adjoints.items()})
+        elif self.choice.fixed is not None:
+            self.model.use_adjoint(self.choice.fixed)
+            self._remember()
+        else:
+            self._calibrate(*batch(), step=0)
+
+    def figures(self) -> list[Tensor]:
+        """Drift, correction and contraction of every stage, on the device; NaN where there is nothing to tell."""
+        nothing = torch.tensor(math.nan, device=self.device)
+        values = [getattr(self.model.stages[name].monitor, figure) for figure in FIGURES for name in self.stage_names]
+        return [nothing if value is None else value.float() for value in values]
+
+    def read(self, values: list[float]) -> dict[str, dict[str, float]]:
+        """The same figures, once they are on the host: by figure and stage.
+
+        Raises ResodeError where a block, evaluated again, was not what it was in the forward pass.
+        """
+        for name in self.stage_names:
+            self.model.stages[name].monitor.check()
+        count = len(self.stage_names)
+        return {
+            figure: dict(zip(self.stage_names, values[i * count : (i + 1) * count], strict=True))
+            for i, figure in enumerate(FIGURES)
+        }
+
+    def must_redo(self, drift: dict[str, float], images: Tensor, labels: Tensor, step: int) -> bool:
+        """Act on drift past what is allowed; whether the adjoints have changed, so that the step must be redone.
+
+        Raises ResodeError where the run is to stop.
+        """
+        drifted = [name for name in self.stage_names if self._drifted(name, drift[name])]
+        if not drifted:
+            return False
+        what = {
+            name: f"step {step}: the reconstructed states of stage {name} are off by {drift[name]:.2g} of their size"
+            f" (allowed {self._allowed(name):.2g})"
+            for name in drifted
+        }
+        finite = all(math.isfinite(drift[name]) for name in drifted)
+        if self.settings.on_drift == "stop" or (self.settings.on_drift == "warn" and not finite):
+            raise ResodeError(
+                f"{what[drifted[0]]}, so the gradient is not backprop's; stopped"
+                " (--on-drift anchors would go on with an exact one)"
+            )
+        if self.settings.on_drift == "warn":
+            for name in drifted:
+                if name not in self.state.warned:
+                    self.state.warned.append(name)
+                    self.on_message(
+                        f"{what[name]}, so its gradient is not backprop's; --on-drift anchors would mend it"
+                    )
+            return False
+        again = [name for name in drifted if step - self.state.calibrated_at.get(name, -PATIENCE) < PATIENCE]
+        if self.choice.fixed is not None or again or not finite:
+            for name in drifted:
+                self._anchor(name, what[name])
+        else:
+            self.on_message(f"{'; '.join(what.values())}; calibrating again, and the step is taken again")
+            self.state.recalibrations += 1
+            self._calibrate(images, labels, step=step)
+        return True
+
+    def _drifted(self, name: str, value: float) -> bool:
+        reconstructed = self.model.stages[name].monitor.drift is not None
+        return reconstructed and not value <= self._allowed(name)
+
+    def _allowed(self, name: str) -> float:
+        return self.state.allowed.get(name, self.settings.drift_tolerance)
+
+    def _anchor(self, name: str, what: str) -> None:
+        """Move a stage to exact checkpoints: every state if they fit, else as many snapshots as do."""
+        stage = self.model.stages[name]
+        available = free_bytes(self.device)
+        if self.settings.memory_budget is not None:
+            available = min(available, parse_bytes(self.settings.memory_budget))
+        fit = int(SHARE * available / max(stage.monitor.state_bytes, 1))
+        adjoint = Adjoint("checkpoint", snapshots=None if fit >= stage.spec.depth else max(fit, 2))
+        stage.use_adjoint(adjoint)
+        self.state.moved_to_anchors.append(name)
+        self._remember()
+        self.on_message(f"{what}; stage {name} is moved to anchors ({adjoint.label}) and the step taken again")
+
+    def _calibrate(self, images: Tensor, labels: Tensor, *, step: int) -> None:
+        self.prepare()
+        budget = self.settings.memory_budget
+        calibration = calibrate(
+            self.model,
+            images,
+            labels,
+            tolerance=self.settings.grad_tol,
+            budget=parse_bytes(budget) if budget is not None else self._free(),
+            batch_size=self.settings.batch_size,
+            methods=self.choice.methods,
+            autocast=self.autocast,
+        )
+        self.on_calibration(calibration)
+        self.state.allowed = {}
+        for choice in calibration.choices:
+            if choice.own_drift is not None:
+                room = max(self.settings.grad_tol / max(choice.error, 1e-12), CHANCE)
+                self.state.allowed[choice.stage] = min(room * choice.own_drift, self.settings.drift_tolerance)
+            self.state.calibrated_at[choice.stage] = step
+        self._remember()
+
+    def _free(self) -> int:
+        """What the device has free, counting the weights, which are there already."""
+        return free_bytes(self.device) + sum(t.nbytes for t in (*self.model.parameters(), *self.model.buffers()))
+
+    def _remember(self) -> None:
+        self.state.adjoints = {name: asdict(self.model.stages[name].adjoint) for name in self.stage_names}

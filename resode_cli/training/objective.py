@@ -1,0 +1,69 @@
+"""What a training run minimises: the cross-entropy with the labels, and the distance from a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from ..network.model import OdeResNet
+from .settings import Settings
+from .teacher import Teacher, distillation_loss
+
+
+class Objective:
+    """(1 − λ) CE(z, labels) + λ D(z, z_teacher) + μ mean over stages of ‖x − t‖² / ‖t‖²
+
+    λ, D: `settings.distill` and the distillation loss at `settings.temperature`; x, t: outputs of a stage
+    of the model and of the teacher; μ: `settings.teacher_states`. Without a teacher, the cross-entropy.
+
+    Raises UsageError for μ > 0 with a teacher that has other stages.
+    """
+
+    def __init__(self, model: OdeResNet, teacher: Teacher | None, settings: Settings) -> None:
+        self.model, self.teacher, self.settings = model, teacher, settings
+        self.watched: dict[str, tuple[nn.Module, nn.Module]] = {}
+        if teacher is not None and settings.teacher_states:
+            theirs = teacher.net.stages if isinstance(teacher.net, OdeResNet) else {}
+            if set(theirs) != set(model.stages):
+                raise UsageError(
+                    f"--teacher-states needs a teacher with the model's stages ({', '.join(model.stages)});"
+                    f" {teacher.name} has {', '.join(theirs) or 'none that are known'}"
+                )
+            self.watched = {name: (stage, theirs[name]) for name, stage in model.stages.items()}
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss and the model's logits."""
+        if self.teacher is None:
+            logits = self.model(images)
+            return F.cross_entropy(logits.float(), labels), logits
+        with self._outputs() as outputs:
+            target = self.teacher.logits(images)
+            logits = self.model(images)
+        weight = self.settings.distill
+        loss = weight * distillation_loss(logits, target, self.settings.temperature)
+        if weight < 1:
+            loss = loss + (1 - weight) * F.cross_entropy(logits.float(), labels)
+        if outputs:
+            terms = [(x.float() - t.float()).square().sum() / t.float().square().sum() for t, x in outputs.values()]
+            loss = loss + self.settings.teacher_states * torch.stack(terms).mean()
+        return loss, logits
+
+    @contextmanager
+    def _outputs(self) -> Iterator[dict[str, list[Tensor]]]:
+        """Each watched stage's outputs, the teacher's first."""
+        found: dict[str, list[Tensor]] = {name: [] for name in self.watched}
+        hooks = [
+            module.register_forward_hook(lambda module, given, out, name=name: found[name].append(out))
+            for name, pair in self.watched.items()
+            for module in pair
+        ]
+        try:
+            yield found
+        finally:
+            for hook in hooks:
+                hook.remove()

@@ -1,0 +1,75 @@
+"""What a training run hands out: its progress, what it tells while it runs, and its result."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..gradients.choose import Calibration
+from ..measuring.evaluate import Evaluation
+from .run_folder import StepRecord
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """before, after: on the test split; best: the epoch's evaluation with the highest top-1.
+
+    adjoints: what each stage ended with. calibration: the last one, if 'auto' was asked for in this session.
+    """
+
+    steps: int
+    total_steps: int
+    before: Evaluation | None
+    after: Evaluation | None
+    best_top1: float
+    seconds: float
+    peak_bytes: int
+    interrupted: bool
+    skipped_steps: int
+    adjoints: dict[str, str]
+    switched: dict[str, float] | None = None
+    moved_to_anchors: tuple[str, ...] = ()
+    recalibrations: int = 0
+    calibration: Calibration | None = None
+
+
+@dataclass
+class Progress:
+    """How far a run is: everything that a resumed run needs besides tensors."""
+
+    step: int = 0
+    evaluated: int = 0  # the last step that was
+    best_top1: float = -1.0
+    skipped: int = 0  # steps with a loss or gradient that was no number
+    switched: dict[str, float] | None = None
+    guard: dict[str, Any] = field(default_factory=dict)  # a GuardState
+    window: list[list[float]] = field(default_factory=list)  # (loss, accuracy, drift …) since the last log row
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """What a caller wants to hear. `should_stop` is asked after every step.
+
+    Steps and saves run inside `deferred()`; outside of it a signal may raise `Stopped`, and the run then ends well.
+    """
+
+    on_step: Callable[[StepRecord], None] = lambda record: None
+    on_message: Callable[[str], None] = lambda message: None
+    on_calibration: Callable[[Calibration], None] = lambda calibration: None
+    should_stop: Callable[[], bool] = lambda: False
+    deferred: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Largest memory so far: allocated on a GPU, resident size of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,183 @@
+"""The folder of a training run: log.csv, best and last model, and the state that a resumed run needs.
+
+The state is one safetensors file, written atomically: tensors of the model, the optimizer and the
+generators, and everything else as JSON. No pickle.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ResodeError, UsageError
+from ..files import model_file
+from ..machine.atomic import atomic_path
+from ..measuring.evaluate import Evaluation
+from ..network.model import OdeResNet
+from .optimizer_state import OptimizerState, Saved
+
+STATE = "state.safetensors"
+FILES = (STATE, "best.safetensors", "last.safetensors", "log.csv")
+
+
+@dataclass(frozen=True)
+class State:
+    """A saved run. `restore` puts the optimizer, the scaler and the generators back."""
+
+    model: OdeResNet
+    progress: dict[str, Any]
+    settings: dict[str, Any]
+    fingerprint: dict[str, Any]
+    optimizer: Saved
+    scaler: dict[str, Any]
+    generators: dict[str, Tensor]
+
+    def restore(self, optimizer: OptimizerState, scaler: torch.amp.GradScaler, device: torch.device) -> None:
+        optimizer.restore(self.optimizer)
+        if self.scaler and scaler.is_enabled():
+            scaler.load_state_dict(self.scaler)
+        torch.set_rng_state(self.generators["cpu"])
+        if "cuda" in self.generators and device.type == "cuda":
+            torch.cuda.set_rng_state(self.generators["cuda"], device)
+
+
+def save_state(
+    path: Path,
+    model: OdeResNet,
+    *,
+    optimizer: OptimizerState,
+    scaler: torch.amp.GradScaler,
+    progress: dict[str, Any],
+    settings: dict[str, Any],
+    fingerprint: dict[str, Any],
+) -> None:
+    """Write everything a resumed run needs, atomically."""
+    tensors = {f"model/{name}": value for name, value in model.file_state().items()}
+    packed = optimizer.pack()
+    tensors |= {f"optimizer/{name}": tensor for name, tensor in packed.tensors.items()}
+    tensors["generator/cpu"] = torch.get_rng_state()
+    if next(model.parameters()).is_cuda:
+        tensors["generator/cuda"] = torch.cuda.get_rng_state(next(model.parameters()).device)
+    metadata = {
+        **model_file.model_metadata(model),
+        "run": {
+            "progress": progress,
+            "settings": settings,
+            "fingerprint": fingerprint,
+            "optimizer": packed.values,
+            "optimizer_by": "name",
+            "scaler": scaler.state_dict(),
+        },
+    }
+    model_file.write_tensors(path, tensors, metadata)
+
+
+def _run_metadata(folder: Path) -> dict[str, Any]:
+    if not (folder / STATE).is_file():
+        raise UsageError(f"nothing to resume: {str(folder / STATE)!r} does not exist")
+    metadata = model_file.read_metadata(folder / STATE)
+    if "run" not in metadata:
+        raise ResodeError(f"{folder / STATE}: not the state of a run")
+    return metadata["run"]
+
+
+def load_state(folder: Path, *, source: str | None = None, trust_source: bool = False) -> State:
+    """The run saved in `folder`. Raises UsageError if there is none.
+
+    source, trust_source: see `model_file.load`.
+    """
+    run = _run_metadata(folder)
+    tensors, metadata = model_file.read_tensors(folder / STATE)
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "generator": {}}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition("/")
+        parts[part][rest] = tensor
+    model = model_file.from_tensors(folder / STATE, parts["model"], metadata, source=source, trust_source=trust_source)
+    return State(
+        model,
+        run["progress"],
+        run["settings"],
+        run["fingerprint"],
+        Saved(parts["optimizer"], run["optimizer"], by_place=run.get("optimizer_by") != "name"),
+        run["scaler"],
+        parts["generator"],
+    )
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One training step, for a progress display. Loss and accuracy are of this batch."""
+
+    step: int
+    total: int
+    epoch: int
+    loss: float
+    accuracy: float
+    lr: float
+    images_per_second: float
+    peak_bytes: int
+    monitor: dict[str, dict[str, float]]  # drift, correction and contraction of every stage; NaN: nothing to tell
+
+
+def _whole(row: dict[str, str | None]) -> bool:
+    step = row.get("step")
+    return step is not None and step.isdigit() and None not in row.values() and row["split"] in ("train", "test")
+
+
+class Log:
+    """log.csv: a row of means over the last steps, and a row per evaluation.
+
+    Columns: split, step, epoch, loss, top1, lr, images_per_second, peak_bytes and the largest drift,
+    correction and contraction of each stage since the last row (see `ode.Monitor`). Fractions, bytes,
+    seconds; empty where there is nothing to say.
+    """
+
+    def __init__(self, path: Path, stages: Sequence[str], *, keep_up_to: int) -> None:
+        """keep_up_to: of an existing log, keep the rows up to this step; 0 starts a new one."""
+        self.path = path
+        self.fields = ["split", "step", "epoch", "loss", "top1", "lr", "images_per_second", "peak_bytes"]
+        self.figures = [f"{figure}_{name}" for figure in ("drift", "correction", "contraction") for name in stages]
+        self.fields += self.figures
+        rows: list[dict[str, Any]] = []
+        if keep_up_to and path.is_file():
+            with path.open(newline="") as file:
+                # A killed run may have left half a row.
+                rows = [row for row in csv.DictReader(file) if _whole(row) and int(row["step"]) <= keep_up_to]
+        with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.fields, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def _write(self, row: dict[str, Any]) -> None:
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, self.fields)
+            if not file.tell():  # the folder was made anew
+                writer.writeheader()
+            writer.writerow(row)
+
+    def train(self, record: StepRecord, window: Sequence[Sequence[float]]) -> None:
+        losses, accuracies, *figures = zip(*window, strict=True)
+        row: dict[str, Any] = {
+            "split": "train",
+            "step": record.step,
+            "epoch": record.epoch,
+            "loss": sum(losses) / len(losses),
+            "top1": sum(accuracies) / len(accuracies),
+            "lr": record.lr,
+            "images_per_second": round(record.images_per_second, 1),
+            "peak_bytes": record.peak_bytes,
+        }
+        for name, values in zip(self.figures, figures, strict=True):
+            known = [v for v in values if not math.isnan(v)]
+            row[name] = max(known) if known else ""
+        self._write(row)
+
+    def test(self, step: int, epoch: int, evaluation: Evaluation) -> None:
+        self._write({"split": "test", "step": step, "epoch": epoch, "loss": evaluation.loss, "top1": evaluation.top1})

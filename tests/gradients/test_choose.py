@@ -1,0 +1,172 @@
+"""auto: what it chooses meets the tolerance, within the budget, measured by other means than its own."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+from resode_cli.errors import ResodeError
+from resode_cli.gradients import probe
+from resode_cli.gradients.candidates import Candidate, by_preference, candidates, planned_evaluations
+from resode_cli.gradients.check_grad import StageAdjoints, check_gradients
+from resode_cli.gradients.choose import calibrate
+from resode_cli.gradients.probe import StageBytes
+from resode_cli.network.model import OdeResNet, freeze_batch_norm
+from resode_cli.ode import Adjoint
+from resode_cli.surgery.rewrite import deepen, tie
+
+PLENTY = 2**34
+
+
+@pytest.fixture
+def labels() -> torch.Tensor:
+    return torch.tensor([0, 1, 2, 3])
+
+
+@pytest.fixture
+def deep(build_tiny) -> OdeResNet:
+    """In `pre` form, 24 steps per stage, double precision: easy to reverse, but not exactly."""
+    model = build_tiny(form="pre")
+    for name, stage in model.stages.items():
+        model.replace_stage(name, deepen(stage, 24))
+    return model.double()
+
+
+def chosen(model: OdeResNet, images, labels, *, tolerance: float, budget: int = PLENTY, **options):
+    model.train()
+    freeze_batch_norm(model)
+    images = images.to(next(model.parameters()).dtype)
+    return calibrate(model, images, labels, tolerance=tolerance, budget=budget, batch_size=len(images), **options)
+
+
+def measured(model: OdeResNet, calibration, images, labels) -> dict[str, float]:
+    images = images.to(next(model.parameters()).dtype)
+    report = check_gradients(model, images, labels, methods=[StageAdjoints("auto", calibration.adjoints)])
+    return {row.stage: row.relative_error for row in report.methods[0].stages if row.steps}
+
+
+@pytest.mark.parametrize("tolerance", [0.3, 0.02, 1e-3, 1e-6])
+def test_the_choice_meets_the_tolerance_in_the_whole_network(tolerance, deep, images, labels):
+    calibration = chosen(deep, images, labels, tolerance=tolerance)
+    errors = measured(deep, calibration, images, labels)
+    assert len(errors) == 3 and max(errors.values()) <= tolerance
+    for choice in calibration.choices:  # and what it said is what is measured
+        assert choice.error == pytest.approx(errors[choice.stage], rel=1e-3, abs=1e-9)
+
+
+def test_a_reference_that_is_not_backprop_is_no_reference(build_tiny, images, labels, monkeypatch):
+    """What `auto` is held against is itself held against plain backprop."""
+    model = build_tiny().double()
+    monkeypatch.setattr(probe, "reference_adjoint", lambda stage: Adjoint("euler"))
+    with pytest.raises(ResodeError, match="stage layer1: gradients by euler, .* from plain backprop's"):
+        chosen(model, images, labels, tolerance=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rounding_of_a_low_precision_is_no_wrong_reference(dtype, build_tiny, images, labels):
+    """A tied block's gradient is a sum over its steps, rounded otherwise when the steps are taken one by one."""
+    model = build_tiny(form="pre")
+    for name, stage in model.stages.items():
+        model.replace_stage(name, deepen(tie(stage), 24))
+    model.train()
+    freeze_batch_norm(model)
+    autocast = partial(torch.autocast, "cpu", dtype=dtype, enabled=dtype != torch.float32)
+    found = probe.Probe(model, images, labels, autocast)
+    assert set(found.stages) == set(model.stages)
+    # What overflows is compared with nothing, and is for the training loop's guard to name.
+    with torch.no_grad():
+        model.net.linear.weight.fill_(torch.inf)
+    assert probe.Probe(model, images, labels, autocast).stages
+
+
+def test_a_smaller_tolerance_buys_more(deep, images, labels):
+    loose, tight = (chosen(deep, images, labels, tolerance=t) for t in (0.3, 1e-6))
+    assert sum(c.bytes_held for c in loose.choices) < sum(c.bytes_held for c in tight.choices)
+    assert any(c.error > 1e-6 for c in loose.choices)
+    assert all(c.adjoint.plan(c.steps, "euler").exact for c in tight.choices)
+
+
+def test_a_smaller_budget_is_kept_to(deep, images, labels):
+    free = chosen(deep, images, labels, tolerance=1e-6)
+    budget = int(0.8 * free.predicted_bytes)
+    tight = chosen(deep, images, labels, tolerance=1e-6, budget=budget)
+    assert tight.predicted_bytes <= budget < free.predicted_bytes
+    assert max(measured(deep, tight, images, labels).values()) <= 1e-6
+    assert sum(c.evaluations_per_step for c in tight.choices) > sum(c.evaluations_per_step for c in free.choices)
+
+
+def test_too_small_a_budget_is_refused(deep, images, labels):
+    with pytest.raises(ResodeError, match="takes at least .* MiB; raise --memory-budget"):
+        chosen(deep, images, labels, tolerance=0.02, budget=1000)
+
+
+def test_native_depth_gets_exact_anchors_and_the_reason(tiny, images, labels):
+    with torch.no_grad():
+        for name, p in tiny.named_parameters():
+            if ".bn2.weight" in name:
+                p.mul_(10)
+    calibration = chosen(tiny, images, labels, tolerance=0.02)
+    for choice in calibration.choices:
+        assert choice.adjoint.method == "checkpoint"
+        assert "exact anchors" in choice.reason and "off by" in choice.reason
+    assert any("cannot converge" in choice.reason for choice in calibration.choices)
+
+
+@pytest.mark.parametrize("method", ["pc", "multistep"])
+def test_anchors_auto_stays_with_the_method(method, deep, images, labels):
+    calibration = chosen(deep, images, labels, tolerance=1e-3, methods=(method,))
+    assert {choice.adjoint.method for choice in calibration.choices} == {method}
+    assert max(measured(deep, calibration, images, labels).values()) <= 1e-3
+
+
+def test_stages_that_no_gradient_passes_are_left_out(deep, images, labels):
+    deep.requires_grad_(False)
+    deep.stages["layer3"].requires_grad_(True)
+    calibration = chosen(deep, images, labels, tolerance=0.02)
+    assert [choice.stage for choice in calibration.choices] == ["layer3"]
+
+
+def test_the_model_and_the_generators_are_left_as_they_were(deep, images, labels):
+    deep.train()  # batch statistics: every evaluation would move them
+    state = {k: v.clone() for k, v in deep.state_dict().items()}
+    random = torch.get_rng_state()
+    calibrate(deep, images.double(), labels, tolerance=0.02, budget=PLENTY, batch_size=4)
+    assert all(torch.equal(state[k], v) for k, v in deep.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(p.grad is None for p in deep.parameters())
+
+
+def test_heun_stages_can_be_calibrated(deep, images, labels):
+    deep.use_scheme("heun")
+    calibration = chosen(deep, images, labels, tolerance=0.02)
+    assert max(measured(deep, calibration, images, labels).values()) <= 0.02
+
+
+def test_what_backprop_would_hold_is_what_it_holds(deep, images):
+    stage, x = deep.stages["layer1"], torch.rand(4, 4, 16, 16, dtype=torch.float64)
+    stage.use_adjoint(Adjoint("backprop"))
+    stage.monitor.count_kept = True
+    stage(x.clone().requires_grad_())
+    assert StageBytes.of(stage, x, 1.0).backprop == pytest.approx(stage.monitor.kept, rel=0.1)
+
+
+def test_planned_evaluations_are_the_counted_ones(deep):
+    stage, x = deep.stages["layer2"], torch.rand(2, 4, 8, 8, dtype=torch.float64)
+    for candidate in candidates(stage, ("checkpoint", "pc", "euler"), measured=lambda adjoint: 1.0):
+        stage.use_adjoint(candidate.adjoint)
+        stage(x.clone().requires_grad_()).sum().backward()
+        plan = candidate.adjoint.plan(24, "euler")
+        counted = stage.monitor.evaluations / 24
+        assert counted == pytest.approx(planned_evaluations(plan, candidate.adjoint)), candidate
+        assert candidate.evaluations == pytest.approx(counted), candidate
+
+
+def test_nearly_equal_evaluations_are_given_away_for_memory():
+    def candidate(evaluations: float, states: int) -> Candidate:
+        return Candidate(Adjoint("checkpoint"), evaluations, states, True)
+
+    found = [candidate(1.0, 100), candidate(1.1, 6), candidate(2.0, 2), candidate(1.9, 12), candidate(1.5, 50)]
+    ordered = [(c.evaluations, c.states) for c in by_preference(found)]
+    assert ordered == [(1.1, 6), (1.0, 100), (1.5, 50), (2.0, 2), (1.9, 12)]
