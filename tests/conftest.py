@@ -26,7 +26,7 @@ from resode_cli.surgery.convert import convert
 
 TINY_SIZE = 16
 TINY_NET = """
-from resode_cli.adapters.cifar import CifarResNet
+from resode_cli.sources.cifar import CifarResNet
 
 
 def make(num_classes=5):

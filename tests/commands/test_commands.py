@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 NETWORK = """
-from resode_cli.adapters.cifar import CifarResNet
+from resode_cli.sources.cifar import CifarResNet
 def small(num_classes=10):
     return CifarResNet(2, widths=(4, 8, 8), num_classes=num_classes)
 def broken():

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.untrusted
 TRAP = """
 from pathlib import Path
 Path(__file__).with_name("sprung").touch()
-from resode_cli.adapters.cifar import CifarResNet
+from resode_cli.sources.cifar import CifarResNet
 def small(num_classes=10):
     return CifarResNet(1, widths=(2, 4, 4), num_classes=num_classes)
 """

@@ -23,7 +23,7 @@ from resode_cli.surgery.convert import convert, random_batch
 NETS = """
 import torch
 from torch import nn
-from resode_cli.adapters.cifar import CifarResNet
+from resode_cli.sources.cifar import CifarResNet
 
 
 def with_channels(channels):

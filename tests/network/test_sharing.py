@@ -154,7 +154,7 @@ def test_a_file_holds_each_tensor_once(shared: OdeResNet, tmp_path: Path):
 FRESH = """
 import sys, torch
 from safetensors.torch import load_file, save_file
-from resode_cli.model_file import load
+from resode_cli.files.model_file import load
 torch.set_num_threads(1)
 with torch.no_grad():
     save_file({"logits": load(sys.argv[1], trust_source=True)(load_file(sys.argv[2])["images"])}, sys.argv[3])

@@ -33,7 +33,7 @@ from resode_cli.training.settings import Settings
 SMALL = ["--no-pretrained", "--input-size", "8", "--num-classes", "10"]
 TRAIN = ["--images", "24", "--test-images", "8", "--batch-size", "8", "--adjoint", "backprop", "--device", "cpu"]
 NET = """
-from resode_cli.adapters.cifar import CifarResNet
+from resode_cli.sources.cifar import CifarResNet
 def small(num_classes=10):
     return CifarResNet(1, widths=(2, 4, 4), num_classes=num_classes)
 """
@@ -272,7 +272,7 @@ def test_a_second_writer_is_refused_by_name(here: Path, capsys: Any) -> None:
 HOLD = """
 import sys
 from pathlib import Path
-from resode_cli.locks import FolderLock
+from resode_cli.machine.locks import FolderLock
 with FolderLock(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
