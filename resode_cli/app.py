@@ -15,7 +15,21 @@ import typer
 import typer.core
 
 from . import __version__
-from .commands import bench, check_grad, convert, demo, evaluate, export, finetune, info, list_sources, transfer
+from .commands import (
+    bench,
+    check_grad,
+    convert,
+    deepen,
+    demo,
+    evaluate,
+    export,
+    finetune,
+    info,
+    list_sources,
+    recalibrate,
+    tie,
+    untie,
+)
 from .commands.interrupt import leave_closed_terminal, listening, send_nowhere, stop
 from .commands.options import RECIPE
 from .errors import ResodeError, ResodeWarning, UsageError, printable
@@ -79,10 +93,10 @@ app = typer.Typer(
 app.command("list")(list_sources.list_command)
 app.command("convert")(convert.convert_command)
 app.command("info")(info.info_command)
-app.command("tie")(transfer.tie_command)
-app.command("untie")(transfer.untie_command)
-app.command("deepen")(transfer.deepen_command)
-app.command("recalibrate")(transfer.recalibrate_command)
+app.command("tie")(tie.tie_command)
+app.command("untie")(untie.untie_command)
+app.command("deepen")(deepen.deepen_command)
+app.command("recalibrate")(recalibrate.recalibrate_command)
 app.command("check-grad")(check_grad.check_grad_command)
 app.command("bench")(bench.bench_command)
 app.command("finetune")(finetune.finetune_command)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from typing import Any
 
 from .errors import UsageError
@@ -36,6 +36,13 @@ class Range:
             return f"{'above' if self.above else 'at least'} {low} and {'below' if self.below else 'at most'} {high}"
         return f"from {low} to {high}"
 
+    @property
+    def words(self) -> str:
+        """As help says it; empty for what nobody needs to be told."""
+        if self.high == LARGEST_COUNT:
+            return f"{self.low} or more"
+        return "" if abs(self.low) > LARGEST_COUNT else str(self).removesuffix(", and finite")
+
     def check(self, flag: str, value: float | None) -> None:
         """Raises UsageError for a number outside, and for what is no finite number. None stands for an unset option."""
         if value is None or value in self:
@@ -59,23 +66,6 @@ LONGEST_STAGE = 100_000
 STEPS = Range(1, LONGEST_STAGE)  # of a stage
 WORKERS = Range(0, 1024)
 SEED = Range(-(2**63), 2**63 - 1)  # what a generator of torch takes, with room for the number of an epoch
-
-
-def ranged(default: Any, range: Range, *, flag: str | None = None) -> Any:
-    """A dataclass field that takes the numbers of a range. flag: where it is not spelled like the field."""
-    return field(default=default, metadata={"range": range, "flag": flag})
-
-
-def check_ranges(settings: Any) -> None:
-    """Raises UsageError, by the name of its flag, for the first field of a dataclass outside its range."""
-    for each in fields(settings):
-        allowed = each.metadata.get("range")
-        if allowed is not None:
-            allowed.check(flag_of(each.name, each.metadata), getattr(settings, each.name))
-
-
-def flag_of(name: str, metadata: Mapping[str, Any]) -> str:
-    return metadata.get("flag") or f"--{name.replace('_', '-')}"
 
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from ..errors import UsageError, unknown
 from ..files import model_file
-from ..network.model import OdeResNet, freeze_batch_norm
+from ..network.model import OdeResNet, autocast_dtype, freeze_batch_norm
 from ..network.parts import BlockRule
 from ..network.residual import LINEAR
 from ..network.stage import BlockSpec, OdeStage, StageSpec
@@ -219,7 +219,7 @@ class Workload:
     def __post_init__(self) -> None:
         if (self.model is None) == (self.shape is None):
             raise UsageError("give either a model file or --stage-shape C,H,W")
-        for name, value, allowed in (("BatchNorm mode", self.bn, ("batch", "frozen")), ("amp", self.amp, tuple(AMP))):
+        for name, value, allowed in (("BatchNorm mode", self.bn, ("batch", "frozen")), ("amp", self.amp, AMP)):
             if value not in allowed:
                 raise unknown(name, value, allowed)
         if self.batch_size < 1:
@@ -334,7 +334,7 @@ class Trial:
         return loss * FP16_LOSS_SCALE if self.workload.amp == "fp16" else loss
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        dtype = AMP[self.workload.amp]
+        dtype = autocast_dtype(self.workload.amp)
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
 
     def step(self) -> None:

@@ -4,35 +4,37 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
 from ..errors import UsageError
 from ..quantities import COUNT, SEED
+from ..training.settings import Settings
 from .options import (
-    AnchorsOption,
-    BatchNormOption,
     BatchSizeOption,
-    CorrectionsOption,
     DeviceOption,
     JsonOption,
+    Origin,
     RecipeOption,
-    SnapshotsOption,
-    SourceOption,
-    TrustSourceOption,
     depth_list,
     number,
 )
 from .output import Output, start
+from .parameters import Fields, takes
 
 if TYPE_CHECKING:
     from ..bench.workload import StageShape
     from ..ode import Adjoint
 
 
+BACKWARD = ("anchors", "corrections", "snapshots", "bn", "amp", "compile", "channels_last")
+
+
+@takes(backward=Fields(Settings(bn="batch"), only=BACKWARD), origin=Fields(Origin()))
 def bench_command(
+    *,
     model: Annotated[Path | None, typer.Argument(help="Model file, as written by `resode convert`.")] = None,
     stage_shape: Annotated[
         str | None, typer.Option("--stage-shape", help="Instead of a model: one stage of random blocks, C,H,W.")
@@ -54,9 +56,7 @@ def bench_command(
             " Plain backprop and torch.utils.checkpoint are always measured too.",
         ),
     ] = "multistep,pc,checkpoint",
-    anchors: AnchorsOption = None,
-    corrections: CorrectionsOption = 0,
-    snapshots: SnapshotsOption = None,
+    backward: Any,
     depths: Annotated[
         str | None,
         typer.Option("--depths", help="Steps per stage, e.g. 16,64. Default: a model's own; 16,64 of --stage-shape."),
@@ -69,10 +69,6 @@ def bench_command(
     repeats: Annotated[
         int, number("--repeats", range=COUNT, help="Timed steps of each method, after one warm-up.")
     ] = 5,
-    bn: BatchNormOption = "batch",
-    amp: Annotated[str, typer.Option("--amp", help="Autocast: 'bf16', 'fp16' or 'none'.")] = "none",
-    channels_last: Annotated[bool, typer.Option("--channels-last", help="Channels-last memory format.")] = False,
-    compiled: Annotated[bool, typer.Option("--compile", help="Compile the branches of the steps.")] = False,
     largest_batch: Annotated[
         bool, typer.Option("--largest-batch", help="On a GPU: also find the largest batch that fits, to within 2 %.")
     ] = False,
@@ -82,15 +78,14 @@ def bench_command(
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Draw memory, error and time to this .png, .pdf or .svg.")
     ] = None,
-    source: SourceOption = None,
-    trust_source: TrustSourceOption = False,
+    origin: Origin,
     recipe: RecipeOption = None,
     json: JsonOption = False,
 ) -> None:
     """Measure time, memory, evaluations and gradient error of the methods, against backprop and torch checkpoint."""
     if (model is None) == (stage_shape is None):
         raise UsageError("give either a model file or --stage-shape C,H,W" + (", not both" if model else ""))
-    methods = _methods(adjoint, anchors, corrections, snapshots)
+    methods = _methods(adjoint, backward.anchors, backward.corrections, backward.snapshots)
     steps = depth_list("--depths", depths) if depths is not None else None
     _check_files(csv, plot)
     start()
@@ -102,19 +97,19 @@ def bench_command(
 
     output = Output(json_mode=json)
     shape = _shape(stage_shape, {"block": block, "weights": weights, "scheme": scheme})
-    if shape is not None and (input_size is not None or source is not None):
+    if shape is not None and (input_size is not None or origin.source is not None):
         raise UsageError(f"--{'input-size' if input_size is not None else 'source'} goes with a model file")
     workload = Workload(
         model=None if model is None else str(model),
-        source=source,
-        trust_source=trust_source,
+        source=origin.source,
+        trust_source=origin.trust_source,
         input_size=None if input_size is None else parse_size(input_size),
         shape=shape,
         batch_size=batch_size,
-        bn=bn,
-        amp=amp,
-        channels_last=channels_last,
-        compiled=compiled,
+        bn=backward.bn,
+        amp=backward.amp,
+        channels_last=backward.channels_last,
+        compiled=backward.compile,
         device=str(as_device(device)),
         seed=seed,
     )

@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
 
 from ..errors import ResodeError
 from ..quantities import COUNT, NOT_NEGATIVE
+from ..training.settings import Settings
 from .options import (
-    DATA_ROOT,
-    AnchorsOption,
-    BatchNormOption,
-    CorrectionsOption,
-    DataRootOption,
+    DATA,
     DeviceOption,
-    GradTolOption,
     JsonOption,
-    MemoryBudgetOption,
     ModelArgument,
+    Origin,
+    Reading,
     RecipeOption,
-    SkipCorruptOption,
-    SnapshotsOption,
-    SourceOption,
-    TrustSourceOption,
     depth_list,
     number,
 )
 from .output import Output, start
+from .parameters import Fields, takes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +32,16 @@ if TYPE_CHECKING:
     from ..network.model import OdeResNet
 
 
+BACKWARD = ("anchors", "corrections", "snapshots", "grad_tol", "memory_budget", "bn")
+
+
+@takes(
+    backward=Fields(Settings(), only=BACKWARD),
+    reading=Fields(Reading(), but=("images",)),
+    origin=Fields(Origin()),
+)
 def check_grad_command(
+    *,
     model: ModelArgument,
     adjoint: Annotated[
         str,
@@ -47,16 +51,14 @@ def check_grad_command(
             " with settings of their own as in pc:anchors=10,checkpoint:snapshots=12.",
         ),
     ] = "auto,checkpoint,multistep,pc,euler,heun",
-    anchors: AnchorsOption = None,
-    corrections: CorrectionsOption = 0,
-    snapshots: SnapshotsOption = None,
-    grad_tol: GradTolOption = 0.02,
-    memory_budget: MemoryBudgetOption = None,
+    backward: Any,
     data: Annotated[
-        str | None, typer.Option("--data", "-d", help="Test images to measure on. Default: a fixed random batch.")
+        str | None,
+        typer.Option(
+            "--data", "-d", help="Test images to measure on. Default: a fixed random batch.", rich_help_panel=DATA
+        ),
     ] = None,
-    images: Annotated[int, number("--images", range=COUNT, help="Images in the batch.")] = 32,
-    bn: BatchNormOption = "frozen",
+    images: Annotated[int, number("--images", range=COUNT, help="Images in the batch.", group=DATA)] = 32,
     sweep: Annotated[
         str | None, typer.Option("--sweep", help="Depths, e.g. 16,32,64: deepen by replication, error against depth.")
     ] = None,
@@ -65,16 +67,13 @@ def check_grad_command(
     ] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="Draw the errors to this .png, .pdf or .svg.")] = None,
     device: DeviceOption = "auto",
-    skip_corrupt: SkipCorruptOption = False,
-    data_root: DataRootOption = DATA_ROOT,
-    source: SourceOption = None,
-    trust_source: TrustSourceOption = False,
+    reading: Reading,
+    origin: Origin,
     recipe: RecipeOption = None,
     json: JsonOption = False,
 ) -> None:
     """Measure how far each adjoint method's gradients are from true backprop, stage by stage."""
     start()
-    from ..files import model_file
     from ..gradients.adjoint_choice import choose_adjoints
     from ..gradients.check_grad import StageAdjoints, SweepRow, calibrated, check_gradients, sweep_depths
     from ..machine.memory import free_bytes
@@ -86,15 +85,17 @@ def check_grad_command(
     from ..reports.report import gradient_json, gradient_table, sweep_json, sweep_table
 
     output = Output(json_mode=json)
-    choices = choose_adjoints(adjoint, anchors=anchors, corrections=corrections, snapshots=snapshots)
-    budget = parse_bytes(memory_budget) if memory_budget is not None else None
+    choices = choose_adjoints(
+        adjoint, anchors=backward.anchors, corrections=backward.corrections, snapshots=backward.snapshots
+    )
+    budget = parse_bytes(backward.memory_budget) if backward.memory_budget is not None else None
     depths = depth_list("--sweep", sweep, at_least=2) if sweep is not None else None
     if plot is not None:
         from ..reports.plot_gradients import check_plot
 
         check_plot(plot)
-    loaded = model_file.load(model, source=source, trust_source=trust_source).to(where := as_device(device))
-    batches_of = _Batches(loaded, data, images, skip_corrupt, data_root, output)
+    loaded = origin.load(model).to(where := as_device(device))
+    batches_of = _Batches(loaded, data, replace(reading, images=images), output)
     inputs, labels, what = batches_of.measured()
     if data is None:
         output.note("no --data: measured on a fixed batch of random noise with random labels")
@@ -116,10 +117,10 @@ def check_grad_command(
             calibration = calibrated(
                 loaded,
                 *(part.to(where) for part in batches_of.calibration()),
-                tolerance=grad_tol,
+                tolerance=backward.grad_tol,
                 budget=budget if budget is not None else free_bytes(where),
                 methods=choice.methods,
-                batch_norm=bn,
+                batch_norm=backward.bn,
                 on_stage=lambda stage, tried: status.update(escape(f"calibrating {stage}: {tried}")),
             )
             calibrations.append(calibration)
@@ -134,7 +135,7 @@ def check_grad_command(
             inputs,
             labels,
             methods=methods,
-            batch_norm=bn,
+            batch_norm=backward.bn,
             data=what,
             on_method=lambda method: status.update(escape(f"measuring {method}")),
         )
@@ -146,7 +147,7 @@ def check_grad_command(
                 labels,
                 depths=depths,
                 methods=fixed,
-                batch_norm=bn,
+                batch_norm=backward.bn,
                 on_depth=lambda depth, method: status.update(escape(f"measuring {method} at {depth} steps")),
             )
     output.show(gradient_table(report))
@@ -183,11 +184,8 @@ def check_grad_command(
 class _Batches:
     """The batch that is measured, and another one to calibrate on: `auto` must not choose on what it is judged by."""
 
-    def __init__(
-        self, model: OdeResNet, data: str | None, images: int, skip_corrupt: bool, root: Path, output: Output
-    ) -> None:
-        self.output = output
-        self.model, self.data, self.images, self.skip_corrupt, self.root = model, data, images, skip_corrupt, root
+    def __init__(self, model: OdeResNet, data: str | None, reading: Reading, output: Output) -> None:
+        self.model, self.data, self.reading, self.output = model, data, reading, output
 
     def measured(self) -> tuple[Tensor, Tensor, str]:
         return self._noise(0) + ("random noise",) if self.data is None else (*self._of("test"), f"{self.data}, test")
@@ -202,13 +200,10 @@ class _Batches:
             return self._of("test")
 
     def _of(self, split: Literal["train", "test"]) -> tuple[Tensor, Tensor]:
-        from ..data import batches, open_labelled
+        from ..data import batches
 
         assert self.data is not None
-        info = self.model.info
-        samples = open_labelled(
-            self.data, info, split, images=self.images, skip_corrupt=self.skip_corrupt, root=self.root
-        )
+        samples = self.reading.open(self.data, self.model, split)
         self.output.notes(samples.notes)
         batch = next(batches(samples, len(samples)))
         self.output.notes([samples.skipped_note()])
@@ -219,7 +214,7 @@ class _Batches:
 
         from ..surgery.convert import random_batch
 
-        labels = torch.randint(
-            self.model.info.num_classes, (self.images,), generator=torch.Generator().manual_seed(seed)
-        )
-        return random_batch(self.model.info.preprocessing, self.images, seed=seed), labels
+        info, images = self.model.info, self.reading.images
+        assert images is not None
+        labels = torch.randint(info.num_classes, (images,), generator=torch.Generator().manual_seed(seed))
+        return random_batch(info.preprocessing, images, seed=seed), labels

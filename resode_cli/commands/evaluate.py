@@ -6,49 +6,44 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from ..errors import unknown
 from .options import (
-    DATA_ROOT,
     BatchSizeOption,
     DataOption,
-    DataRootOption,
     DeviceOption,
-    ImagesOption,
     JsonOption,
     ModelArgument,
+    Origin,
+    Reading,
     RecipeOption,
-    SkipCorruptOption,
-    SourceOption,
-    TrustSourceOption,
     WorkersOption,
 )
 from .output import Output, start
+from .parameters import Fields, takes
 
 if TYPE_CHECKING:
     from ..data.folders import Split
 
 
+@takes(reading=Fields(Reading()), origin=Fields(Origin()))
 def eval_command(
+    *,
     model: ModelArgument,
     data: DataOption,
     split: Annotated[
         str, typer.Option("--split", help="'test' (val where there is no labelled one), 'val' or 'train'.")
     ] = "test",
-    images: ImagesOption = None,
+    reading: Reading,
     batch_size: BatchSizeOption = 100,
     device: DeviceOption = "auto",
     workers: WorkersOption = 0,
-    skip_corrupt: SkipCorruptOption = False,
-    data_root: DataRootOption = DATA_ROOT,
-    source: SourceOption = None,
-    trust_source: TrustSourceOption = False,
+    origin: Origin,
     recipe: RecipeOption = None,
     json: JsonOption = False,
 ) -> None:
     """Top-1 and top-5 accuracy and cross-entropy of a model."""
     start()
-    from ..data import batches, open_labelled
-    from ..errors import unknown
-    from ..files import model_file
+    from ..data import batches
     from ..measuring.evaluate import evaluate
     from ..network.model import as_device
     from ..quantities import finite
@@ -58,21 +53,14 @@ def eval_command(
     output = Output(json_mode=json)
     if split not in ("train", "val", "test"):
         raise unknown("split", split, ["test", "val", "train"])
-    loaded = model_file.load(model, source=source, trust_source=trust_source)
-    images_of = open_labelled(
-        data,
-        loaded.info,
-        cast("Split", split),
-        images=images,
-        skip_corrupt=skip_corrupt,
-        root=data_root,
-    )
-    output.notes(images_of.notes)
+    loaded = origin.load(model)
+    images = reading.open(data, loaded, cast("Split", split))
+    output.notes(images.notes)
     where = as_device(device)
-    with counting(output, "evaluating", len(images_of)) as advance:
+    with counting(output, "evaluating", len(images)) as advance:
         result = evaluate(
-            loaded.to(where), batches(images_of, batch_size, workers=workers), device=where, on_batch=advance
+            loaded.to(where), batches(images, batch_size, workers=workers), device=where, on_batch=advance
         )
-    output.notes([images_of.skipped_note()])
+    output.notes([images.skipped_note()])
     output.show(evaluation_line(result))
-    output.json(finite({**evaluation_json(result), "split": images_of.split}))
+    output.json(finite({**evaluation_json(result), "split": images.split}))

@@ -9,11 +9,14 @@ import typer
 
 from ..errors import UsageError
 from ..quantities import COUNT
-from .options import ForceOption, JsonOption, ModelArgument, SourceOption, TrustSourceOption, number
+from .options import ForceOption, JsonOption, ModelArgument, Origin, number
 from .output import Output, start
+from .parameters import Fields, takes
 
 
+@takes(origin=Fields(Origin()))
 def export_command(
+    *,
     model: ModelArgument,
     out: Annotated[
         Path,
@@ -27,8 +30,7 @@ def export_command(
         int | None,
         number("--batch-size", "-b", range=COUNT, help="Of .pt2 and .onnx: this many images alone. Default: any."),
     ] = None,
-    source: SourceOption = None,
-    trust_source: TrustSourceOption = False,
+    origin: Origin,
     force: ForceOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -47,10 +49,10 @@ def export_command(
     if out.resolve() == model.resolve():
         raise UsageError(f"output {str(out)!r} is the model itself")
     check_output(out, force=force)
-    loaded = model_file.load(model, source=source, trust_source=trust_source)
+    loaded = origin.load(model)
     images = like(random_batch(loaded.info.preprocessing, batch_size or VERIFIED), loaded)
-    origin = model_file.origin_of(loaded.info.source, source, trust_source=trust_source)
-    verified = export(loaded, out, images, fixed_batch=batch_size is not None, origin=origin).record()
+    built_by = model_file.origin_of(loaded.info.source, origin.source, trust_source=origin.trust_source)
+    verified = export(loaded, out, images, fixed_batch=batch_size is not None, origin=built_by).record()
     output.show(f"read back, {verification_line(verified)}")
     output.note(f"wrote {out} ({size(out.stat().st_size)})")
     output.json(finite({"out": str(out), "bytes": out.stat().st_size, "verified": verified}))

@@ -11,32 +11,23 @@ import typer
 from ..errors import UsageError, join
 from ..machine.locks import FolderLock, refuse_several_processes
 from ..machine.signals import exit_code
-from .fit_options import TeacherOption, TemperatureOption
+from ..quantities import COUNT
+from ..training.settings import Settings
 from .interrupt import working
 from .options import (
-    DATA_ROOT,
-    AnchorsOption,
-    BatchNormOption,
-    CorrectionsOption,
+    DATA,
     DataOption,
-    DataRootOption,
     DeviceOption,
     ForceOption,
-    GradTolOption,
-    ImagesOption,
     JsonOption,
-    MemoryBudgetOption,
     ModelArgument,
+    Origin,
+    Reading,
     RecipeOption,
-    SkipCorruptOption,
-    SnapshotsOption,
-    SourceOption,
-    StageOption,
-    TestImagesOption,
-    TrustSourceOption,
-    WorkersOption,
+    number,
 )
 from .output import Output, start
+from .parameters import Fields, Given, takes
 
 if TYPE_CHECKING:
     import torch
@@ -46,87 +37,31 @@ if TYPE_CHECKING:
     from ..training.settings import Settings
 
 
+@takes(settings=Fields(Settings()), reading=Fields(Reading()), origin=Fields(Origin()))
 def finetune_command(
+    *,
     ctx: typer.Context,
     model: ModelArgument,
     data: DataOption,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for best and last model, log.csv and state.")],
-    adjoint: Annotated[
-        str,
-        typer.Option(
-            "--adjoint", help="Backward method: auto, backprop, checkpoint (exact), multistep, pc, euler or heun."
-        ),
-    ] = "auto",
-    anchors: AnchorsOption = None,
-    corrections: CorrectionsOption = 0,
-    snapshots: SnapshotsOption = None,
-    grad_tol: GradTolOption = 0.02,
-    memory_budget: MemoryBudgetOption = None,
-    epochs: Annotated[
-        int | None, typer.Option("--epochs", help="Default: one, or as many as --max-steps needs.")
+    settings: Settings,
+    reading: Reading,
+    test_images: Annotated[
+        int | None,
+        number("--test-images", range=COUNT, help="Evaluate on this many test images; all by default.", group=DATA),
     ] = None,
-    max_steps: Annotated[int | None, typer.Option("--max-steps", help="End after this many steps.")] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", "-b", help="Images per step.")] = 128,
-    lr: Annotated[float, typer.Option("--lr", help="Largest learning rate.")] = 1e-3,
-    momentum: Annotated[float, typer.Option("--momentum")] = 0.9,
-    weight_decay: Annotated[float, typer.Option("--weight-decay", help="Not applied to norms and biases.")] = 5e-4,
-    clip_grad: Annotated[float | None, typer.Option("--clip-grad", help="Largest norm of the gradient.")] = None,
-    optimizer: Annotated[
-        str, typer.Option("--optimizer", help="Any optimizer of timm; 'momentum' is SGD.")
-    ] = "momentum",
-    schedule: Annotated[
-        str, typer.Option("--schedule", help="Learning rate: 'cosine', 'step' (a tenth at 1/2 and 3/4) or 'constant'.")
-    ] = "cosine",
-    warmup: Annotated[int, typer.Option("--warmup", help="Steps of linear increase of the learning rate.")] = 0,
-    stage: StageOption = None,
-    bn: BatchNormOption = "frozen",
-    amp: Annotated[str, typer.Option("--amp", help="Autocast: 'bf16', 'fp16' or 'none'.")] = "none",
-    augment: Annotated[
-        bool, typer.Option("--augment/--no-augment", help="Random crops, and mirror images where fit.")
-    ] = True,
-    images: ImagesOption = None,
-    test_images: TestImagesOption = None,
-    drift_tol: Annotated[
-        float, typer.Option("--drift-tol", help="Largest relative error of reconstructed states; 'auto' lowers it.")
-    ] = 0.1,
-    on_drift: Annotated[
-        str,
-        typer.Option("--on-drift", help="Past it: 'anchors' (exact stage, step redone), 'warn' or 'stop'."),
-    ] = "anchors",
-    on_nonfinite: Annotated[
-        str,
-        typer.Option("--on-nonfinite", help="With a loss or gradient that is no number: 'stop', or 'skip' the step."),
-    ] = "stop",
-    teacher: TeacherOption = None,
-    distill: Annotated[
-        float, typer.Option("--distill", help="Weight of the teacher's logits; the labels have the rest.")
-    ] = 0.5,
-    temperature: TemperatureOption = 2.0,
-    teacher_states: Annotated[
-        float, typer.Option("--teacher-states", help="Weight of the outputs of the teacher's stages.")
-    ] = 0.0,
-    log_every: Annotated[int, typer.Option("--log-every", help="Steps per row of log.csv.")] = 20,
-    save_every: Annotated[int, typer.Option("--save-every", help="Steps between saves of the state.")] = 100,
-    eval_every: Annotated[int, typer.Option("--eval-every", help="Epochs between evaluations.")] = 1,
     device: DeviceOption = "auto",
-    seed: Annotated[int, typer.Option("--seed")] = 0,
-    workers: WorkersOption = 0,
-    compile: Annotated[bool, typer.Option("--compile", help="Compile the branches with torch.compile.")] = False,
-    channels_last: Annotated[bool, typer.Option("--channels-last", help="Keep images in that memory format.")] = False,
-    skip_corrupt: SkipCorruptOption = False,
-    data_root: DataRootOption = DATA_ROOT,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, as if never stopped.")] = False,
-    source: SourceOption = None,
-    trust_source: TrustSourceOption = False,
+    origin: Origin,
     recipe: RecipeOption = None,
     force: ForceOption = False,
     json: JsonOption = False,
+    given: Given,
 ) -> None:
     """Train a model with a backward pass that need not store activations."""
     refuse_several_processes()
     start()
-    from ..data import held_out_splits, open_labelled
-    from ..files import model_file
+    from ..data import held_out_splits
     from ..network.model import as_device
     from ..quantities import size
     from ..reports.choice import calibration_table
@@ -136,74 +71,24 @@ def finetune_command(
     from ..training.optimizer_state import check_optimizer
     from ..training.results import Callbacks
     from ..training.resuming import check_folder, check_model, check_resumable, loaded_checksum, resumed
-    from ..training.settings import Settings
     from ..training.teacher import open_teacher
     from .progress import training
 
     output = Output(json_mode=json)
-    chosen = Settings(
-        adjoint=adjoint,
-        anchors=anchors,
-        corrections=corrections,
-        snapshots=snapshots,
-        grad_tol=grad_tol,
-        memory_budget=memory_budget,
-        epochs=epochs,
-        max_steps=max_steps,
-        batch_size=batch_size,
-        lr=lr,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        clip_grad=clip_grad,
-        optimizer=optimizer,
-        schedule=schedule,
-        warmup=warmup,
-        stages=tuple(stage) if stage else None,
-        bn=bn,
-        amp=amp,
-        augment=augment,
-        seed=seed,
-        drift_tolerance=drift_tol,
-        on_drift=on_drift,
-        on_nonfinite=on_nonfinite,
-        log_every=log_every,
-        save_every=save_every,
-        eval_every=eval_every,
-        workers=workers,
-        compile=compile,
-        channels_last=channels_last,
-        teacher=teacher,
-        distill=distill,
-        temperature=temperature,
-        teacher_states=teacher_states,
-    )
-    _check_teacher(ctx, chosen)
-    check_optimizer(chosen)
+    _check_teacher(settings, given, resume=resume)
+    check_optimizer(settings)
     lock = FolderLock(out, on_message=output.note)
     _check_is_folder(out)
     ctx.with_resource(lock)
     check_folder(out, resume=resume, force=force)
     where = as_device(device)
-    state = run_folder.load_state(out, source=source, trust_source=trust_source) if resume else None
-    settings = chosen
+    state = run_folder.load_state(out, source=origin.source, trust_source=origin.trust_source) if resume else None
     if state is not None:
-        settings, changes = resumed(chosen, _given(ctx), state.settings)
+        settings, changes = resumed(settings, given.all, state.settings)
         output.notes([check_model(model, out, state), *changes])
-    loaded = state.model if state is not None else model_file.load(model, source=source, trust_source=trust_source)
-    train = open_labelled(
-        data,
-        loaded.info,
-        "train",
-        augment=settings.augment,
-        seed=settings.seed,
-        images=images,
-        skip_corrupt=skip_corrupt,
-        root=data_root,
-    )
-    test, *at_end = (
-        open_labelled(data, loaded.info, split, images=test_images, skip_corrupt=skip_corrupt, root=data_root)
-        for split in held_out_splits(data)
-    )
+    loaded = state.model if state is not None else origin.load(model)
+    train = reading.open(data, loaded, "train", augment=settings.augment, seed=settings.seed)
+    test, *at_end = (reading.open(data, loaded, split, images=test_images) for split in held_out_splits(data))
     for split in (train, test, *at_end):
         output.notes(split.notes)
     loaded.info = loaded.info.with_classes(train.class_names)  # so that the state of the run has them too
@@ -213,7 +98,9 @@ def finetune_command(
         check_resumable(state, train, test, settings)
         output.note(f"resuming at step {state.progress['step']}")
     learned_from = (
-        open_teacher(settings.teacher, loaded, trust_source=trust_source) if settings.teacher is not None else None
+        open_teacher(settings.teacher, loaded, trust_source=origin.trust_source)
+        if settings.teacher is not None
+        else None
     )
     done = state.progress["step"] if state is not None else 0
     total = settings.steps(len(train))
@@ -255,7 +142,7 @@ def finetune_command(
         output.note(f"{result.skipped_steps} steps were skipped for a loss or gradient that was no number")
     document = finetune_json(result)
     if at_end and not result.interrupted:
-        document["test"] = _on_test(lock.folder, loaded, at_end[0], settings, where, source, trust_source, output)
+        document["test"] = _on_test(lock.folder, loaded, at_end[0], settings, where, origin, output)
     output.notes(split.skipped_note() for split in (train, test, *at_end))
     output.json(document)
     if result.interrupted:
@@ -269,18 +156,16 @@ def _on_test(
     data: ImageData,
     settings: Settings,
     device: torch.device,
-    source: str | None,
-    trust_source: bool,
+    origin: Origin,
     output: Output,
 ) -> dict[str, Any]:
     """The best model on images that neither trained nor chose it."""
     from ..data import batches
-    from ..files import model_file
     from ..measuring.evaluate import evaluate
     from ..reports.report import evaluation_json, evaluation_line
 
     best = out / "best.safetensors"
-    model = model_file.load(best, source=source, trust_source=trust_source) if best.is_file() else last
+    model = origin.load(best) if best.is_file() else last
     found = evaluate(
         model.to(device), batches(data, max(settings.batch_size, 100), workers=settings.workers), device=device
     )
@@ -294,18 +179,10 @@ def _written(folder: Path) -> str:
     return join([name for name in FILES if (folder / name).is_file()]) or "nothing"
 
 
-def _given(ctx: typer.Context) -> list[str]:
-    """The parameters that a flag or a recipe set."""
-    origins = {name: ctx.get_parameter_source(name) for name in ctx.params}
-    return [name for name, origin in origins.items() if origin is not None and origin.name != "DEFAULT"]
-
-
-def _check_teacher(ctx: typer.Context, chosen: Settings) -> None:
+def _check_teacher(settings: Settings, given: Given, *, resume: bool) -> None:
     """Raises UsageError for a setting of the teacher without one."""
     for name in ("distill", "temperature", "teacher_states"):
-        origin = ctx.get_parameter_source(name)
-        given = origin is not None and origin.name != "DEFAULT"
-        if given and chosen.teacher is None and not ctx.params["resume"]:
+        if name in given.all and settings.teacher is None and not resume:
             raise UsageError(f"--{name.replace('_', '-')} is a setting of the teacher; add --teacher MODEL")
 
 

@@ -6,17 +6,19 @@ from typing import Annotated
 
 import typer
 
-from .options import JsonOption, ModelArgument, SourceOption, TrustSourceOption
+from .options import JsonOption, ModelArgument, Origin
 from .output import Output, start
+from .parameters import Fields, takes
 
 
+@takes(origin=Fields(Origin()))
 def info_command(
+    *,
     model: ModelArgument,
     history: Annotated[
         bool, typer.Option("--history", help="Show every setting of the commands that made it.")
     ] = False,
-    source: SourceOption = None,
-    trust_source: TrustSourceOption = False,
+    origin: Origin,
     json: JsonOption = False,
 ) -> None:
     """Show what a model file holds: source, stages, preprocessing, and the commands that made it."""
@@ -26,16 +28,16 @@ def info_command(
     from ..reports.report import stage_rows, stage_table, verification_line
 
     output = Output(json_mode=json)
-    loaded = model_file.load(model, source=source, trust_source=trust_source)
+    loaded = origin.load(model)
     metadata = model_file.model_metadata(loaded)
     rows = stage_rows(loaded)
     parameters = sum(p.numel() for p in loaded.parameters())
-    origin, pre = loaded.info.source, loaded.info.preprocessing
+    made_of, pre = loaded.info.source, loaded.info.preprocessing
     output.show(stage_table(rows, title=f"{model} ({size(model.stat().st_size)})"))
-    tag = f", tag {origin.tag}" if origin.tag else ""
-    weights = f", weights {origin.weights}" if origin.weights else ""
-    digest = f", sha256 {origin.weights_sha256[:12]}…" if origin.weights_sha256 else ", random weights"
-    output.show(f"source         {origin}{tag}{weights}{digest}")
+    tag = f", tag {made_of.tag}" if made_of.tag else ""
+    weights = f", weights {made_of.weights}" if made_of.weights else ""
+    digest = f", sha256 {made_of.weights_sha256[:12]}…" if made_of.weights_sha256 else ", random weights"
+    output.show(f"source         {made_of}{tag}{weights}{digest}")
     output.show(f"parameters     {parameters:,}")
     names = loaded.info.class_names
     colours = {1: " grey", 3: ""}.get(pre.channels, f" {pre.channels} channels")

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
 
 from ..errors import UsageError, join
-from ..quantities import COUNT, COUNT_OR_NONE, LONGEST_STAGE, POSITIVE, WORKERS, Range
+from ..options import option
+from ..quantities import COUNT, LONGEST_STAGE, WORKERS, Range
 from ..recipe import read_recipe
+
+if TYPE_CHECKING:
+    from ..data import ImageData
+    from ..data.folders import Split
+    from ..network.model import OdeResNet
 
 
 def fill_from_recipe(ctx: typer.Context, value: Path | None) -> Path | None:
@@ -67,15 +74,19 @@ _KINDS: dict[Any, str] = {
 }
 
 
-def number(*flags: str, range: Range, help: str) -> Any:
+def number(*flags: str, range: Range, help: str, group: str | None = None) -> Any:
     """An option that takes the numbers of a range. Typer's own min and max let NaN and infinity through."""
 
     def check(value: float | None) -> float | None:
         range.check(flags[0], value)
         return value
 
-    return typer.Option(*flags, help=help, callback=check)
+    return typer.Option(
+        *flags, help=f"{help} ({range.words})" if range.words else help, callback=check, rich_help_panel=group
+    )
 
+
+DATA, MACHINE = "Data", "Machine"  # headings in a command's help
 
 # Typer reads annotations at run time and needs the names they use.
 ModelArgument = Annotated[Path, typer.Argument(help="Model file, as written by `resode convert`.")]
@@ -88,71 +99,84 @@ RecipeOption = Annotated[
         "--recipe", help="TOML file with defaults for these options.", is_eager=True, callback=fill_from_recipe
     ),
 ]
-SourceOption = Annotated[
-    str | None,
-    typer.Option("--source", help="FILE.py:FUNCTION that builds the network, where a file of one's own made it."),
-]
-TrustSourceOption = Annotated[
-    bool, typer.Option("--trust-source", help="Run the FILE.py that the model file names: it is code.")
-]
 DataOption = Annotated[
     str,
     typer.Option(
-        "--data", "-d", help="'digits', a torchvision name (cifar10, …) or a folder with train and test (or val)."
+        "--data",
+        "-d",
+        help="'digits', a torchvision name (cifar10, …) or a folder with train and test (or val).",
+        rich_help_panel=DATA,
     ),
 ]
-OptionalDataOption = Annotated[
-    str | None,
-    typer.Option("--data", "-d", help="Data on which to measure accuracy before and after (test split)."),
+BatchSizeOption = Annotated[int, number("--batch-size", "-b", range=COUNT, help="Images per batch.", group=DATA)]
+DeviceOption = Annotated[
+    str, typer.Option("--device", help="'auto', 'cpu', 'cuda', 'cuda:1', …", rich_help_panel=MACHINE)
 ]
-ImagesOption = Annotated[int | None, number("--images", range=COUNT, help="Use this many images, evenly spaced.")]
-TestImagesOption = Annotated[
-    int | None, number("--test-images", range=COUNT, help="Evaluate on this many test images; all by default.")
-]
-BatchSizeOption = Annotated[int, number("--batch-size", "-b", range=COUNT, help="Images per batch.")]
-DeviceOption = Annotated[str, typer.Option("--device", help="'auto', 'cpu', 'cuda', 'cuda:1', …")]
 WorkersOption = Annotated[
-    int, number("--workers", range=WORKERS, help="Processes that read images; 0: none besides this one.")
+    int,
+    number("--workers", range=WORKERS, help="Processes that read images; 0: none besides this one.", group=MACHINE),
 ]
-SkipCorruptOption = Annotated[bool, typer.Option("--skip-corrupt", help="Leave unreadable images out, counting them.")]
-DataRootOption = Annotated[Path, typer.Option("--data-root", help="Where torchvision data sets are kept.")]
 StageOption = Annotated[
     list[str] | None,
     typer.Option(
         "--stage", help="Stages, by name (layer3) or place (3), comma-separated or given again. Default: all."
     ),
 ]
-BatchNormOption = Annotated[
-    str, typer.Option("--bn", help="BatchNorm: 'frozen' (running statistics) or 'batch' (the batch's own).")
-]
-AnchorsOption = Annotated[
-    str | None,
-    typer.Option(
-        "--anchors",
-        help="Hold every K-th state; 'auto': as many as --grad-tol needs; 'none'. Default: the method's own.",
-    ),
-]
-CorrectionsOption = Annotated[
-    int, number("--corrections", range=COUNT_OR_NONE, help="Extra evaluations per reversed step.")
-]
-SnapshotsOption = Annotated[
-    int | None, number("--snapshots", range=COUNT, help="For checkpoint: hold this many states, optimally placed.")
-]
-GradTolOption = Annotated[
-    float, number("--grad-tol", range=POSITIVE, help="Relative gradient error of a stage that 'auto' may accept.")
-]
-MemoryBudgetOption = Annotated[
-    str | None,
-    typer.Option("--memory-budget", help="Of a training step, e.g. 8GiB, for 'auto'. Default: what is free."),
-]
-GradientsOption = Annotated[
-    bool | None,
-    typer.Option(
-        "--gradients/--no-gradients",
-        help="Report the gradient errors of reversals, before and after. Default: where there is a fit.",
-    ),
-]
-DATA_ROOT = Path("~/.cache/resode")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How the network of a model file is built, where code of the user's own built it."""
+
+    source: str | None = option(
+        None,
+        "FILE.py:FUNCTION that builds the network, where a file of one's own made it.",
+        group="Model file",
+    )
+    trust_source: bool = option(False, "Run the FILE.py that the model file names: it is code.", group="Model file")
+
+    def load(self, path: Path) -> OdeResNet:
+        """The model of a file."""
+        from ..files import model_file
+
+        return model_file.load(path, source=self.source, trust_source=self.trust_source)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Which images are read, and how."""
+
+    images: int | None = option(None, "Use this many images, evenly spaced.", range=COUNT, group=DATA)
+    skip_corrupt: bool = option(False, "Leave unreadable images out, counting them.", group=DATA)
+    data_root: Path = option(Path("~/.cache/resode"), "Where torchvision data sets are kept.", group=DATA)
+
+    def open(self, data: str, model: OdeResNet, split: Split, **more: Any) -> ImageData:
+        """Labelled images for a model."""
+        from ..data import open_labelled
+
+        chosen = {"images": self.images, "skip_corrupt": self.skip_corrupt, "root": self.data_root}
+        return open_labelled(data, model.info, split, **{**chosen, **more})
+
+
+@dataclass(frozen=True)
+class Comparing:
+    """On what a rewritten network is compared with what it was."""
+
+    data: str | None = option(
+        None,
+        "Data on which to measure accuracy before and after (test split).",
+        flags=("--data", "-d"),
+        group=DATA,
+    )
+    batch_size: int = option(100, "Images per batch.", range=COUNT, flags=("--batch-size", "-b"), group=DATA)
+    device: str = option("auto", "'auto', 'cpu', 'cuda', 'cuda:1', …", group=MACHINE)
+    workers: int = option(0, "Processes that read images; 0: none besides this one.", range=WORKERS, group=MACHINE)
+    gradients: bool | None = option(
+        None,
+        "Report the gradient errors of reversals, before and after. Default: where there is a fit.",
+        flags=("--gradients",),
+        off="--no-gradients",
+    )
 
 
 def depth_list(flag: str, text: str, *, at_least: int = 1) -> list[int]:

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
-from ..errors import UsageError, unknown
-from ..quantities import COUNT, COUNT_OR_NONE, NOT_NEGATIVE, POSITIVE, SEED, WORKERS, check_ranges, ranged
+from ..errors import UsageError
+from ..options import check_options, option
+from ..quantities import COUNT, COUNT_OR_NONE, NOT_NEGATIVE, POSITIVE, SEED, WORKERS
 
 TO_STATES, END_TO_END = ("blocks", "stages"), ("logits", "refine")
 PHASES = TO_STATES + END_TO_END
 BATCH_NORM = ("recalibrate", "keep", "batch")
 
+fitted = partial(option, group="Fit")
+
 
 @dataclass(frozen=True)
 class FitSettings:
-    """phases: in this order. After as many steps of 'blocks' as here, 'logits' at a smaller depth and the rate of the
-    states made both of the CIFAR networks worse. steps: of each; the last, 'refine', takes `refine_steps`.
+    """What a fit does, but its images, teacher and device.
 
-    images: to use, held-out ones included; None: all. More cost nothing: a step reads `batch_size` of them.
-
-    lr: largest, of Adam, where states are matched; a warm-up over a tenth of a phase, then a cosine to 0.
+    phases: they run in this order. After as many steps of 'blocks' as here, 'logits' at a smaller depth and the rate
+        of the states made both of the CIFAR networks worse. `steps` holds for each phase, but for the last, 'refine',
+        which takes `refine_steps`.
+    images: the number to use, held-out ones included; None uses all. More cost nothing: a step reads `batch_size` of
+        them.
+    lr: peak learning rate of Adam where states are matched; a warm-up over a tenth of a phase, then a cosine to 0.
     logits_lr: the same end to end ('logits', 'refine'). What fits states upsets logits: at the higher rate a phase of
         some hundred steps ended no better than it began, on a ResNet-56 tied or at 100 steps per stage.
-    clip_grad: largest norm.
-    temperature: of the logits. states: weight of the states' mean e_k beside the logits: more of it keeps the
-        student closer to the source, less of it leaves it free to do better.
+    states: weight of the states' mean e_k beside the logits: more of it keeps the student closer to the source, less of
+        it leaves it free to do better.
     smooth, contract: weights of the penalties; see `penalties`.
     bn: 'recalibrate' re-estimates the statistics on the student's own states, then freezes them; 'keep'
         freezes the source's; 'batch' re-estimates them and trains with those of the batch. With the recipes of
@@ -33,41 +38,73 @@ class FitSettings:
         'recalibrate' and 'keep' agree with the source on 88.7 and 88.7, 91.9 and 92.0 % of them, and in the
         largest error of `multistep` the first is ahead (0.015 against 0.021 on the ResNet-56). 'tied+norms', whose
         norms do the work, wants 'batch'.
-    substeps: steps per source block in all phases but 'refine'; 0: full depth from the start.
+    substeps: steps per source block in all phases but 'refine'; 0 takes full depth from the start.
     """
 
-    phases: tuple[str, ...] = ("blocks", "refine")
-    steps: int = ranged(400, COUNT_OR_NONE, flag="--fit-steps")
-    refine_steps: int = ranged(120, COUNT_OR_NONE, flag="--fit-refine-steps")
-    images: int | None = ranged(None, COUNT, flag="--fit-images")
-    batch_size: int = ranged(32, COUNT, flag="--fit-batch-size")
-    lr: float = ranged(4e-4, POSITIVE, flag="--fit-lr")
-    logits_lr: float = ranged(1.2e-4, POSITIVE, flag="--fit-logits-lr")
-    clip_grad: float = ranged(5.0, POSITIVE, flag="--fit-clip-grad")
-    temperature: float = ranged(2.0, POSITIVE)
-    states: float = ranged(0.0, NOT_NEGATIVE, flag="--fit-states")
-    smooth: float = ranged(0.0, NOT_NEGATIVE)
-    contract: float = ranged(0.0, NOT_NEGATIVE)
-    bn: str = "recalibrate"
-    substeps: int = ranged(2, COUNT_OR_NONE, flag="--fit-substeps")
-    augment: bool = False
-    seed: int = ranged(0, SEED)
-    workers: int = ranged(0, WORKERS)
+    phases: tuple[str, ...] = fitted(
+        ("blocks", "refine"),
+        "What is matched, in this order: 'blocks' (each block's states), 'stages' (each stage's), 'logits' (end to"
+        " end), 'refine' (the same at full depth).",
+        flags=("--fit-phases",),
+        commas=True,
+        choices=PHASES,
+    )
+    steps: int = fitted(400, "Training steps of each phase; 0: no fit.", range=COUNT_OR_NONE, flags=("--fit-steps",))
+    refine_steps: int = fitted(120, "Training steps of 'refine'.", range=COUNT_OR_NONE, flags=("--fit-refine-steps",))
+    images: int | None = fitted(
+        None, "Fit on this many images, evenly spaced; all by default.", range=COUNT, flags=("--fit-images",)
+    )
+    batch_size: int = fitted(32, "Images per training step.", range=COUNT, flags=("--fit-batch-size",))
+    lr: float = fitted(
+        4e-4, "Peak learning rate, of Adam, where states are matched.", range=POSITIVE, flags=("--fit-lr",)
+    )
+    logits_lr: float = fitted(
+        1.2e-4, "Peak learning rate in 'logits' and 'refine'.", range=POSITIVE, flags=("--fit-logits-lr",)
+    )
+    clip_grad: float = fitted(5.0, "Largest norm of the gradient.", range=POSITIVE, flags=("--fit-clip-grad",))
+    temperature: float = fitted(2.0, "Temperature of the logits that are distilled.", range=POSITIVE)
+    states: float = fitted(
+        0.0, "Weight of the states beside the logits, end to end.", range=NOT_NEGATIVE, flags=("--fit-states",)
+    )
+    smooth: float = fitted(
+        0.0, "Weight of a penalty on differences between neighbouring blocks' weights.", range=NOT_NEGATIVE
+    )
+    contract: float = fitted(
+        0.0, "Weight of a penalty on the contraction h‖J‖, which makes steps reversible.", range=NOT_NEGATIVE
+    )
+    bn: str = fitted(
+        "recalibrate",
+        "BatchNorm statistics: estimated again once and frozen, the source's, or the batch's own. `tie --depth-weights"
+        " tied+norms`, whose steps have statistics of their own, takes 'batch' unless told otherwise.",
+        choices=BATCH_NORM,
+        flags=("--fit-bn",),
+    )
+    substeps: int = fitted(
+        2,
+        "Steps per source block before 'refine'; 0: full depth throughout.",
+        range=COUNT_OR_NONE,
+        flags=("--fit-substeps",),
+    )
+    augment: bool = fitted(
+        False,
+        "Random crops, and mirror images where fit: for many passes over few images.",
+        flags=("--fit-augment",),
+        off="--no-fit-augment",
+    )
+    seed: int = fitted(0, "Seed of the fit: order and augmentation of images.", range=SEED)
+    workers: int = option(0, "Processes that read images; 0: none besides this one.", range=WORKERS, group="Machine")
 
     def __post_init__(self) -> None:
-        for phase in self.phases:
-            if phase not in PHASES:
-                raise unknown("fit phase", phase, PHASES)
+        check_options(self)
         if list(self.phases) != sorted(set(self.phases), key=PHASES.index) or not self.phases:
             raise UsageError(f"--fit-phases {','.join(self.phases)}: name some of {', '.join(PHASES)}, in this order")
-        if self.bn not in BATCH_NORM:
-            raise unknown("fit BatchNorm mode", self.bn, BATCH_NORM)
-        check_ranges(self)
 
     def steps_of(self, phase: str) -> int:
+        """Training steps of a phase."""
         return self.refine_steps if phase == "refine" and self.steps else self.steps
 
     def lr_of(self, phase: str) -> float:
+        """Peak learning rate of a phase."""
         return self.logits_lr if phase in END_TO_END else self.lr
 
 

@@ -347,3 +347,8 @@ def as_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device {name!r} is not available: {str(error).splitlines()[0]}") from error
     return device
+
+
+def autocast_dtype(name: str) -> torch.dtype | None:
+    """The precision of autocast that 'bf16' or 'fp16' means; None for 'none'."""
+    return {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]

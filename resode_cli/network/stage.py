@@ -263,6 +263,11 @@ class OdeStage(nn.Module):
         """Switch the forward rule. That changes the network's function."""
         self.spec = replace(self.spec, scheme=scheme)
 
+    def use_form(self, form: Form) -> None:
+        """Switch to `exact` or `pre` form. Raises UsageError for a form that the blocks' activation does not have."""
+        check_form(form, self.activation, self.spec.name)
+        self.spec = replace(self.spec, form=form)
+
     def use_adjoint(self, adjoint: Adjoint) -> None:
         """Set the method of the backward pass. Raises UsageError if the forward rule does not suit it."""
         adjoint.plan(self.spec.depth, self.spec.scheme)

@@ -20,7 +20,7 @@ from ..gradients.choose import Calibration
 from ..machine.locks import FolderLock
 from ..machine.signals import Stopped
 from ..measuring.evaluate import Evaluation, evaluate
-from ..network.model import OdeResNet, freeze_batch_norm
+from ..network.model import OdeResNet, autocast_dtype, freeze_batch_norm
 from ..ode import RandomState, fixed_buffers
 from . import run_folder
 from .guard import Guard, GuardState
@@ -30,7 +30,7 @@ from .optimizer_state import OptimizerState
 from .results import Callbacks, FinetuneResult, Progress, peak_bytes
 from .resuming import check_finite, run_fingerprint, saved_files
 from .run_folder import StepRecord
-from .settings import AMP, Settings
+from .settings import Settings
 from .starting import calibration_batch, switch_scheme, train_only
 from .teacher import Teacher
 
@@ -347,7 +347,7 @@ class _Run:
         return values[0], values[1], values[2], self.guard.read(values[3:])
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        dtype = AMP[self.settings.amp]
+        dtype = autocast_dtype(self.settings.amp)
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
 
     def _evaluate(self) -> Evaluation:

@@ -4,56 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ..data import ImageData
 from ..errors import ResodeError, UsageError, first_few
 from ..files import model_file
 from ..network.model import OdeResNet, non_finite
+from ..options import flag_of, option_of, parameter_of
 from .run_folder import FILES, State
 from .settings import Settings
-
-# Each setting of a run: 'changes' may be given anew, which is said; 'stays' would make another run of it.
-Rule = Literal["changes", "stays"]
-RULES: dict[str, Rule] = {
-    "adjoint": "stays",
-    "anchors": "stays",
-    "corrections": "stays",
-    "snapshots": "stays",
-    "grad_tol": "changes",
-    "memory_budget": "changes",
-    "epochs": "changes",
-    "max_steps": "changes",
-    "batch_size": "stays",
-    "lr": "changes",
-    "momentum": "changes",
-    "weight_decay": "changes",
-    "clip_grad": "changes",
-    "optimizer": "stays",
-    "schedule": "changes",
-    "warmup": "changes",
-    "stages": "stays",
-    "bn": "stays",
-    "amp": "stays",
-    "augment": "stays",
-    "seed": "stays",
-    "drift_tolerance": "changes",
-    "on_drift": "changes",
-    "on_nonfinite": "changes",
-    "log_every": "changes",
-    "save_every": "changes",
-    "eval_every": "changes",
-    "workers": "changes",
-    "compile": "changes",
-    "channels_last": "changes",
-    "teacher": "stays",
-    "distill": "changes",
-    "temperature": "changes",
-    "teacher_states": "changes",
-}
-FLAGS = {"drift_tolerance": "drift_tol", "stages": "stage"}  # that are not spelled like their setting
 
 
 def resumed(chosen: Settings, given: Iterable[str], saved: Mapping[str, Any]) -> tuple[Settings, list[str]]:
@@ -63,17 +24,17 @@ def resumed(chosen: Settings, given: Iterable[str], saved: Mapping[str, Any]) ->
     Raises UsageError for one that may not change.
     """
     named = set(given)
-    known = {name: saved[name] for name in RULES if name in saved}
+    settings = {setting.name: setting for setting in fields(Settings)}
+    known = {name: saved[name] for name in settings if name in saved}
     known["stages"] = tuple(known["stages"]) if known.get("stages") else None
     before = Settings(**known)
     said = []
     changes: dict[str, Any] = {}
-    for name, now in asdict(chosen).items():
-        was = getattr(before, name)
-        if FLAGS.get(name, name) not in named or now == was:
+    for name, setting in settings.items():
+        was, now, flag = getattr(before, name), getattr(chosen, name), flag_of(setting)
+        if parameter_of(setting) not in named or now == was:
             continue
-        flag = f"--{FLAGS.get(name, name).replace('_', '-')}"
-        if RULES[name] == "stays":
+        if option_of(setting).resume == "stays":
             raise UsageError(
                 f"{flag} {_shown(now)}: the run has {_shown(was)}, and keeps it; start a new run for another"
             )

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
-import torch
-
-from ..errors import unknown
-from ..gradients.adjoint_choice import AdjointChoice, choose_adjoint
+from ..options import check_options, option
 from ..quantities import (
     COUNT,
     COUNT_OR_NONE,
@@ -17,91 +16,127 @@ from ..quantities import (
     POSITIVE,
     SEED,
     WORKERS,
-    check_ranges,
     parse_bytes,
-    ranged,
 )
 
+if TYPE_CHECKING:
+    from ..gradients.adjoint_choice import AdjointChoice
+
 SCHEDULES = ("cosine", "step", "constant")
-AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+AMP = ("none", "bf16", "fp16")
+BATCH_NORM = ("frozen", "batch")
 ON_DRIFT = ("anchors", "warn", "stop")
 ON_NONFINITE = ("stop", "skip")
+
+length = partial(option, group="Length of the run")
+backward = partial(option, group="Backward pass")
+optimisation = partial(option, group="Optimisation")
+images = partial(option, group="Data")
+teaching = partial(option, group="Teacher")
+saving = partial(option, group="Saving and logging")
+machine = partial(option, group="Machine")
 
 
 @dataclass(frozen=True)
 class Settings:
     """Everything that decides what a run does, but model, data and device.
 
-    epochs, max_steps: the run ends at whichever comes first, after one epoch if neither is given; the
-        learning-rate schedule ends there too.
-    lr: of the largest; schedule: cosine to 0, step (a tenth at one half and at three quarters) or constant.
-    warmup: steps of linear increase from 0. clip_grad: largest norm of the gradient; None: no clipping.
-    optimizer: any name that timm knows; 'momentum' is classical SGD with momentum.
-    stages: train only these stages' parameters, transitions included; None: everything.
-    bn: 'frozen' uses the running statistics and keeps them, 'batch' normalises by the batch.
-    adjoint, anchors ('auto', 'none' or a number), corrections, snapshots: see `adjoint_choice`.
-    grad_tol: of the relative gradient error of a stage, where 'auto' chooses; memory_budget: of a
-        training step, such as '8GiB'; None: what the device has free.
-    drift_tolerance: of ‖x̃ − x‖ / ‖x‖, where 'auto' does not know better; on_drift: past it move the stage
-        to anchors (exact gradients, more memory) and take the step again, warn once per stage, or stop.
-    on_nonfinite: with a loss or gradient that is no number, stop, or skip the step; too many in a row stop a run.
-    compile: run the branches compiled. channels_last: keep images and states in that memory format.
-    teacher: a model file or a source; distill: weight of its logits against the labels', which have the rest,
-        at a temperature; teacher_states: weight of its stages' outputs. See `Objective`.
-    log_every, save_every: steps. eval_every: epochs.
+    The run ends at `epochs` or `max_steps`, whichever comes first, after one epoch if neither is given; the schedule
+    of the learning rate ends there too. `stages` names the stages whose parameters are trained, transitions included;
+    None trains everything. For `adjoint`, `anchors`, `corrections` and `snapshots` see `adjoint_choice`.
+    `drift_tolerance` bounds ‖x̃ − x‖ / ‖x‖ where 'auto' does not know better. For the teacher's weights see
+    `Objective`.
     """
 
-    adjoint: str = "auto"
-    anchors: str | None = None
-    corrections: int = ranged(0, COUNT_OR_NONE)
-    snapshots: int | None = ranged(None, COUNT)
-    grad_tol: float = ranged(0.02, POSITIVE)
-    memory_budget: str | None = None
-    epochs: int | None = ranged(None, COUNT)
-    max_steps: int | None = ranged(None, COUNT)
-    batch_size: int = ranged(128, COUNT)
-    lr: float = ranged(1e-3, POSITIVE)
-    momentum: float = ranged(0.9, DECAYING)
-    weight_decay: float = ranged(5e-4, NOT_NEGATIVE)
-    clip_grad: float | None = ranged(None, POSITIVE)
-    optimizer: str = "momentum"
-    schedule: str = "cosine"
-    warmup: int = ranged(0, COUNT_OR_NONE)
-    stages: tuple[str, ...] | None = None
-    bn: str = "frozen"
-    amp: str = "none"
-    augment: bool = True
-    seed: int = ranged(0, SEED)
-    drift_tolerance: float = ranged(0.1, POSITIVE, flag="--drift-tol")
-    on_drift: str = "anchors"
-    on_nonfinite: str = "stop"
-    log_every: int = ranged(20, COUNT)
-    save_every: int = ranged(100, COUNT)
-    eval_every: int = ranged(1, COUNT)
-    workers: int = ranged(0, WORKERS)
-    compile: bool = False
-    channels_last: bool = False
-    teacher: str | None = None
-    distill: float = ranged(0.5, FRACTION)
-    temperature: float = ranged(2.0, POSITIVE)
-    teacher_states: float = ranged(0.0, NOT_NEGATIVE)
+    adjoint: str = backward(
+        "auto",
+        "Backward method: auto, backprop, checkpoint (exact), multistep, pc, euler or heun.",
+        resume="stays",
+    )
+    anchors: str | None = backward(
+        None,
+        "Hold every K-th state; 'auto': as many as --grad-tol needs; 'none'. Default: the method's own.",
+        resume="stays",
+    )
+    corrections: int = backward(0, "Extra evaluations per reversed step.", range=COUNT_OR_NONE, resume="stays")
+    snapshots: int | None = backward(
+        None, "For checkpoint: hold this many states, optimally placed.", range=COUNT, resume="stays"
+    )
+    grad_tol: float = backward(0.02, "Relative gradient error of a stage that 'auto' may accept.", range=POSITIVE)
+    memory_budget: str | None = backward(
+        None, "Memory of a training step for 'auto', e.g. 8GiB. Default: what the device has free."
+    )
+    epochs: int | None = length(
+        None, "Passes over the images. Default: one, or as many as --max-steps needs.", range=COUNT
+    )
+    max_steps: int | None = length(None, "End after this many steps.", range=COUNT)
+    batch_size: int = length(128, "Images per step.", range=COUNT, flags=("--batch-size", "-b"), resume="stays")
+    lr: float = optimisation(1e-3, "Peak learning rate.", range=POSITIVE)
+    momentum: float = optimisation(0.9, "Momentum of SGD.", range=DECAYING)
+    weight_decay: float = optimisation(5e-4, "Weight decay; not applied to norms and biases.", range=NOT_NEGATIVE)
+    clip_grad: float | None = optimisation(None, "Largest norm of the gradient. Default: no clipping.", range=POSITIVE)
+    optimizer: str = optimisation(
+        "momentum", "Any optimizer of timm; 'momentum' is classical SGD with momentum.", resume="stays"
+    )
+    schedule: str = optimisation(
+        "cosine", "Learning rate: cosine to 0, a tenth at 1/2 and 3/4 of the steps, or constant.", choices=SCHEDULES
+    )
+    warmup: int = optimisation(0, "Steps of linear increase of the learning rate from 0.", range=COUNT_OR_NONE)
+    stages: tuple[str, ...] | None = optimisation(
+        None,
+        "Stages to train, by name (layer3) or place (3), comma-separated or given again. Default: everything.",
+        flags=("--stage",),
+        resume="stays",
+    )
+    bn: str = optimisation(
+        "frozen",
+        "BatchNorm: normalise by the running statistics, which stay, or by the batch's own.",
+        choices=BATCH_NORM,
+        resume="stays",
+    )
+    amp: str = machine("none", "Autocast.", choices=AMP, resume="stays")
+    augment: bool = images(
+        True, "Random crops, and mirror images where fit.", flags=("--augment",), off="--no-augment", resume="stays"
+    )
+    seed: int = images(
+        0, "Seed of the order of images, their augmentation and random layers.", range=SEED, resume="stays"
+    )
+    drift_tolerance: float = backward(
+        0.1,
+        "Largest relative error of reconstructed states; 'auto' lowers it.",
+        range=POSITIVE,
+        flags=("--drift-tol",),
+    )
+    on_drift: str = backward(
+        "anchors",
+        "Past it: move the stage to anchors (exact, more memory) and redo the step, warn once per stage, or stop.",
+        choices=ON_DRIFT,
+    )
+    on_nonfinite: str = optimisation(
+        "stop",
+        "With a loss or gradient that is no number: stop, or skip the step; too many in a row stop a run.",
+        choices=ON_NONFINITE,
+    )
+    log_every: int = saving(20, "Steps per row of log.csv.", range=COUNT)
+    save_every: int = saving(100, "Steps between saves of the state.", range=COUNT)
+    eval_every: int = saving(1, "Epochs between evaluations.", range=COUNT)
+    workers: int = machine(0, "Processes that read images; 0: none besides this one.", range=WORKERS)
+    compile: bool = machine(False, "Compile the branches with torch.compile.")
+    channels_last: bool = machine(False, "Keep images and states in that memory format.")
+    teacher: str | None = teaching(None, "Model file or SOURCE to learn from.", resume="stays")
+    distill: float = teaching(0.5, "Weight of the teacher's logits; the labels have the rest.", range=FRACTION)
+    temperature: float = teaching(2.0, "Temperature of the logits that are distilled.", range=POSITIVE)
+    teacher_states: float = teaching(0.0, "Weight of the outputs of the teacher's stages.", range=NOT_NEGATIVE)
 
     def __post_init__(self) -> None:
-        for name, value, allowed in (
-            ("schedule", self.schedule, SCHEDULES),
-            ("BatchNorm mode", self.bn, ("frozen", "batch")),
-            ("amp", self.amp, tuple(AMP)),
-            ("on-drift", self.on_drift, ON_DRIFT),
-            ("on-nonfinite", self.on_nonfinite, ON_NONFINITE),
-        ):
-            if value not in allowed:
-                raise unknown(name, value, allowed)
-        check_ranges(self)
+        check_options(self)
         if self.memory_budget is not None:
             parse_bytes(self.memory_budget)
         self.adjoint_choice()
 
     def adjoint_choice(self) -> AdjointChoice:
+        from ..gradients.adjoint_choice import choose_adjoint
+
         return choose_adjoint(
             self.adjoint, anchors=self.anchors, corrections=self.corrections, snapshots=self.snapshots
         )

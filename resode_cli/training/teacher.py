@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +62,7 @@ def own_teacher(model: OdeResNet, path: str) -> Teacher:
     if commands <= KEEPS_WEIGHTS and not any(_changes_weights(entry) for entry in model.info.history):
         for stage in net.stages.values():
             if stage.spec.form == "pre" and stage.activation in ACTIVATIONS:
-                stage.spec = replace(stage.spec, form="exact")
+                stage.use_form("exact")
                 name = f"{path} in exact form, as {model.info.source} has it"
     return _frozen(net, name, model.info.preprocessing, model.info.preprocessing)
 

@@ -59,28 +59,6 @@ def test_auto_by_itself_refuses_what_it_chooses():
         choose_adjoint("auto", corrections=1)
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("8GiB", 8 * 2**30), ("512 MiB", 512 * 2**20), ("2e9", 2 * 10**9), ("1.5gb", 15 * 10**8), ("100B", 100)],
-)
-def test_sizes(text, expected):
-    assert memory_budget.parse_bytes(text) == expected
-
-
-@pytest.mark.parametrize(
-    "text", ["", "much", "8 gigs", "-1GiB", "0", "1.2.3GiB", "1e999GiB", "1e-400GiB", "0.5B", "9e99"]
-)
-def test_what_is_no_size_is_refused(text):
-    with pytest.raises(UsageError, match="write a size such as 8GiB"):
-        memory_budget.parse_bytes(text)
-
-
-@pytest.mark.parametrize("text", ["8", "8.5", "1000"])
-def test_bytes_that_were_meant_as_more_are_asked_for_their_unit(text):
-    with pytest.raises(UsageError, match=f"add the unit, as in {text}GiB"):
-        memory_budget.parse_bytes(text)
-
-
 def test_a_containers_limit_counts(tmp_path: Path, monkeypatch):
     (tmp_path / "max").write_text("3000000\n")
     (tmp_path / "current").write_text("1000000\n")

@@ -1,0 +1,94 @@
+"""`resode deepen MODEL --blocks N -o OUT`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import UsageError
+from ..fitting.settings import FitSettings
+from ..quantities import STEPS
+from .fitting import FitRequest
+from .options import (
+    Comparing,
+    ForceOption,
+    JsonOption,
+    ModelArgument,
+    Origin,
+    OutputOption,
+    Reading,
+    RecipeOption,
+    StageOption,
+    number,
+)
+from .output import start
+from .parameters import Fields, Given, takes
+from .rewrite import Rewrite
+
+if TYPE_CHECKING:
+    from ..network.stage import OdeStage
+
+OFFERED = Fields(FitSettings(), but=("clip_grad",))
+
+
+@takes(
+    request=Fields(FitRequest()),
+    settings=OFFERED,
+    comparing=Fields(Comparing()),
+    reading=Fields(Reading()),
+    origin=Fields(Origin()),
+)
+def deepen_command(
+    *,
+    model: ModelArgument,
+    blocks: Annotated[int, number("--blocks", range=STEPS, help="Steps of each stage afterwards.")],
+    out: OutputOption,
+    mode: Annotated[
+        str,
+        typer.Option(
+            "--mode",
+            help="'replicate': a finer discretisation of the same ODE; 'interpolate': weights linear in depth;"
+            " 'identity': insert steps that do nothing yet (keeps the function).",
+        ),
+    ] = "replicate",
+    depth_weights: Annotated[
+        str | None,
+        typer.Option(
+            "--depth-weights",
+            help="How steps share weights: 'replicate' (a run of equal ones per source block), 'linear' (between"
+            " knots), 'tied', 'tied+norms' (each step its own norms) or 'free'. Default: as --mode leaves them.",
+        ),
+    ] = None,
+    stage: StageOption = None,
+    request: FitRequest,
+    settings: FitSettings,
+    comparing: Comparing,
+    reading: Reading,
+    origin: Origin,
+    recipe: RecipeOption = None,
+    force: ForceOption = False,
+    json: JsonOption = False,
+    given: Given,
+) -> None:
+    """Take stages to more steps. Without --stage: all that have any. With --fit: and keep what the network knows."""
+    start()
+    from ..surgery.rewrite import deepen
+
+    request.check(settings, OFFERED, given)
+    if request.fit is not None and mode != "replicate":
+        raise UsageError(f"--fit starts from equal weights in a block's run of steps, not from --mode {mode}")
+    if comparing.gradients is None:
+        comparing = replace(comparing, gradients=request.fit is not None)
+    history = {"blocks": blocks, "mode": mode, "depth_weights": depth_weights}
+    rewrite = Rewrite("deepen", model, out, comparing, reading, origin, history, force, json)
+
+    def change(old: OdeStage) -> OdeStage:
+        return deepen(old, blocks, mode=mode, depth_weights=depth_weights)
+
+    own = {name: rewrite.model.stages[name].spec.depth for name in rewrite.pick(stage)}
+    few = settings.substeps
+    coarse = {name: min(depth * few, blocks) if few else blocks for name, depth in own.items()}
+    deepening = {"coarse": coarse, "depths": dict.fromkeys(own, blocks), "depth_weights": depth_weights}
+    rewrite.stages(stage, change, request.plan(rewrite, settings, deepening))

@@ -1,0 +1,85 @@
+"""`resode tie MODEL -o OUT`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import UsageError, unknown
+from ..fitting.settings import TIE_SETTINGS, FitSettings
+from .fitting import FitRequest
+from .options import (
+    Comparing,
+    ForceOption,
+    JsonOption,
+    ModelArgument,
+    Origin,
+    OutputOption,
+    Reading,
+    RecipeOption,
+    StageOption,
+)
+from .output import start
+from .parameters import Fields, Given, takes
+from .rewrite import Rewrite
+
+if TYPE_CHECKING:
+    from ..network.stage import OdeStage
+
+TIED = ("tied", "tied+norms")
+# A tied network has the depth of its source from the start.
+OFFERED = Fields(TIE_SETTINGS, but=("refine_steps", "substeps", "clip_grad"))
+
+
+@takes(
+    request=Fields(FitRequest()),
+    settings=OFFERED,
+    comparing=Fields(Comparing()),
+    reading=Fields(Reading()),
+    origin=Fields(Origin()),
+)
+def tie_command(
+    *,
+    model: ModelArgument,
+    out: OutputOption,
+    rule: Annotated[
+        str, typer.Option("--rule", help="The shared block: 'mean' of the steps' weights, 'first', 'middle' or 'last'.")
+    ] = "mean",
+    depth_weights: Annotated[
+        str,
+        typer.Option("--depth-weights", help="'tied': one block; 'tied+norms': the same, but each step its own norms."),
+    ] = "tied",
+    stage: StageOption = None,
+    request: FitRequest,
+    settings: FitSettings,
+    comparing: Comparing,
+    reading: Reading,
+    origin: Origin,
+    recipe: RecipeOption = None,
+    force: ForceOption = False,
+    json: JsonOption = False,
+    given: Given,
+) -> None:
+    """Share one block among all steps of a stage. Changes the function; --fit repairs it."""
+    start()
+    from ..surgery.rewrite import tie
+
+    if depth_weights not in TIED:
+        raise unknown("depth weights", depth_weights, TIED)
+    request.check(settings, OFFERED, given)
+    if "refine" in settings.phases:
+        raise UsageError("--fit-phases refine is for deeper networks: here 'logits' already runs at full depth")
+    norms = depth_weights == "tied+norms"
+    if norms and "fit_bn" not in given.all:
+        settings = replace(settings, bn="batch")
+    if comparing.gradients is None:
+        comparing = replace(comparing, gradients=request.fit is not None)
+    history = {"rule": rule, "depth_weights": depth_weights}
+    rewrite = Rewrite("tie", model, out, comparing, reading, origin, history, force, json)
+
+    def change(old: OdeStage) -> OdeStage:
+        return tie(old, rule=rule, norms=norms)
+
+    rewrite.stages(stage, change, request.plan(rewrite, settings))

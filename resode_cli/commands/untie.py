@@ -1,0 +1,38 @@
+"""`resode untie MODEL -o OUT`."""
+
+from __future__ import annotations
+
+from .options import (
+    Comparing,
+    ForceOption,
+    JsonOption,
+    ModelArgument,
+    Origin,
+    OutputOption,
+    Reading,
+    RecipeOption,
+    StageOption,
+)
+from .output import start
+from .parameters import Fields, takes
+from .rewrite import Rewrite
+
+
+@takes(comparing=Fields(Comparing()), reading=Fields(Reading()), origin=Fields(Origin()))
+def untie_command(
+    *,
+    model: ModelArgument,
+    out: OutputOption,
+    stage: StageOption = None,
+    comparing: Comparing,
+    reading: Reading,
+    origin: Origin,
+    recipe: RecipeOption = None,
+    force: ForceOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Give every step a block of its own. Keeps the function."""
+    start()
+    from ..surgery.rewrite import untie
+
+    Rewrite("untie", model, out, comparing, reading, origin, {}, force, json).stages(stage, untie)
