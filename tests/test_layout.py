@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "resode_cli"
 ROOMS = [
     "errors",
     "quantities",
+    "options",
     "recipe",
     "machine",
     "ode",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from .parameters import Fields, Given
 from .progress import fitting
 
 if TYPE_CHECKING:
-    from ..fitting.results import FitCallbacks, FitStep
+    from ..fitting.results import FitCallbacks, FitStep, PhaseCost
     from ..fitting.rewriting import FitPlan, RewriteResult
     from .rewrite import Rewrite
 
@@ -108,17 +108,20 @@ def fit_callbacks(output: Output, plan: FitPlan) -> Iterator[FitCallbacks]:
     from ..fitting.results import FitCallbacks
     from ..reports.fit import cost_table, phase_line
 
-    output.notes(plan.data.plain.notes)
-    output.note(f"teacher: {plan.teacher.name}; {len(plan.data.plain):,} images of {plan.data.plain.name}")
     with working() as stop, fitting(output) as bar:
 
         def step(done: FitStep) -> None:
             stop.hold()  # from here on there is something to save
             bar(done)
 
+        def begin(costs: Sequence[PhaseCost]) -> None:
+            output.notes(plan.data.plain.notes)
+            output.note(f"teacher: {plan.teacher.name}; {len(plan.data.plain):,} images of {plan.data.plain.name}")
+            output.aside.print(cost_table(costs, images=PROBED))
+
         yield FitCallbacks(
             on_step=step,
-            on_costs=lambda costs: output.aside.print(cost_table(costs, images=PROBED)),
+            on_costs=begin,
             on_phase=lambda phase, model: output.note(phase_line(phase)),
             on_message=output.note,
             should_stop=stop,

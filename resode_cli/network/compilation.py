@@ -73,6 +73,8 @@ class CompiledResidual(Residual):
     fallback_random too), so that the masks of the forward pass cannot be replayed.
     """
 
+    recordable = False  # it would be another graph, which keeps what it saves
+
     def __init__(self, plain: Residual, compilation: Compilation, *, replayed: bool) -> None:
         self.plain, self.compilation, self.replayed = plain, compilation, replayed
         self.module = plain.module

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +13,10 @@ from torch import Tensor, nn
 
 from ..errors import ResodeError
 from .field import Evaluator, Field
-from .kept_tensors import check_kept, kept_tensors
 from .memory import kept_bytes
 from .monitor import Monitor
 from .plans import Plan
-from .reentry import Autocast, Modes, fixed_buffers
+from .reentry import Autocast, Modes, buffer_versions, fixed_buffers, version, without_tensor_hooks
 from .repetition import Repetition, sample
 from .schemes import Scheme
 from .sweep import Smoothness, Sweep, trajectory
@@ -72,9 +72,7 @@ class _PlannedSolve(torch.autograd.Function):
         smoothness = Smoothness(r, call.scheme, x) if call.plan.extrapolates else None
         autocast = Autocast.now(x.device.type)
         passed: list[Tensor] = []
-        # An exported program holds tensors alone; what compiles a whole model sees through no attribute.
-        watched = not torch.compiler.is_compiling()
-        before = {b: kept_tensors(call.field.residuals[b].module) for b in set(call.field.schedule)} if watched else {}
+        versions = buffer_versions(call.field.modules())
         with autocast.enter():
             for n, x in enumerate(trajectory(r, call.scheme, start, 0, call.field.depth), start=1):
                 if n in anchors:
@@ -82,7 +80,6 @@ class _PlannedSolve(torch.autograd.Function):
                 passed.append(sample(x))
                 if smoothness is not None:
                     smoothness.watch(n, x)
-            check_kept(call.field, before, start)
         if smoothness is not None:
             smoothness.finish()
         # A reconstruction starts from x_N; x_0 is the monitor's reference. An exact plan needs neither.
@@ -90,6 +87,7 @@ class _PlannedSolve(torch.autograd.Function):
         ctx.call, ctx.autocast, ctx.smoothness, ctx.passed = call, autocast, smoothness, passed
         ctx.draws, ctx.n_ends = r.draws, len(ends)
         ctx.modes = Modes.now(call.field.modules())
+        ctx.written = {buffer for buffer, before in versions.items() if version(buffer) != before}
         # Saving the parameters too makes autograd refuse a backward after they were changed in place.
         ctx.save_for_backward(*ends, *held, *parameters)
         return x
@@ -115,13 +113,21 @@ class _PlannedSolve(torch.autograd.Function):
         repetition = Repetition(call.field, ctx.passed)
         sweep = Sweep(r, call.scheme, call.plan, ends=ends, held=held, smoothness=ctx.smoothness, repetition=repetition)
         del ends, held  # each is the sweep's to let go of
-        with ctx.autocast.enter(), ctx.modes.enter(), fixed_buffers(call.field.modules()):
+        with ctx.autocast.enter(), ctx.modes.enter(), _further_conditions(ctx):
             adjoint, gradients = sweep.run(grad_outputs[0], wanted, call.monitor)
         return (
             adjoint if ctx.needs_input_grad[0] else None,
             None,
             *(gradients.get(id(p)) for p in current),
         )
+
+
+@contextmanager
+def _further_conditions(ctx: Any) -> Iterator[None]:
+    """Re-evaluations leave no trace: not in buffers, and not by hooks that gradients of parameters run into."""
+    field = ctx.call.field
+    with fixed_buffers(field.modules(), written=ctx.written), without_tensor_hooks(ctx.call.parameters):
+        yield
 
 
 def _unpack(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .generators import HostState, HostWatch, RandomState, generators_in
+from .lost_gradients import recorded_bare
 
 # Which evaluation inside which step: (n, 0) is r_n at the state, (n, 1) Heun's second evaluation.
 EvaluationKey = tuple[int, int]
@@ -26,6 +27,7 @@ class Residual(ABC):
     """One distinct block's residual function r_b(x), a map of a state to a tensor of the same shape."""
 
     module: nn.Module
+    recordable = True  # whether its forward pass may be recorded, to see what its gradient depends on
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
@@ -71,52 +73,66 @@ class Evaluator:
 
     While `recording`, the generators' states before each evaluation are kept if, and only if, the
     evaluation drew from one: that finds dropout, drop-path, a user's own `F.dropout`, numpy and `random` alike.
+    Then too it is looked at for gradients that would be lost; see `lost_gradients`.
     """
 
     field: Field
     recording: bool = False
+    replaying: bool = False  # states of the forward pass are wanted: a block may ask whether gradients are recorded
     draws: dict[EvaluationKey, RandomState] = dataclasses.field(default_factory=dict)
     evaluations: int = 0
     used: dict[int, None] = dataclasses.field(default_factory=dict)  # distinct blocks evaluated since last cleared
     held: dict[int, list[Any]] = dataclasses.field(default_factory=dict)  # generators that a block's modules hold
     host: HostWatch | None = None
+    parameters: set[int] = dataclasses.field(default_factory=set)  # that get a gradient, by id; while recording
 
     def value(self, n: int, x: Tensor, key: EvaluationKey) -> Tensor:
         """r_n(x)."""
-        return self._evaluate(n, x, key, lambda residual: residual(x))
+        return self._evaluate(n, x, key, lambda residual, state: residual(state))
 
     def step(self, n: int, x: Tensor, key: EvaluationKey) -> Tensor:
         """x + h r_n(x)."""
         h = self.field.step_size
-        return self._evaluate(n, x, key, lambda residual: residual.step(x, h))
+        return self._evaluate(n, x, key, lambda residual, state: residual.step(state, h))
 
-    def _evaluate(self, n: int, x: Tensor, key: EvaluationKey, run: Callable[[Residual], Tensor]) -> Tensor:
+    def _evaluate(self, n: int, x: Tensor, key: EvaluationKey, run: Callable[[Residual, Tensor], Tensor]) -> Tensor:
         block = self.field.schedule[n]
         residual = self.field.residuals[block]
         self.evaluations += 1
         self.used[block] = None
         if self.recording:
-            return self._record(block, x, key, lambda: run(residual))
+            return self._record(n, x, key, lambda state: run(residual, state))
+        if self.replaying and residual.recordable:
+            plain = run
+
+            def run(residual: Residual, x: Tensor) -> Tensor:
+                return recorded_bare(lambda state: plain(residual, state), x, None, name=self.field.describe(n))
+
         if key not in self.draws:
-            return run(residual)
+            return run(residual, x)
         recorded = self.draws[key]
         current = RandomState.now(x.device, [generator for generator, _ in recorded.held])
         if recorded.host is not None:
             current = dataclasses.replace(current, host=HostState.now())
         recorded.restore()
         try:
-            return run(residual)
+            return run(residual, x)
         finally:
             current.restore()
 
-    def _record(self, block: int, x: Tensor, key: EvaluationKey, run: Callable[[], Tensor]) -> Tensor:
+    def _record(self, n: int, x: Tensor, key: EvaluationKey, run: Callable[[Tensor], Tensor]) -> Tensor:
         """Evaluate, and keep the states that the generators had before if it drew from any."""
         if self.host is None:
             self.host = HostWatch()
+        block = self.field.schedule[n]
+        own = None  # a block is looked at once
         if block not in self.held:
+            own = self.parameters = self.parameters or {id(p) for p in self.field.parameters()}
             self.held[block] = generators_in(self.field.residuals[block].module.modules())
         before = RandomState.now(x.device, self.held[block])
-        result = run()
+        # An exported program holds tensors alone; what compiles a whole model has graphs of its own.
+        watched = self.field.residuals[block].recordable and not torch.compiler.is_compiling()
+        result = recorded_bare(run, x, own, name=f"{self.field.describe(n)} of step {n}") if watched else run(x)
         host = self.host.drawn()
         if host is not None or not before.equals(RandomState.now(x.device, self.held[block])):
             self.draws[key] = dataclasses.replace(before, host=host)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -73,20 +73,45 @@ class Modes:
                 module.training = training
 
 
+def buffer_versions(blocks: Sequence[nn.Module]) -> dict[Tensor, int]:
+    """How often each buffer of a module in eval mode was written to."""
+    found = {}
+    for module in (m for block in blocks for m in block.modules()):
+        if not module.training:
+            found.update({buffer: version(buffer) for buffer in module._buffers.values() if buffer is not None})
+    return found
+
+
 @contextmanager
-def fixed_buffers(modules: Sequence[nn.Module]) -> Iterator[None]:
+def without_tensor_hooks(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Gradients that are sums in the making do not run into the hooks on parameters; autograd hands the sum to them."""
+    hooked = [(p._backward_hooks, dict(p._backward_hooks)) for p in parameters if p._backward_hooks]
+    try:
+        for hooks, _ in hooked:
+            hooks.clear()
+        yield
+    finally:
+        for hooks, own in hooked:
+            hooks.update(own)
+
+
+@contextmanager
+def fixed_buffers(modules: Sequence[nn.Module], *, written: Collection[Tensor] = ()) -> Iterator[None]:
     """Let modules in train mode update copies of their buffers, so that re-evaluations leave no trace.
 
     BatchNorm's running statistics and counters then move once, in the forward pass, whatever the
     number of evaluations; the same holds for any other module that keeps state in buffers.
+
+    written: buffers of modules in eval mode that the forward pass wrote to all the same, as counters.
     """
+    known = {id(buffer) for buffer in written}
     originals: list[tuple[nn.Module, str, Tensor]] = []
     seen: set[int] = set()
     for module in (m for block in modules for m in block.modules()):
-        if module.training and id(module) not in seen:
+        if id(module) not in seen and (module.training or known):
             seen.add(id(module))
             for name, buffer in module._buffers.items():
-                if buffer is not None:
+                if buffer is not None and (module.training or id(buffer) in known):
                     originals.append((module, name, buffer))
     try:
         for module, name, buffer in originals:

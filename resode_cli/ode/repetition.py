@@ -3,13 +3,16 @@
 Where a step's state is the forward pass's own, x_n + h Φ_n(x_n) on the tape must be the x_{n+1} of the forward
 pass. If it is not, the block depends on what is not set back: tensors or numbers that it writes, a generator
 that cannot be seen, whether gradients are recorded. Its gradient would then be another function's.
-A few numbers of each state are kept for that, of the first images.
+A few numbers of each state are kept for that, of every image.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,17 +20,29 @@ from torch import Tensor
 from ..errors import ResodeError
 from .field import Field
 
-SAMPLES = 256
+SAMPLES = 256  # numbers of a state; but of each image, FEWEST at least
+FEWEST = 16
 # TF32, which convolutions on a GPU use unasked, has a mantissa of 10 bits.
 TF32_ROUNDOFF = 2.0**-10
 
 
 def sample(x: Tensor) -> Tensor:
-    """About SAMPLES numbers of a state's first images, spread over what lies in memory; a copy."""
-    flat = x.detach()[:4].reshape(-1)
+    """Numbers of every image of a state, at the same places in each, spread over it; a copy, without dimensions."""
+    if x.ndim < 2:
+        return x.detach().clone()
+    count = max(SAMPLES // max(len(x), 1), FEWEST)
+    places: Any = (slice(None), *_places(tuple(x.shape[1:]), count, x.device))
+    return x.detach()[places].flatten()
+
+
+@lru_cache(maxsize=256)
+def _places(shape: tuple[int, ...], count: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Indices of `count` numbers, or of all. Images differ by random masks of the whole image, so none is left out."""
+    numbers = math.prod(shape)
     # Odd, so that they do not all come from a few columns.
-    stride = max(flat.numel() // SAMPLES, 1) | 1
-    return flat[::stride].clone()
+    stride = max(numbers // count, 1) | 1
+    flat = torch.arange(0, numbers, stride, device=device)
+    return torch.unravel_index(flat, shape)
 
 
 def tolerance(x: Tensor) -> float:
@@ -60,10 +75,12 @@ class Repetition:
     def watch(self, n: int, state: Tensor, increment: Tensor, h: float) -> None:
         """Take the taped evaluation of step n, at a state of the forward pass, into account."""
         self.limit = tolerance(state)
-        truth, x, step = self.passed[n], sample(state), sample(increment).mul_(h)
-        norm = torch.linalg.vector_norm
+        images = len(state)
+        truth, x, step = (t.view(images, -1) for t in (self.passed[n], sample(state), sample(increment).mul_(h)))
+        norm = partial(torch.linalg.vector_norm, dim=1)
         size = norm(truth) + norm(x) + norm(step)
-        self.errors.append(norm(x.add_(step).sub_(truth)) / size.clamp_min(torch.finfo(size.dtype).tiny))
+        error = norm(x.add_(step).sub_(truth)) / size.clamp_min(torch.finfo(size.dtype).tiny)
+        self.errors.append(error.max())
         self.steps.append(n)
 
     def finish(self) -> None:

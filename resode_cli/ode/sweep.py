@@ -256,10 +256,11 @@ class Sweep:
     def _replay(self, n: int, hold: tuple[int, ...]) -> Tensor:
         below = max(k for k in self.held if k <= n)
         state = start = self.held[below]
-        states = trajectory(self.r, self.scheme, start, below, n)
-        for k, state in enumerate(states, start=below + 1):
+        self.r.replaying = True
+        for k, state in enumerate(trajectory(self.r, self.scheme, start, below, n), start=below + 1):
             if k in hold:
                 self.held[k] = state
+        self.r.replaying = False
         return state
 
 

@@ -132,7 +132,8 @@ class Settings:
         check_options(self)
         if self.memory_budget is not None:
             parse_bytes(self.memory_budget)
-        self.adjoint_choice()
+        if self.adjoint != "auto" or self.anchors is not None or self.corrections or self.snapshots is not None:
+            self.adjoint_choice()  # which is a mistake if there is no such; it needs torch, and help does not
 
     def adjoint_choice(self) -> AdjointChoice:
         from ..gradients.adjoint_choice import choose_adjoint

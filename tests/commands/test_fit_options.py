@@ -108,7 +108,7 @@ def test_a_deepened_linear_network_reports_no_more_parameters(net: Path, tmp_pat
         (["deepen", "NET", "--blocks", "6", "--fit", "nowhere/"], "data folder 'nowhere/' does not exist"),
         (["deepen", "NET", "--blocks", "6", "--fit", "DATA", "--mode", "identity"], "not from --mode identity"),
         (["deepen", "NET", "--blocks", "2", "--fit", "DATA"], "has 3 steps already"),
-        (["deepen", "NET", "--blocks", "6", "--fit", "DATA", "--fit-phases", "block"], "unknown fit phase 'block'"),
+        (["deepen", "NET", "--blocks", "6", "--fit", "DATA", "--fit-phases", "block"], "unknown fit phases 'block'"),
         (["deepen", "NET", "--blocks", "6", "--fit", "DATA", "--form", "bogus"], "unknown form 'bogus'"),
         (["deepen", "NET", "--blocks", "6", "--depth-weights", "lin"], "unknown depth weights 'lin'"),
         (["deepen", "NET", "--blocks", "6", "--fit", "DATA", "--teacher", "cifar:resnet20"], "brings no weights"),

@@ -12,6 +12,7 @@ import pytest
 from resode_cli.app import app, main
 from resode_cli.errors import UsageError
 from resode_cli.fitting.settings import FitSettings
+from resode_cli.options import option_of
 from resode_cli.quantities import COUNT, DECAYING, FINITE, POSITIVE, SEED, Range
 from resode_cli.training.settings import Settings
 
@@ -97,7 +98,7 @@ def test_every_number_of_the_settings_has_a_range(settings: Any) -> None:
     for name, each in settings.__dataclass_fields__.items():
         kinds = set(get_args(hints[name])) or {hints[name]}
         if kinds & {int, float}:
-            assert "range" in each.metadata, name
+            assert option_of(each).range is not None, name
 
 
 def test_a_field_is_refused_by_its_flag() -> None:

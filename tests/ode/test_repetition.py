@@ -169,6 +169,7 @@ REPEATED = {
     "weight norm": WeightNorm,
     "BatchNorm": BatchNorm,
     "BatchNorm, cumulative": lambda: BatchNorm(momentum=None),
+    "whether gradients are recorded": AsksForGradients,
 }
 REFUSED = {
     "a counter": Counter,
@@ -176,7 +177,6 @@ REFUSED = {
     "a running scale": RunningScale,
     "numpy's spare normal": NumpyNormal,
     "a generator out of sight": HiddenGenerator,
-    "whether gradients are recorded": AsksForGradients,
 }
 EXACT = {
     "all": Adjoint("checkpoint"),
@@ -266,52 +266,3 @@ def test_plain_backprop_takes_them_all(kind: str) -> None:
 def test_reversals_compare_where_they_hold_a_state(kind: str, method: str) -> None:
     with pytest.raises(ResodeError, match=f"block {REFUSED[kind].__name__}"):
         gradients(REFUSED[kind], Adjoint(method, anchors=2), tied=False)
-
-
-class KeepsAux(Block):
-    """Keeps an activation that a loss outside of it is put on."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.aux = super().forward(x)
-        return self.aux
-
-
-class KeepsInAList(Block):
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[Tensor] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = super().forward(x)
-        self.seen.append(out)
-        return out
-
-
-class KeepsInside(Block):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = KeepsAux()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(super().forward(x))
-
-
-class KeepsDetached(Block):
-    def forward(self, x: Tensor) -> Tensor:
-        out = super().forward(x)
-        self.aux = out.detach()
-        return out
-
-
-@pytest.mark.parametrize("method", ["checkpoint", "euler", "pc"])
-@pytest.mark.parametrize("kind", [KeepsAux, KeepsInAList, KeepsInside])
-def test_a_tensor_that_is_kept_for_a_loss_is_an_error(kind: Callable[[], nn.Module], method: str) -> None:
-    with pytest.raises(ResodeError, match=r"keeps a tensor in \w+\.(aux|seen) while it runs.*'backprop'"):
-        gradients(kind, Adjoint(method), tied=False)
-    assert all(torch.isfinite(g).all() for g in gradients(kind, Adjoint("backprop"), tied=False))
-
-
-def test_a_tensor_that_is_kept_detached_is_none() -> None:
-    expected = gradients(KeepsDetached, Adjoint("backprop"), tied=True)
-    for a, b in zip(expected, gradients(KeepsDetached, Adjoint("checkpoint"), tied=True), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,7 @@ from resode_cli.machine.locks import FolderLock
 from resode_cli.machine.signals import Stopped
 from resode_cli.network.model import non_finite
 from resode_cli.training import finetune
-from resode_cli.training.resuming import RULES
 from resode_cli.training.run_folder import load_state
-from resode_cli.training.settings import Settings
 
 SMALL = ["--no-pretrained", "--input-size", "8", "--num-classes", "10"]
 TRAIN = ["--images", "24", "--test-images", "8", "--batch-size", "8", "--adjoint", "backprop", "--device", "cpu"]
@@ -182,10 +179,6 @@ def test_weights_that_are_no_numbers_are_not_trained(here: Path, capsys: Any) ->
 
 
 # Resuming.
-
-
-def test_every_setting_has_a_rule() -> None:
-    assert {each.name for each in fields(Settings)} == RULES.keys()
 
 
 CHANGED = {
