@@ -184,6 +184,10 @@ def _warnings_in_a_line() -> Iterator[None]:
         yield
 
 
+# As CUDA and the allocator of the CPU say it.
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
 def _explain(error: Exception) -> tuple[int, str]:
     """Exit code and line for an error that is not ours."""
     if type(error).__name__ == "NoArgsIsHelpError":
@@ -193,7 +197,7 @@ def _explain(error: Exception) -> tuple[int, str]:
         context = getattr(error, "ctx", None)
         where = f"; see `{context.command_path} --help`" if context is not None else ""
         return error.exit_code, f"{error.format_message().rstrip('.')}{where}"
-    if type(error).__name__ == "OutOfMemoryError" or "out of memory" in str(error).lower():
+    if isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY):
         return 1, "out of memory; try a smaller --batch-size, or --adjoint pc, which holds no activations of a stage"
     if "Expected more than 1 value per channel when training" in str(error):
         return 1, (

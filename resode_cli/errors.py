@@ -33,6 +33,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
+def one_line(text: str) -> str:
+    """The same where a line of ours goes on after it: a line feed in a file's text would begin another."""
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
 def unknown(what: str, given: str, allowed: Iterable[str]) -> UsageError:
     """The error for a name that is not one of `allowed`: what was given, what is allowed, the nearest match."""
     names = list(allowed)

@@ -62,6 +62,7 @@ POSITIVE = Range(0, above=True)
 NOT_NEGATIVE = Range(0)
 FRACTION = Range(0, 1)
 DECAYING = Range(0, 1, below=True)  # the factor of a running average
+CROPS = Range(0.05, 1)  # the part of an image's side that is kept; of less, the rest would fill the memory
 LONGEST_STAGE = 100_000
 STEPS = Range(1, LONGEST_STAGE)  # of a stage
 WORKERS = Range(0, 1024)

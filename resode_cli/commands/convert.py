@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import UsageError
-from ..quantities import COUNT, FINITE, POSITIVE, SEED, Range
+from ..quantities import COUNT, CROPS, FINITE, POSITIVE, SEED
 from .options import ForceOption, JsonOption, OutputOption, RecipeOption, check_safetensors, number
 from .output import Output, start
 
@@ -59,7 +59,7 @@ def convert_command(
     ] = None,
     crop_fraction: Annotated[
         float | None,
-        number("--crop-fraction", range=Range(0, 1, above=True), help="Part of the resized image's side that is kept."),
+        number("--crop-fraction", range=CROPS, help="Part of the resized image's side that is kept."),
     ] = None,
     mean: Annotated[
         str | None, typer.Option("--mean", help="Of RGB in [0, 1], e.g. 0.485,0.456,0.406; of grey, one number.")
@@ -119,7 +119,7 @@ def convert_command(
     model.info = model.info.with_command(
         "convert", source=str(opened.spec), scheme=scheme, form=form, seed=seed, verified=verified
     )
-    model_file.save(model, out)
+    model_file.write(model, out)
     rows = stage_rows(model)
     output.show(stage_table(rows, title=str(opened.spec)))
     for block in model.info.left_out[:_LEFT_OUT]:

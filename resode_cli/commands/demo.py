@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import shlex
-import shutil
 import tempfile
 import time
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UsageError
+from ..machine.atomic import atomic_path
 from .options import ForceOption, JsonOption
 from .output import Output, collecting, start
 
@@ -85,8 +85,9 @@ def demo_command(
             _check_free(folder, force=force)
             folder.mkdir(parents=True, exist_ok=True)
         packaged = resources.files("resode_cli.data.digits").joinpath(NETWORK)
-        with resources.as_file(packaged) as weights:
-            shutil.copyfile(weights, folder / NETWORK)
+        content = packaged.read_bytes()
+        with atomic_path(folder / NETWORK, need=len(content)) as temporary:
+            temporary.write_bytes(content)
         stack.enter_context(_inside(folder))
         results = {name: _run(ctx, output, what, command, more, json_mode=json) for name, what, command in COMMANDS}
     seconds = time.perf_counter() - began

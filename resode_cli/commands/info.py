@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import one_line
 from .options import JsonOption, ModelArgument, Origin
 from .output import Output, start
 from .parameters import Fields, takes
@@ -43,18 +44,18 @@ def info_command(
     colours = {1: " grey", 3: ""}.get(pre.channels, f" {pre.channels} channels")
     output.show(
         f"classes        {loaded.info.num_classes}"
-        + (f" ({', '.join(names[:10])}{'…' if len(names) > 10 else ''})" if names else "")
+        + (f" ({one_line(', '.join(names[:10]))}{'…' if len(names) > 10 else ''})" if names else "")
     )
     output.show(
         f"preprocessing  {pre.size_text}{colours} {pre.interpolation}, crop {pre.crop_fraction:g} ({pre.crop_mode}),"
         f" mean {pre.mean}, std {pre.std}"
     )
     for block in loaded.info.left_out:
-        output.show(f"left as it is  {block}")
+        output.show(f"left as it is  {one_line(block)}")
     for entry in loaded.info.history:
         settings = {k: v for k, v in entry.items() if k not in ("command", "verified")}
         shown = ", ".join(f"{k}={v}" for k, v in settings.items()) if history or len(settings) <= 6 else "… (--history)"
-        output.show(f"made by        {entry['command']} {shown}")
+        output.show(one_line(f"made by        {entry['command']} {shown}"))
     verified = None
     for entry in loaded.info.history:
         verified = entry["verified"] if isinstance(entry.get("verified"), dict) else verified
@@ -63,7 +64,7 @@ def info_command(
             continue
         since = [str(later["command"]) for later in loaded.info.history[place + 1 :]]
         changed = f"; not since: {', '.join(dict.fromkeys(since))} came after" if since else ""
-        output.show(f"{entry['command']:<14} {verification_line(verified)}{changed}")
+        output.show(one_line(f"{entry['command']:<14} {verification_line(verified)}{changed}"))
     output.json(
         finite({**metadata, "stages": [vars(row) for row in rows], "parameters": parameters, "verified": verified})
     )

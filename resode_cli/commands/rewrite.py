@@ -111,7 +111,7 @@ class Rewrite:
         if "fit" in settings:
             settings = {**settings, "fit": {**settings["fit"], "interrupted": not done}}
         info = self.model.info.with_command(self.command, **settings)
-        model_file.save(model.with_info(info), self.out if done else self.unfinished)
+        model_file.write(model.with_info(info), self.out if done else self.unfinished)
         if done:
             self.model.info = info
 

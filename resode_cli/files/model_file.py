@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,19 @@ from ..errors import NonFiniteWarning, ResodeError, UsageError, first_few, join
 from ..machine.atomic import atomic_path
 from ..network.model import ModelInfo, OdeResNet, assemble, non_finite
 from ..network.parts import SourceSpec
+from ..network.stage import StageSpec
+from ..quantities import size
 from ..sources import registry as sources
+from ..surgery.convert import ROUNDING, like, random_batch
 from .model_schema import FORMAT_VERSION, parse_json, parse_metadata
 from .saving import info_to_save
 
 METADATA_KEY = "resode"
 CHECKSUM = "checksum"
+CHECKED = 2  # random images on which a saved model is compared with what it loads as
+# How much larger than its file a network may be: steps that share their block are one block in the file.
+LARGEST_RATIO, SMALL = 64, 2**28
+FEW_WITHOUT_TENSORS = 256  # blocks without parameters
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
@@ -114,15 +122,61 @@ def model_metadata(model: OdeResNet) -> dict[str, Any]:
     }
 
 
-def save(model: OdeResNet, path: str | Path, *, source: str | None = None) -> None:
-    """Write a model file, atomically.
+def write(model: OdeResNet, path: str | Path, *, source: str | None = None) -> None:
+    """Write a model file, atomically, of a network that is known to be as its source builds it, but for its stages.
 
-    source: FILE.py:FUNCTION that builds the network as it is now, where layers were put in since its conversion. A
-        new head of a network of a library needs none: its number of classes is recorded.
-    Raises ResodeError, and writes nothing, for a network that loading could not build again.
+    Raises ResodeError, and writes nothing, where names or shapes of its tensors say otherwise.
     """
     described = model.with_info(info_to_save(model, source))
     write_tensors(Path(path), model.file_state(), model_metadata(described))
+
+
+def save(model: OdeResNet, path: str | Path, *, source: str | None = None) -> None:
+    """Write a model file, atomically, once it is known that `load` gives the same function from it.
+
+    source: FILE.py:FUNCTION that builds the network as it is now, where layers were put in since its conversion. A
+        new head of a network of a library needs none: its number of classes is recorded.
+    Raises ResodeError, and writes nothing, for a network that loading could not build again, or that it would build as
+    another function, as after a change that is no tensor's (an eps, an activation, a hook).
+    """
+    path = Path(path)
+    try:
+        with atomic_path(path) as temporary:
+            try:
+                write(model, temporary, source=source)
+                if model.info.source.library != "module" or source is not None:
+                    _check_loads(model, temporary, source)
+            except ResodeError as error:
+                raise type(error)(str(error).replace(str(temporary), str(path))) from error
+    except (ResodeError, OSError):
+        raise
+    except Exception as error:  # of many kinds, for a network may be changed in many ways
+        raise ResodeError(f"{path}: the network as it is now cannot be written: {error}") from error
+
+
+def _check_loads(model: OdeResNet, path: Path, source: str | None) -> None:
+    training = {module: module.training for module in model.modules()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NonFiniteWarning)
+        # Its code has run in this process already, or the model would not be here.
+        loaded = load(path, source=source, trust_source=True)
+    try:
+        images = like(random_batch(model.info.preprocessing, CHECKED), model.eval())
+        with torch.no_grad():
+            expected = model(images).cpu()
+            found = loaded.to(expected.dtype)(images.cpu().to(expected.dtype))
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    scale = max(expected.abs().max().item(), 1.0)
+    difference = (expected - found).abs().max().item()
+    if difference > ROUNDING * scale:
+        raise ResodeError(
+            "what would be loaded is another function than the network as it is now: outputs differ by"
+            f" {difference:.3g} (the largest is {scale:.3g}); something was changed that is no tensor of it, such as a"
+            " hook, an activation or a setting of a layer; `save(model, path, source='FILE.py:FUNCTION')` records a"
+            " function that builds the network as it is now"
+        )
 
 
 def load(path: str | Path, *, source: str | nn.Module | None = None, trust_source: bool = False) -> OdeResNet:
@@ -157,6 +211,8 @@ def from_tensors(
     try:
         info, specs = parse_metadata({name: value for name, value in metadata.items() if name != "run"})
         check_classes(info, tensors)
+        if source is None:
+            check_room_of(info, specs, tensors)
         if isinstance(source, nn.Module):
             net = source
         else:
@@ -200,5 +256,32 @@ def origin_of(origin: SourceSpec, source: str | None, *, trust_source: bool) -> 
 def check_classes(info: ModelInfo, tensors: dict[str, Tensor]) -> None:
     """Raises ResodeError for a number of classes that no tensor of the file has: a layer of that size is not built."""
     count = info.source.arguments.get("num_classes")
-    if count is not None and count not in {tensor.shape[0] for tensor in tensors.values() if tensor.ndim}:
+    if count is not None and count not in {t.shape[0] for t in tensors.values() if t.ndim and t.numel()}:
         raise ResodeError(f"its network was built for {count} classes, but no tensor has {count} rows")
+
+
+def check_room_of(info: ModelInfo, specs: Sequence[StageSpec], tensors: dict[str, Tensor]) -> None:
+    """Raises ResodeError for a network that is far larger than its file, before any memory is taken for it.
+
+    A file of a few bytes may name the largest network there is. A library's network is built without memory (on torch's
+    meta device) where it can be; every distinct block has to have a tensor in the file.
+    """
+    owners = {".".join(name.split(".")[:depth]) for name in tensors for depth in range(1, name.count(".") + 1)}
+    for spec in specs:
+        inside = f"{spec.container}." if spec.container else ""
+        missing = [block.name for block in spec.blocks if f"{inside}{block.name}" not in owners and not block.shares]
+        if len(missing) > FEW_WITHOUT_TENSORS:
+            raise ResodeError(f"stage {spec.name}: {len(missing)} of its blocks have no tensor in the file")
+    if info.source.library not in ("timm", "torchvision", "cifar"):
+        return
+    try:
+        with torch.device("meta"):
+            net = sources.build(info.source)
+    except ResodeError:
+        raise
+    except Exception:  # a builder that looks at values; it is built with memory then
+        return
+    needed = sum(t.nbytes for t in net.state_dict().values())
+    held = sum(t.nbytes for t in tensors.values())
+    if needed > LARGEST_RATIO * held + SMALL:
+        raise ResodeError(f"its network {info.source} has {size(needed)} of weights, and the file {size(held)}")

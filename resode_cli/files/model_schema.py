@@ -12,13 +12,15 @@ from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
 
+from torchvision.transforms import InterpolationMode
+
 from ..errors import ResodeError, first_few
 from ..network.model import ModelInfo
 from ..network.parts import Preprocessing, SourceSpec
 from ..network.residual import FORMS, as_form
 from ..network.stage import BlockSpec, StageSpec
 from ..ode import SCHEMES
-from ..quantities import LONGEST_STAGE, Range
+from ..quantities import CROPS, LONGEST_STAGE, Range
 
 FORMAT_VERSION = 3  # 2: blocks that share tensors, weights linear in depth; 3: a checksum
 
@@ -27,7 +29,9 @@ _CLASSES = Range(1, 10**8)
 _PIXELS = Range(1, 2**14)
 _STEP = Range(0, 10**9)
 
+_VERIFIED = ("images", "batch", "identical", "max_difference", "function_kept")  # what is read of a verification
 _LONGEST_NAME = 500  # of a module
+_LONGEST_LINE = 4096  # as the longest path
 
 Read = Callable[[Any, str], Any]
 
@@ -127,6 +131,32 @@ def _name(value: Any, where: str) -> str:
     return text
 
 
+def _child(value: Any, where: str) -> str:
+    """The name of a module in the one that holds it."""
+    name = _name(value, where)
+    if not name or "." in name:
+        raise _Wrong(f"{where}: {_shown(name)} is no name of a child")
+    return name
+
+
+def _line(value: Any, where: str) -> str:
+    """A text that is shown to people as part of a line."""
+    text = _text(value, where)
+    if len(text) > _LONGEST_LINE or not text.isprintable():
+        raise _Wrong(f"{where}: {_shown(text)} is no short line of text")
+    return text
+
+
+def _different(read: Read, *, longest: int) -> Read:
+    def reader(value: Any, where: str) -> list[Any]:
+        found = _list(read, longest=longest)(value, where)
+        if len(set(found)) < len(found):
+            raise _Wrong(f"{where}: a name stands there twice")
+        return found
+
+    return reader
+
+
 def _one_of(allowed: tuple[str, ...], what: str) -> Read:
     def reader(value: Any, where: str) -> str:
         if value not in allowed:
@@ -176,6 +206,12 @@ def _entry(value: Any, where: str) -> dict[str, Any]:
     found = _plain(value, where)
     if not isinstance(found, dict) or not isinstance(found.get("command"), str):
         raise _Wrong(f"{where}: {_shown(value)} names no command")
+    if (verified := found.get("verified")) is not None:
+        missing = [] if not isinstance(verified, dict) else [name for name in _VERIFIED if name not in verified]
+        if missing or not isinstance(verified, dict):
+            raise _Wrong(f"{where}.verified: no {first_few(missing or list(_VERIFIED))}")
+        if not isinstance(verified["max_difference"], int | float):
+            raise _Wrong(f"{where}.verified: {_shown(verified['max_difference'])} is no number")
     return found
 
 
@@ -192,12 +228,12 @@ def _source(value: Any, where: str) -> SourceSpec:
     fields = _object(
         value,
         where,
-        needed={"library": _text, "name": _text},
+        needed={"library": _line, "name": _line},
         optional={
-            "tag": _or_none(_text),
+            "tag": _or_none(_line),
             "arguments": _arguments,
-            "weights": _or_none(_text),
-            "weights_sha256": _or_none(_text),
+            "weights": _or_none(_line),
+            "weights_sha256": _or_none(_line),
         },
     )
     return SourceSpec(**fields)
@@ -211,8 +247,8 @@ def _preprocessing(value: Any, where: str) -> Preprocessing:
         needed={"mean": _list(_real(channels)), "std": _list(_real(Range(0, 1e6, above=True)))},
         optional={
             "size": _size,
-            "interpolation": _text,
-            "crop_fraction": _real(Range(0, 1, above=True)),
+            "interpolation": _one_of(tuple(mode.value for mode in InterpolationMode), "interpolation"),
+            "crop_fraction": _real(CROPS),
             "crop_mode": _one_of(("center", "squash", "border"), "way of cropping"),
         },
     )
@@ -242,7 +278,7 @@ def _horizon(value: Any, where: str) -> Fraction:
 
 
 def _block(value: Any, where: str) -> BlockSpec:
-    fields = _object(value, where, needed={"name": _name, "origin": _name}, optional={"shares": _or_none(_name)})
+    fields = _object(value, where, needed={"name": _child, "origin": _child}, optional={"shares": _or_none(_child)})
     return BlockSpec(**fields)
 
 
@@ -250,14 +286,15 @@ def _stage(value: Any, where: str) -> StageSpec:
     if isinstance(value, Mapping) and isinstance(value.get("name"), str):
         where = f"stage {_shown(value['name'])[1:-1]}"
     names = _list(_name, longest=LONGEST_STAGE)
+    children = _different(_child, longest=LONGEST_STAGE)
     fields = _object(
         value,
         where,
         needed={
             "name": _name,
             "container": _name,
-            "transition": names,
-            "source_blocks": names,
+            "transition": children,
+            "source_blocks": children,
             "blocks": _list(_block, longest=LONGEST_STAGE),
             "schedule": _list(_whole(_STEP), longest=LONGEST_STAGE),
             "horizon": _horizon,

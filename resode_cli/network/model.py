@@ -292,9 +292,10 @@ def _refuse_groups(stage: str, *_: object, **__: object) -> None:
 
 
 def _build_stage(spec: StageSpec, children: dict[str, nn.Module]) -> OdeStage:
-    unused = [name for name in (*spec.transition, *(b.origin for b in spec.blocks)) if name not in children]
-    if unused:
-        raise ResodeError(f"stage {spec.name}: the source network has no block {unused[0]!r}")
+    named = (*spec.transition, *spec.source_blocks, *(b.origin for b in spec.blocks))
+    unknown_names = [name for name in named if name not in children]
+    if unknown_names:
+        raise ResodeError(f"stage {spec.name}: the source network has no block {unknown_names[0]!r}")
     rules: dict[str, BlockRule] = {}
     blocks: list[nn.Module] = []
     for block in spec.blocks:

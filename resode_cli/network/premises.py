@@ -8,36 +8,33 @@ then a block is read again for nothing, but what they look at is among it.
 
 from __future__ import annotations
 
-import enum
 import os
-import random
-import sys
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
+
+from .seen_values import (
+    ABSENT,
+    BY_IDENTITY,
+    COLLECTIONS,
+    LIBRARIES,
+    PLAIN,
+    STATEFUL,
+    Restless,
+    as_seen,
+    is_as_seen,
+    is_namespace,
+    root,
+)
 
 _modules_of_torch = nn.modules.module
 _OWN = frozenset(nn.Module().__dict__)  # what torch itself keeps in a module
-_PLAIN = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format, slice, enum.Enum)
-_BY_IDENTITY = (type, FunctionType, BuiltinFunctionType, ModuleType, property, staticmethod, classmethod)
-_COLLECTIONS = (tuple, list, set, frozenset, deque)
-_STATEFUL = (random.Random, torch.Generator, ContextVar, Iterator, type(os.environ))
 _CLOCKS = frozenset({"time", "datetime", "secrets", "uuid"})
-# Their functions are not looked into.
-_LIBRARIES = frozenset({"torch", "numpy", "builtins"}) | sys.stdlib_module_names
-_ABSENT = object()
-
-
-class Restless(Exception):
-    """What forward looks at may be another at each call: a generator, an iterator, the clock."""
 
 
 class _Place(NamedTuple):
@@ -56,7 +53,7 @@ class _Part(NamedTuple):
     """What counts of the module at a place, beside its class.
 
     names: of the children and tensors that it holds, None where its own call decides about them.
-    values: attributes, as `_as_seen` sees them; of a number that the code reads itself the type alone.
+    values: attributes, as `as_seen` sees them; of a number that the code reads itself the type alone.
     erased: whether the traced code leaves the module out: it follows the addition, or is an identity.
     size: how many attributes the block itself has.
     """
@@ -100,14 +97,14 @@ class Premises:
                 if erased and not runs_its_class(modules[place]):
                     return False
                 for name, seen in values:
-                    if own[name] is not seen and not _is_as_seen(own[name], seen, self.names):
+                    if own[name] is not seen and not is_as_seen(own[name], seen, self.names):
                         return False
         except KeyError:
             return False
         for table, name, seen in self.outside:
-            if not _is_as_seen(table.get(name, _ABSENT), seen, self.names):
+            if not is_as_seen(table.get(name, ABSENT), seen, self.names):
                 return False
-        return all(_is_as_seen(_content(cell), seen, self.names) for cell, seen in self.cells)
+        return all(is_as_seen(_content(cell), seen, self.names) for cell, seen in self.cells)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Premises:
         return self
@@ -179,8 +176,8 @@ def premises_of(
             for path, module in counting.items()
         ]
         tables = [*search.outside.values(), *((kind.__dict__, "forward") for kind in _forwards(block, erased))]
-        outside = tuple((table, name, _as_seen(table[name], search.names)) for table, name in tables)
-        cells = tuple((cell, _as_seen(_content(cell), search.names)) for cell in search.cells)
+        outside = tuple((table, name, as_seen(table[name], search.names)) for table, name in tables)
+        cells = tuple((cell, as_seen(_content(cell), search.names)) for cell in search.cells)
     except RecursionError as error:
         raise Restless("what it looks at holds itself") from error
     parts = [part for part in parts if part[1:] != (None, (), False, None)]
@@ -193,10 +190,10 @@ def _values(module: nn.Module, names: set[str], live: set[str], *, is_block: boo
         if name in live:
             yield name, float
         elif name in names or name == "approximate":  # which GELU it is
-            yield name, _as_seen(own[name], names)
+            yield name, as_seen(own[name], names)
         elif is_block:  # named nowhere, but its name may have been put together
             with suppress(Restless):
-                yield name, _as_seen(own[name], names)
+                yield name, as_seen(own[name], names)
 
 
 def _forwards(block: nn.Module, erased: Iterable[str]) -> set[type]:
@@ -220,52 +217,7 @@ def _content(cell: CellType) -> Any:
     try:
         return cell.cell_contents
     except ValueError:  # empty
-        return _ABSENT
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """A value that may change and stay the same object: its class, and what counts of it."""
-
-    kind: type
-    content: Any
-
-
-def _as_seen(value: Any, names: Iterable[str]) -> Any:
-    """The value, where it cannot change in place, else what is to be compared. Raises Restless."""
-    if isinstance(value, _PLAIN) or isinstance(value, _BY_IDENTITY) or value is _ABSENT:
-        return value
-    if isinstance(value, (Tensor, nn.Module)):
-        return _Seen(type(value), None)
-    if isinstance(value, _STATEFUL) or type(value).__module__.startswith("numpy.random"):
-        raise Restless(f"{type(value).__name__} moves on with each use")
-    if isinstance(value, MethodType):
-        return _Seen(MethodType, value.__func__)
-    if isinstance(value, partial):
-        return _Seen(partial, (value.func, _as_seen((value.args, value.keywords), names)))
-    if isinstance(value, Mapping):
-        return _Seen(type(value), tuple((_as_seen(k, names), _as_seen(v, names)) for k, v in value.items()))
-    if isinstance(value, _COLLECTIONS):
-        return _Seen(type(value), tuple(_as_seen(v, names) for v in value))
-    if type(value).__module__ == "numpy":
-        return _Seen(type(value), (value.shape, value.tobytes()))
-    attributes = getattr(value, "__dict__", {})
-    return _Seen(type(value), tuple((n, _as_seen(v, names)) for n, v in attributes.items() if n in names))
-
-
-def _is_as_seen(value: Any, seen: Any, names: frozenset[str]) -> bool:
-    if value is seen:
-        return True
-    if seen is float:  # a number that the code reads itself
-        return type(value) is float
-    if not isinstance(seen, _Seen):
-        return type(value) is type(seen) and isinstance(value, _PLAIN) and bool(value == seen)
-    if type(value) is not seen.kind:
-        return False
-    try:
-        return bool(_as_seen(value, names) == seen)
-    except (Restless, RecursionError):
-        return False
+        return ABSENT
 
 
 class _Search:
@@ -293,7 +245,7 @@ class _Search:
 
     def _note_methods(self, kind: type, names: set[str]) -> None:
         for base in kind.__mro__:
-            if base is nn.Module or _root(base) in _LIBRARIES:
+            if base is nn.Module or root(base) in LIBRARIES:
                 continue
             for name in names & base.__dict__.keys():
                 if name == "__call__" or not name.startswith("__"):
@@ -320,15 +272,15 @@ class _Search:
         elif isinstance(value, BuiltinFunctionType):
             if value.__module__ in _CLOCKS:
                 raise Restless(f"it calls {value.__name__}")
-        elif isinstance(value, Mapping) and not isinstance(value, _STATEFUL):
+        elif isinstance(value, Mapping) and not isinstance(value, STATEFUL):
             for element in value.values():
                 self._meet(element)
-        elif isinstance(value, _COLLECTIONS):
+        elif isinstance(value, COLLECTIONS):
             for element in value:
                 self._meet(element)
-        elif not isinstance(value, (*_PLAIN, *_BY_IDENTITY, *_STATEFUL, Tensor)) and id(value) not in self._known:
+        elif not isinstance(value, (*PLAIN, *BY_IDENTITY, *STATEFUL, Tensor)) and id(value) not in self._known:
             self._known.add(id(value))
-            if _root(type(value)) not in _LIBRARIES:
+            if root(type(value)) not in LIBRARIES:
                 self._holders.append(value)
                 self._note_methods(type(value), {"__call__"})
 
@@ -339,10 +291,12 @@ class _Search:
         self._meet(getattr(function, "__wrapped__", None))
         for cell in function.__closure__ or ():
             content = _content(cell)
-            if not isinstance(content, nn.Module) and content is not _ABSENT:
+            if not isinstance(content, nn.Module) and content is not ABSENT:
                 self.cells.append(cell)
                 self._meet(content)
-        if _root(function) in _LIBRARIES:
+                if isinstance(content, type):
+                    self._read_class(content, _names_in(function.__code__))
+        if root(function) in LIBRARIES:
             return
         named = _names_in(function.__code__)
         self.names |= named
@@ -350,21 +304,28 @@ class _Search:
             value = function.__globals__[name]
             if isinstance(value, ModuleType):
                 self._read_module(value, named)
-            elif not isinstance(value, type):
+            elif isinstance(value, type):
+                self._read_class(value, named)
+            else:
                 self._note(function.__globals__, name, function.__globals__)
+
+    def _read_class(self, kind: type, named: frozenset[str]) -> None:
+        """A class whose attributes are settings."""
+        for base in kind.__mro__:
+            if not is_namespace(base):
+                continue
+            for name in named & base.__dict__.keys():
+                if not isinstance(base.__dict__[name], (type, *BY_IDENTITY)):
+                    self._note(base.__dict__, name, base)
 
     def _read_module(self, module: ModuleType, named: frozenset[str]) -> None:
         if module.__name__ in _CLOCKS or (module is os and named & {"environ", "getenv"}):
             raise Restless(f"it looks at {module.__name__}")
-        if module.__name__.partition(".")[0] in _LIBRARIES:
+        if module.__name__.partition(".")[0] in LIBRARIES:
             return
         for name in named & vars(module).keys():
             if not isinstance(vars(module)[name], (ModuleType, type)):
                 self._note(vars(module), name, vars(module))
-
-
-def _root(thing: Any) -> str:
-    return (getattr(thing, "__module__", None) or "").partition(".")[0]
 
 
 @lru_cache(maxsize=4096)

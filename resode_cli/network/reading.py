@@ -25,7 +25,7 @@ from torch import Tensor, fx, nn
 from ..errors import first_few
 from .parts import BlockRule, Branch
 from .premises import Restless, premises_of, runs_its_class
-from .residual import GENERIC, LINEAR, activation_name
+from .residual import GENERIC, LINEAR, activation_name, is_called_activation, is_identity
 from .tracing import NotTraceable, Trace, trace
 
 _ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
@@ -267,7 +267,7 @@ def _is_identity(node: fx.Node, children: dict[str, nn.Module]) -> bool:
     if node.op != "call_module":
         return False
     child = children[str(node.target)]
-    return isinstance(child, nn.Identity) or (is_plain_sequence(child) and not list(child.children()))
+    return is_identity(child) or (is_plain_sequence(child) and not list(child.children()))
 
 
 def _behind(node: Any, children: dict[str, nn.Module]) -> Any:
@@ -321,7 +321,8 @@ def _activation(node: fx.Node, children: dict[str, nn.Module]) -> str | None:
         module = children[str(node.target)]
         name = activation_name(module)
         if name == GENERIC:
-            return GENERIC if type(module).__name__.lower() in _OTHER_ACTIVATIONS else None
+            other = type(module).__name__.lower() in _OTHER_ACTIVATIONS or is_called_activation(module)
+            return GENERIC if other else None
         return None if name == LINEAR else name
     if node.op not in ("call_function", "call_method") or not node.args:
         return None

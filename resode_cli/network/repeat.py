@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import random
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -78,3 +79,23 @@ def as_before(net: nn.Module) -> Iterator[None]:
 
 
 _PLAIN = (bool, int, float, str, type(None))
+
+
+def kept_in(net: nn.Module) -> dict[str, object]:
+    """What modules keep: buffers by their values, plain attributes too, and collections by how much they hold."""
+    found: dict[str, object] = {}
+    for path, module in net.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                found[f"{path}.{name}"] = buffer.detach().cpu().numpy(force=True).tobytes() if _fits(buffer) else None
+        for name, value in module.__dict__.items():
+            if isinstance(value, _PLAIN) and name != "training":
+                found[f"{path}.{name}"] = value
+            elif isinstance(value, (list, dict, set, deque)) and not name.startswith("_"):
+                found[f"{path}.{name}"] = len(value)
+    return found
+
+
+def _fits(buffer: torch.Tensor) -> bool:
+    """Whether a buffer is small enough to be compared bit by bit, of a type that numpy knows."""
+    return buffer.numel() <= 65536 and buffer.dtype != torch.bfloat16 and buffer.layout == torch.strided

@@ -40,16 +40,42 @@ LINEAR = "linear"
 GENERIC = "generic"  # the branch is not known apart from the block
 
 
+_ACTIVATION_CLASSES = {
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+    "gelutanh": "gelu_tanh",
+    "hardswish": "hardswish",
+}
+
+
+def is_called_activation(module: nn.Module) -> bool:
+    """Whether a module has the name of an activation, whatever it does."""
+    return type(module).__name__.lower() in {*_ACTIVATION_CLASSES, "gelu"}
+
+
+def is_identity(module: nn.Module) -> bool:
+    """Whether calling the module returns its argument, and does nothing else."""
+    return type(module).forward is nn.Identity.forward and is_stateless(module)
+
+
+def is_stateless(module: nn.Module) -> bool:
+    """Whether a module learns and keeps nothing, so that leaving its call out leaves nothing else out."""
+    own = module.__dict__
+    return not (own["_parameters"] or own["_buffers"] or own["_modules"])
+
+
 def activation_name(module: nn.Module | None) -> str:
     """The name of an activation module in ACTIVATIONS, 'linear' for none, else 'generic'."""
-    if module is None or isinstance(module, nn.Identity):
+    if module is None or is_identity(module):
         return LINEAR
-    # timm has its own classes of the same names; subclasses with other behaviour have other names.
+    # timm has its own classes of the same names; so do users, whose classes may learn or keep something.
+    if not is_stateless(module):
+        return GENERIC
     name = type(module).__name__.lower()
     if name == "gelu":
         return "gelu_tanh" if getattr(module, "approximate", "none") == "tanh" else "gelu"
-    known = {"relu": "relu", "silu": "silu", "swish": "silu", "gelutanh": "gelu_tanh", "hardswish": "hardswish"}
-    return known.get(name, GENERIC)
+    return _ACTIVATION_CLASSES.get(name, GENERIC)
 
 
 @dataclass(frozen=True, eq=False)

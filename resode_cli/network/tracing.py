@@ -8,6 +8,7 @@ of autograd or autocast than its caller's, which traced code would leave out.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,9 +18,10 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.overrides import TorchFunctionMode
 
 from .premises import Restless, premises_of
-from .repeat import generator_states, generators_kept
+from .repeat import as_before, generator_states, generators_kept, kept_in
 
 
 class NotTraceable(Exception):
@@ -80,15 +82,74 @@ def _untouched(module: nn.Module) -> Iterator[None]:
     """Raises NotTraceable where what is done inside draws random numbers, or changes what the forward looks at."""
     try:
         premises = premises_of(module, called=[name for name, _ in module.named_children()])
-        with generators_kept():
-            before = generator_states()
+        with as_before(module), generators_kept():
+            before, kept = generator_states(), kept_in(module)
             yield
             if generator_states() != before:
                 raise NotTraceable("it draws random numbers")
+            if kept_in(module) != kept:  # such as a counter of a child, by a method of the child's
+                raise NotTraceable("it changes what its modules keep")
         if not premises.hold(module):
             raise NotTraceable("it changes what it looks at")
     except Restless as error:
         raise NotTraceable(str(error)) from error
+
+
+class _ValuesRead(TorchFunctionMode):
+    """Notes whether the value of a real tensor is read as a number: it may be another at the next call."""
+
+    noted = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.noted = self.noted or getattr(func, "__name__", "") in _TO_PYTHON
+        return func(*args, **(kwargs or {}))
+
+
+_TO_PYTHON = frozenset({"__float__", "__int__", "__bool__", "__index__", "__complex__", "item", "tolist", "numpy"})
+
+
+class _Symbol(fx.Proxy):
+    """Stands for the state and what is made of it. It cannot be looked up, spelled out, or asked for its class.
+
+    What asks gets an answer that is not that of a tensor, and may well hide it, as `size in {7, 14}` does; so the
+    tracer is told, and the trace counts for nothing.
+    """
+
+    def __getattr__(self, name: str) -> fx.proxy.Attribute:
+        return _Attribute(self, name)
+
+    def __hash__(self) -> int:
+        _tell(self, "it looks up what a symbol of its input stands for")
+        return super().__hash__()
+
+    def __repr__(self) -> str:
+        if not _asked_by_torch():
+            _tell(self, "it spells out what a symbol of its input stands for")
+        return super().__repr__()
+
+    @property
+    def __class__(self) -> Any:
+        if not _asked_by_torch():
+            _tell(self, "it asks for the class of its input")
+        return type(self)
+
+    @__class__.setter
+    def __class__(self, kind: Any) -> None:
+        raise TypeError("a symbol stays one")
+
+
+class _Attribute(_Symbol, fx.proxy.Attribute):
+    """The same of an attribute of a symbol, such as its shape."""
+
+
+def _tell(symbol: fx.Proxy, question: str) -> None:
+    assert isinstance(symbol.tracer, _BlockTracer)
+    symbol.tracer.questions.append(question)
+
+
+def _asked_by_torch() -> bool:
+    """Whether torch itself asked, two frames up: it knows its symbols."""
+    return str(sys._getframe(2).f_globals.get("__name__", "")).partition(".")[0] == "torch"
 
 
 class _Number(fx.Proxy):
@@ -104,6 +165,10 @@ class _BlockTracer(fx.Tracer):
         super().__init__()
         self.ambient: tuple[bool, ...] = ()
         self.numbers: dict[str, fx.Proxy] = {}
+        self.questions: list[str] = []
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Symbol(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -168,12 +233,16 @@ def _once(module: nn.Module, training: bool, own: list[str], *, ambient: bool) -
     )
     defaults = {p.name: p.default for p in others if p.default is not p.empty}
     try:
-        with _as_ambient(ambient):
+        with _as_ambient(ambient), _ValuesRead() as values:
             tracer.ambient = _ambient()
             graph = tracer.trace(probe, concrete_args=defaults or None)
     except Exception as error:  # whatever a forward does with a symbol instead of a tensor
         reason = str(error).strip().splitlines()
         raise NotTraceable(reason[0] if reason else type(error).__name__) from error
+    if values.noted:
+        raise NotTraceable("it reads the value of a tensor")
+    if tracer.questions:
+        raise NotTraceable(tracer.questions[0])
     _drop_defaults(graph)
     return Trace(graph, bool(asked), tuple(own))
 

@@ -6,6 +6,7 @@ an optimizer's schedule) is built of stand-ins of ours: the classes that they na
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 import sys
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.serialization import safe_globals
@@ -43,6 +44,29 @@ MOST_NAMES = 256  # classes that a file may name
 MOST_ENTRIES = 1_000_000  # entries of nested dictionaries that are looked at
 DEEPEST = 6  # levels of them
 ZIP_OVERHEAD = 2**16  # bytes by which members may sum up to more than their file, which an honest one's never do
+
+
+def _check_is_of_blocks(path: Path) -> None:
+    """Raises ResodeError for a model of ours whose tensors mean something else than in its source's blocks."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            stages = json.loads((file.metadata() or {}).get("resode", "{}")).get("stages", [])
+        other = [
+            stage["name"]
+            for stage in stages
+            if stage.get("form", "exact") != "exact"
+            or stage.get("scheme", "euler") != "euler"
+            or stage.get("blends")
+            or str(stage["horizon"]) != str(len(stage["source_blocks"]))
+            or len(stage["schedule"]) != len(stage["source_blocks"])
+        ]
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError, TypeError):
+        return  # whatever it is, it is read as any other file
+    if other:
+        raise ResodeError(
+            f"{path}: a resode model whose stage {other[0]} is not its source's blocks any more (another form, depth or"
+            " rule); pass the file as MODEL"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +95,7 @@ def read(path: Path) -> WeightFile:
     if not path.is_file():
         raise UsageError(f"weights file {str(path)!r} does not exist")
     if path.suffix == ".safetensors":
+        _check_is_of_blocks(path)
         try:
             return WeightFile(path, [StateDict("", load_file(path))])
         except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 
@@ -14,7 +15,7 @@ from ..machine.memory import check_room
 from ..network.block_inputs import tensors_in
 from ..network.model import ModelInfo, OdeResNet, assemble
 from ..network.parts import Preprocessing, Source, StageParts
-from ..network.repeat import as_before, repeatable
+from ..network.repeat import as_before, generator_states, generators_kept, repeatable
 from ..network.residual import GENERIC, LINEAR, Form, as_form
 from ..network.stage import BlockSpec, StageSpec
 from ..ode import SCHEMES
@@ -26,6 +27,9 @@ from ..sources.registry import source_of
 # rounding, so this is far above one unit in the last place and far below any wrong formula.
 ROUNDING = 1e-3
 VERIFIED = 4  # random images
+SEVERAL = 2  # of them, for gradients and further seeds
+SEEDS = 8
+GRADIENTS_AGREE = 1e-2  # relative to a parameter's gradient, or, for one that hardly has any, to the largest
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ def convert(
     batch = like(random_batch(source.preprocessing, images), net) if example is None else example
     with as_before(net):
         before = _logits(net, batch, str(source.spec))
-    trained = _outputs_in_training(net, batch)
+    trained = _in_training(net, batch)
     with as_before(net):
         found = find_stages(net, batch[:1])
     specs = stage_specs(found.stages, scheme=scheme, form=form)
@@ -97,33 +101,94 @@ def convert(
     return model, result
 
 
-def _outputs_in_training(net: nn.Module, batch: Tensor) -> list[Tensor] | None:
-    """What the network returns in train mode, with random numbers that come again. It is left as it was.
+@dataclass(frozen=True)
+class _Training:
+    """What a network does in train mode, with random numbers that come again.
 
-    None where it does not run on this batch, as where norms want more values than there are.
+    outputs: by seed; of more seeds than one where it draws from the host's generators, for a loop that skips blocks by
+    chance may do nothing of the kind with the first. gradients: of the sum of squares of what it returns for a few
+    images, by name of the parameter.
     """
-    with as_before(net), torch.no_grad():
-        net.train()
-        try:
-            return tensors_in(repeatable(lambda: net(batch)))
-        except Exception:  # whatever a network of one's own raises
-            return None
+
+    outputs: dict[int, list[Tensor]]
+    gradients: dict[str, Tensor] | None
 
 
-def _check_in_training(expected: list[Tensor], model: OdeResNet, batch: Tensor, source: str) -> None:
+def _in_training(net: nn.Module, batch: Tensor, name: Callable[[str], str] = str) -> _Training | None:
+    """The network is left as it was. None where it does not run on this batch, as where norms want more values."""
+    few = batch[:SEVERAL]
+    try:
+        with as_before(net), torch.no_grad():
+            net.train()
+            outputs = {0: tensors_in(repeatable(lambda: net(batch)))}
+            for seed in range(1, SEEDS if _draws(net, few) else 1):
+                outputs[seed] = tensors_in(repeatable(lambda: net(few), seed))
+    except Exception:  # whatever a network of one's own raises
+        return None
+    return _Training(outputs, _gradients(net, few, name))
+
+
+def _draws(net: nn.Module, images: Tensor) -> bool:
+    """Whether a pass draws random numbers."""
+    with generators_kept():
+        before = generator_states()
+        net(images)
+        return generator_states() != before
+
+
+def _gradients(net: nn.Module, images: Tensor, name: Callable[[str], str]) -> dict[str, Tensor] | None:
+    named = {key: p for key, p in net.named_parameters() if p.requires_grad and not p.is_meta}
+    if not named:
+        return None
+
+    def run() -> tuple[Tensor | None, ...]:
+        loss = sum(out.double().square().sum() for out in tensors_in(net(images)) if out.requires_grad)
+        return torch.autograd.grad(loss, list(named.values()), allow_unused=True) if isinstance(loss, Tensor) else ()
+
+    try:
+        with as_before(net), torch.enable_grad():
+            net.train()
+            found = repeatable(run)
+    except Exception:
+        return None
+    return {name(key): g for key, g in zip(named, found, strict=False) if g is not None}
+
+
+def _check_in_training(expected: _Training, model: OdeResNet, batch: Tensor, source: str) -> None:
     """Raises ResodeError if the converted network does not do in train mode what its source did."""
-    found = _outputs_in_training(model, batch)
-    if found is None or len(found) != len(expected):
+    found = _in_training(model, batch, lambda key: model.file_name(key.removeprefix("net.")))
+    if found is None or found.outputs.keys() != expected.outputs.keys():
         raise ResodeError(f"in train mode {source} runs, but the converted network does not; nothing was written")
-    for a, b in zip(expected, found, strict=True):
-        scale = max(float(a.abs().max()), 1.0)
-        difference = float((a - b).abs().max())
-        if not difference <= ROUNDING * scale:
+    for seed, outputs in expected.outputs.items():
+        for a, b in zip(outputs, found.outputs[seed], strict=True):
+            scale = max(float(a.abs().max()), 1.0)
+            difference = float((a - b).abs().max())
+            if not difference <= ROUNDING * scale:
+                raise ResodeError(
+                    f"in train mode the converted network does not agree with {source}: what they return differs by"
+                    f" {difference:.3g} (largest value {scale:.3g}), with equal random numbers; something outside its"
+                    " blocks, such as a loop that skips some of them, does more when it trains, or a block goes by what"
+                    " it keeps from call to call; nothing was written"
+                )
+    if expected.gradients is not None:
+        _check_gradients(expected.gradients, found.gradients or {}, source)
+
+
+def _check_gradients(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], source: str) -> None:
+    largest = max((float(g.double().norm()) for g in expected.values()), default=0.0)
+    for name in expected.keys() | found.keys():
+        g, h = expected.get(name), found.get(name)
+        if g is None or h is None:
+            difference = float((g if h is None else h).double().norm())  # type: ignore[union-attr]
+        else:
+            difference = float((g.double() - h.double()).norm())
+        size = float(g.double().norm()) if g is not None else 0.0
+        # NaN, where the network itself overflows, compares as false.
+        if difference > GRADIENTS_AGREE * max(size, GRADIENTS_AGREE * largest):
             raise ResodeError(
-                f"in train mode the converted network does not agree with {source}: what they return differs by"
-                f" {difference:.3g} (largest value {scale:.3g}), with equal random numbers; something outside its"
-                " blocks, such as a loop that skips some of them, does more when it trains, or a block goes by what it"
-                " keeps from call to call; nothing was written"
+                f"the gradients of the converted network do not agree with those of {source}: {name} is off by"
+                f" {difference:.3g} (its size is {size:.3g}); something between its blocks changes gradients, such as a"
+                " detach, torch.no_grad or a hook on a state; nothing was written"
             )
 
 

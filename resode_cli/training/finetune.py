@@ -364,7 +364,7 @@ class _Run:
 
     def _save_model(self, name: str) -> None:
         check_finite(self.model, f"after step {self.progress.step} weights are no numbers ({{}}){self._advice()}")
-        model_file.save(self._described(), self.lock.ensure() / f"{name}.safetensors")
+        model_file.write(self._described(), self.lock.ensure() / f"{name}.safetensors")
         self._replace(f"{name}.safetensors")
 
     def _save_state(self) -> None:
