@@ -24,8 +24,9 @@ from torch import Tensor, fx, nn
 
 from ..errors import first_few
 from .parts import BlockRule, Branch
-from .premises import Restless, premises_of, runs_its_class
+from .premises import premises_of, runs_its_class
 from .residual import GENERIC, LINEAR, activation_name, is_called_activation, is_identity
+from .seen_values import Restless
 from .tracing import NotTraceable, Trace, trace
 
 _ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}

@@ -20,8 +20,9 @@ import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
-from .premises import Restless, premises_of
+from .premises import premises_of
 from .repeat import as_before, generator_states, generators_kept, kept_in
+from .seen_values import Restless
 
 
 class NotTraceable(Exception):
