@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from ..network.stage import OdeStage
-from ..ode import REVERSALS, SCHEMES, Adjoint, Plan, required_scheme
+from ..ode import REVERSALS, SCHEMES, Adjoint, Plan, Prediction, required_scheme
 
 # Re-evaluations per step that are given away for memory: 5 % of a step's time at e = 1.
 SLACK = 0.2
@@ -42,17 +42,19 @@ def candidates(
     for name in names:
         if required_scheme(name) not in (None, spec.scheme):
             continue
-        if name == "checkpoint":
+        if name not in REVERSALS:  # it holds states
             counts = sorted({max(spec.depth // k, 1) for k in SEGMENTS} | set(range(1, min(spec.depth, 16))))
             found += [_candidate(Adjoint(name), spec.depth, spec.scheme)]
             found += [_candidate(Adjoint(name, snapshots=s), spec.depth, spec.scheme) for s in counts if s < spec.depth]
             continue
-        most = MOST_CORRECTIONS if methods is None and name == "pc" else 0
+        # Corrections go on with the fixed-point iteration that a modified prediction begins.
+        most = MOST_CORRECTIONS if methods is None and REVERSALS[name].modified else 0
         for corrections in range(most + 1):
             free = Adjoint(name, corrections=corrections)
-            evaluations = measured(free) if name == "multistep" else None
+            plan = free.plan(spec.depth, spec.scheme)
+            evaluations = measured(free) if plan is not None and plan.extrapolates else None
             for every in spacings(spec.depth):
-                if every == 1 and "checkpoint" in names:
+                if every == 1 and not set(names) <= REVERSALS.keys():
                     continue  # the same thing
                 adjoint = Adjoint(name, every, corrections)
                 found.append(_candidate(adjoint, spec.depth, spec.scheme, evaluations))
@@ -69,12 +71,12 @@ def _candidate(adjoint: Adjoint, depth: int, scheme: str, evaluations: float | N
     plan = adjoint.plan(depth, scheme)
     assert plan is not None
     if evaluations is None:
-        evaluations = planned_evaluations(plan, adjoint)
+        evaluations = planned_evaluations(plan)
     return Candidate(adjoint, evaluations, plan.largest_states, plan.exact)
 
 
-def planned_evaluations(plan: Plan, adjoint: Adjoint) -> float:
-    """Evaluations of Φ per step that a plan says it takes; for `multistep`, at least."""
+def planned_evaluations(plan: Plan) -> float:
+    """Evaluations of Φ per step that a plan says it takes; where it extrapolates, at least."""
     held, extra = set(plan.anchors), 0
     for n in reversed(range(plan.depth)):
         step = plan.steps[n]
@@ -82,7 +84,7 @@ def planned_evaluations(plan: Plan, adjoint: Adjoint) -> float:
             extra += n - max(k for k in held if k <= n)
             held.update(step.hold)
         elif not step.exact:
-            extra += step.corrections + (adjoint.method != "multistep")
+            extra += step.corrections + (step.prediction is not Prediction.EXTRAPOLATED)
         held.discard(n)
     return 1 + extra / plan.depth if plan.depth else 0.0
 

@@ -310,7 +310,7 @@ class OdeStage(nn.Module):
         """The same, stopping for the tap. A rule that looks beyond its step is then recorded by autograd."""
         scheme, here = SCHEMES[self.spec.scheme], 0
         for n in sorted({*tap.steps, self.spec.depth}):
-            if scheme.evaluations == 1:
+            if scheme.stays_in_step:
                 x = self._solve(replace(field, schedule=field.schedule[here:n]), x)
             else:
                 x = deque([x, *trajectory(Evaluator(field), scheme, x, here, n)], maxlen=1).pop()

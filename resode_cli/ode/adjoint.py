@@ -33,6 +33,7 @@ def solve(field: Field, scheme: Scheme, plan: Plan | None, x: Tensor, *, monitor
         return x
     monitor.check()
     monitor.clear()
+    x = scheme.enter(x)
     monitor.state_bytes = 0 if torch.compiler.is_exporting() else x.nbytes  # a symbolic size is no number
     parameters = field.parameters()
     with kept_bytes(parameters, enabled=monitor.count_kept) as count:
@@ -44,7 +45,7 @@ def solve(field: Field, scheme: Scheme, plan: Plan | None, x: Tensor, *, monitor
             assert plan.depth == field.depth
             x = _PlannedSolve.apply(x, _Call(field, scheme, plan, monitor, parameters), *parameters)
     monitor.kept = count()
-    return x
+    return scheme.leave(x)
 
 
 @dataclass(frozen=True)

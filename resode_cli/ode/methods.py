@@ -7,6 +7,8 @@
 | euler      | reverse Euler, carry the prediction (the paper's eq. 6–7)            | 2                         |
 | heun       | reverse Heun, carry the prediction (the paper's eq. 8–9)             | 2                         |
 
+So does every other forward rule that has a step back of its own: its name is that of the method.
+
 `pc` (predictor, corrector) and `multistep` carry the state that the taped evaluation corrects, instead
 of the prediction. Two classical refinements of `pc` cost no evaluation: Anderson's mixing of the two
 iterates, and Milne's modifier, which adds to a prediction the error that the prediction of the step
@@ -21,19 +23,21 @@ from functools import lru_cache
 from ..errors import UsageError, unknown
 from .binomial import forward_placement, replay_placement
 from .plans import HELD, Carry, Plan, Prediction, StepPlan
+from .schemes import SCHEMES
 
 REVERSALS = {
     "multistep": StepPlan(Prediction.EXTRAPOLATED, carry=Carry.CORRECTED),
     "pc": StepPlan(Prediction.REVERSE_EULER, modified=True, carry=Carry.MIXED),
     "euler": StepPlan(Prediction.REVERSE_EULER),
-    "heun": StepPlan(Prediction.REVERSE_SCHEME),
+    **{scheme.name: StepPlan(Prediction.REVERSE_SCHEME) for scheme in SCHEMES.values() if scheme.step_back is not None},
 }
 METHODS = ("backprop", "checkpoint", *REVERSALS)
 
 
 def required_scheme(method: str) -> str | None:
     """The forward rule a method is tied to, if any: reverse Heun retraces Heun steps only."""
-    return "heun" if method == "heun" else None
+    step = REVERSALS.get(method)
+    return method if step is not None and step.prediction is Prediction.REVERSE_SCHEME else None
 
 
 @dataclass(frozen=True)

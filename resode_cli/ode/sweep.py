@@ -198,6 +198,7 @@ class Sweep:
     def _predict(self, n: int, step: StepPlan) -> Tensor:
         assert self.carried is not None
         if step.prediction is Prediction.REVERSE_SCHEME:
+            assert self.scheme.step_back is not None
             return self.scheme.step_back(self.r, n, self.carried)
         if step.prediction is Prediction.EXTRAPOLATED:
             history, self.reverse_value = self._history(n), None
