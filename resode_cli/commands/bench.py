@@ -46,7 +46,8 @@ def bench_command(
         str | None, typer.Option("--weights", help="Of --stage-shape: 'tied' (default), 'untied' or 'smooth' in depth.")
     ] = None,
     scheme: Annotated[
-        str | None, typer.Option("--scheme", help="Forward rule of --stage-shape: 'euler' (default) or 'heun'.")
+        str | None,
+        typer.Option("--scheme", help="Forward rule of --stage-shape: 'euler' (default), 'heun', 'midpoint' or 'rk4'."),
     ] = None,
     adjoint: Annotated[
         str,

@@ -50,7 +50,8 @@ class Settings:
 
     adjoint: str = backward(
         "auto",
-        "Backward method: auto, backprop, checkpoint (exact), multistep, pc, euler or heun.",
+        "Backward method: auto, backprop, checkpoint (exact), multistep, pc, euler; or the reversal of a forward rule"
+        " of that name: heun, midpoint, rk4.",
         resume="stays",
     )
     anchors: str | None = backward(

@@ -10,12 +10,10 @@ from torch import nn
 from torch.func import functional_call
 
 from resode_cli.errors import ResodeError
-from resode_cli.ode import EULER, METHODS, Adjoint
+from resode_cli.ode import EULER, METHODS, SCHEMES, Adjoint, required_scheme
 from resode_cli.ode.field import Evaluator
 
-CASES = [
-    (method, scheme) for scheme in ("euler", "heun") for method in METHODS[1:] if (method, scheme) != ("heun", "euler")
-]
+CASES = [(method, scheme) for scheme in SCHEMES for method in METHODS[1:] if required_scheme(method) in (None, scheme)]
 PLANS = [
     Adjoint("checkpoint"),
     Adjoint("checkpoint", snapshots=2),

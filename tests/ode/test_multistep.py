@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from resode_cli.ode import METHODS, Adjoint, Field, Monitor
+from resode_cli.ode import METHODS, SCHEMES, Adjoint, Field, Monitor, required_scheme
 
 RUNS = (0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 2)
 
@@ -227,9 +227,9 @@ def test_every_evaluation_of_a_step_sees_the_forward_pass_masks(method, as_field
     block, depth = Masked(), 6
     field = as_field([block], (0,) * depth, 1 / depth)
     adjoint = Adjoint(method, anchors=3 if method == "checkpoint" else None)
-    scheme = "heun" if method == "heun" else "euler"
+    scheme = required_scheme(method) or "euler"
     field_gradients(field, adjoint, state, scheme=scheme)
-    slots = 2 if scheme == "heun" else 1
+    slots = SCHEMES[scheme].evaluations
     forward, backward = block.masks[: depth * slots], block.masks[depth * slots :]
     assert len(backward) == {"checkpoint": 4 + depth}.get(method, 2 * depth * slots)
     assert not any(torch.equal(a, b) for a, b in zip(forward, forward[1:], strict=False))
@@ -237,6 +237,8 @@ def test_every_evaluation_of_a_step_sees_the_forward_pass_masks(method, as_field
         order = [3, 4, 5, 4, 3, 0, 1, 2, 1, 0]
     elif method == "heun":
         order = [k for n in reversed(range(depth)) for k in (2 * n + 1, 2 * n, 2 * n, 2 * n + 1)]
+    elif required_scheme(method):  # a step back evaluates in the order of a step
+        order = [slots * n + k for n in reversed(range(depth)) for _ in range(2) for k in range(slots)]
     else:  # never extrapolated from another step's mask: each step is evaluated at the estimate, then on the tape
         order = [n for n in reversed(range(depth)) for _ in range(2)]
     assert all(torch.equal(mask, forward[n]) for mask, n in zip(backward, order, strict=True))

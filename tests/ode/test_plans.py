@@ -8,11 +8,9 @@ import pytest
 import torch
 
 from resode_cli.errors import UsageError
-from resode_cli.ode import METHODS, Adjoint, Carry, Monitor, Prediction
+from resode_cli.ode import METHODS, SCHEMES, Adjoint, Carry, Monitor, Prediction, required_scheme
 
-CASES = [
-    (method, scheme) for method in METHODS[1:] for scheme in ("euler", "heun") if (method, scheme) != ("heun", "euler")
-]
+CASES = [(method, scheme) for method in METHODS[1:] for scheme in SCHEMES if required_scheme(method) in (None, scheme)]
 REVERSING = [case for case in CASES if case[0] != "checkpoint"]
 
 
@@ -201,7 +199,7 @@ def test_reconstruction_is_not_exact(make_field, field_gradients, state):
 @pytest.mark.parametrize("horizon", [1, 3])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_input_is_left_alone(method, horizon, make_stage, images):
-    stage = make_stage(scheme="heun" if method == "heun" else "euler", horizon=horizon)
+    stage = make_stage(scheme=required_scheme(method) or "euler", horizon=horizon)
     stage.use_adjoint(Adjoint(method))
     base = images.clone().requires_grad_()
     x = base * 1
@@ -222,7 +220,7 @@ def test_the_method_does_not_change_the_function(method, scheme, horizon, make_s
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_stage_without_steps_is_the_identity(method, make_stage, images):
-    stage = make_stage((), scheme="heun")
+    stage = make_stage((), scheme=required_scheme(method) or "heun")
     stage.use_adjoint(Adjoint(method))
     leaf = images.clone().requires_grad_()
     out = stage(leaf)
@@ -233,7 +231,7 @@ def test_a_stage_without_steps_is_the_identity(method, make_stage, images):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_inference_mode_runs_the_same_function(method, make_stage, images):
-    stage = make_stage((0, 1, 0), scheme="heun").eval()
+    stage = make_stage((0, 1, 0), scheme=required_scheme(method) or "heun").eval()
     expected = stage(images)
     stage.use_adjoint(Adjoint(method))
     with torch.inference_mode():
