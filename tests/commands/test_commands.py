@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
+
+from resode_cli.app import main
 
 NETWORK = """
 from resode_cli.sources.cifar import CifarResNet
@@ -40,24 +44,23 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
-    """Run `resode` in an empty folder; the exit code is checked, and that there is no traceback."""
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run `resode` in an empty folder; the exit code is checked, and that there is no traceback.
+
+    In this process: importing torch anew would take longer than most commands. `test_demo.py` starts processes.
+    """
     (tmp_path / "net.py").write_text(NETWORK)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
 
     def command(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
         # The models are made by the net.py above, whose code these commands have to be told to trust.
         trust = ["--trust-source"] if arguments and arguments[0] in LOADS and "--source" not in arguments else []
-        result = subprocess.run(
-            [sys.executable, "-m", "resode_cli", *map(str, arguments), *trust],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=300,
-        )
-        assert result.returncode == code, result.stdout + result.stderr
+        out, err = io.StringIO(), io.StringIO()
+        with redirect_stdout(out), redirect_stderr(err):
+            found = main([*map(str, arguments), *trust])
+        result = subprocess.CompletedProcess([], found, out.getvalue(), err.getvalue())
+        assert found == code, result.stdout + result.stderr
         assert "Traceback" not in result.stderr
         return result
 
@@ -265,7 +268,7 @@ MISTAKES = [
     (("convert", "net.py:broken", "--no-pretrained", "-o", "x.safetensors"), 1, "no such luck"),
     (("convert", "net.py:plain", "--no-pretrained", "-o", "x.safetensors"), 1, "no residual steps"),
     (("convert", "net.py:small", "--weights", "none.pth", "-o", "x.safetensors"), 2, "does not exist"),
-    (("convert", "net.py:small", "--no-pretrained", "--scheme", "rk4", "-o", "x.safetensors"), 2, "heun"),
+    (("convert", "net.py:small", "--no-pretrained", "--scheme", "rk5", "-o", "x.safetensors"), 2, "heun"),
     (("convert", "net.py:small", "--no-pretrained", "--form", "post", "-o", "x.safetensors"), 2, "pre"),
     (("convert", "net.py:small", "--no-pretrained", "--mean", "1,2", "-o", "x.safetensors"), 2, "three numbers"),
     (("convert", "net.py:small", "--no-pretrained", "--num-classes", "0", "-o", "x.safetensors"), 2, "1 or more"),
