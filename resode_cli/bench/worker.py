@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,8 @@ def start_watching() -> int:
     """The resident size now, in bytes; where the system can, its high-water mark is lowered to it."""
     if not STATUS.exists():
         return largest_since()
-    try:
+    with suppress(OSError):  # a container may forbid it; the mark is then at most what building took too high
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass  # a container may forbid it; the mark is then at most what building the network took too high
     return _status("VmRSS")
 
 

@@ -8,7 +8,7 @@ import stat
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 from ..machine.signals import SIGNALS, Stopped
@@ -149,7 +149,5 @@ def send_nowhere(descriptor: int) -> None:
 
 def _say(text: str) -> None:
     """Written past Python's buffers: the signal may have come while those were being written to."""
-    try:
+    with suppress(OSError):
         os.write(2, text.encode())
-    except OSError:
-        pass

@@ -65,11 +65,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return _scaled(image, *_range_of_16_bits(image)).convert("RGB")
     if image.mode == "F":
         low, high = _extremes(image)
-        if 0 <= low and high <= 1:
+        if low >= 0 and high <= 1:
             return _scaled(image, 0, 1).convert("RGB")
     if image.mode in ("I", "F"):
         low, high = _extremes(image)
-        if not (0 <= low and high <= 255):
+        if not (low >= 0 and high <= 255):
             raise UnreadableImage(
                 f"its pixels are {'32-bit integers' if image.mode == 'I' else 'floating-point numbers'} from {low:g}"
                 f" to {high:g}, and nothing says which are black and white; save it with 8 or 16 bits"
@@ -84,7 +84,7 @@ def _open_regular(path: str | Path) -> BinaryIO:
     def opener(name: str, flags: int) -> int:
         return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
 
-    file = open(path, "rb", opener=opener)
+    file = open(path, "rb", opener=opener)  # noqa: SIM115  the caller closes it
     try:
         found = os.fstat(file.fileno())
         _check_regular(found)

@@ -25,7 +25,7 @@ def roughness(stage: OdeStage) -> Tensor:
 
     0 for a tied stage, about 2 for unrelated weights. What is shared counts as equal.
     """
-    pairs = [pair for pair in _neighbours(stage)]
+    pairs = list(_neighbours(stage))
     if not pairs:
         return torch.zeros((), device=next(stage.parameters()).device)
     terms = []

@@ -140,8 +140,8 @@ class _Calibrator:
         ordered = {name: self._candidates(name) for name in self.stages}
         # Errors of several stages add up like independent ones, nearly; the whole network is verified below.
         share = MARGIN * self.tolerance / math.sqrt(max(len(self.stages), 1))
-        caps = {name: math.inf for name in self.stages}
-        shares = {name: share for name in self.stages}
+        caps = dict.fromkeys(self.stages, math.inf)
+        shares = dict.fromkeys(self.stages, share)
         while True:
             picked = {name: self._pick(name, ordered[name], caps[name], shares[name]) for name in self.stages}
             total = fixed + sum(sizes[name].state * picked[name].states for name in picked)

@@ -61,7 +61,7 @@ def as_seen(value: Any, names: AbstractSet[str]) -> Any:
     if isinstance(value, type) and is_namespace(value):
         named = [(n, v) for base in value.__mro__ for n, v in vars(base).items() if n in names and not callable(v)]
         return Seen(type(value), (value, *((n, v if v is value else as_seen(v, names)) for n, v in named)))
-    if isinstance(value, PLAIN) or isinstance(value, BY_IDENTITY) or value is ABSENT:
+    if isinstance(value, (PLAIN, BY_IDENTITY)) or value is ABSENT:
         return value
     if isinstance(value, Tensor):
         return Seen(type(value), None)

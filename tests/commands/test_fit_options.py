@@ -85,7 +85,7 @@ def test_every_rewrite_reports_size_cost_and_distance(net: Path, tmp_path: Path,
     before, after = found["figures"]
     assert (before["evaluations"], after["evaluations"]) == (7, 18)
     assert before["parameters"] == after["parameters"]
-    assert 0 < after["logit_distance"] and set(after["gradient_errors"]["pc"]) == {"layer1", "layer2", "layer3"}
+    assert after["logit_distance"] > 0 and set(after["gradient_errors"]["pc"]) == {"layer1", "layer2", "layer3"}
     assert main(["untie", str(out), "-o", str(tmp_path / "untied.safetensors")]) == 0
     shown = capsys.readouterr().out
     assert "branch evaluations per image" in shown and "logits identical" in shown

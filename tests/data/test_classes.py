@@ -83,7 +83,7 @@ def test_the_order_of_images_does_not_depend_on_that_of_classes(make_folder: Mak
 
 
 def test_a_named_set_is_read_in_the_models_order():
-    names = "3 1 4 5 9 2 6 8 7 0".split()
+    names = ["3", "1", "4", "5", "9", "2", "6", "8", "7", "0"]
     plain = open_data("digits", PLAIN, "test", images=20)
     data = open_labelled("digits", info_of(10, names), "test", images=20)
     for i in range(20):

@@ -195,7 +195,7 @@ def taped(function, block: nn.Module) -> list[Tensor]:
     x = state().requires_grad_()
     torch.manual_seed(3)
     out = function(x * 1)  # a copy that may be written to, were it allowed
-    parameters = [p for p in block.parameters()]
+    parameters = list(block.parameters())
     gradients = torch.autograd.grad((out * state().flip(0)).sum(), [x, *parameters], allow_unused=True)
     return [out, *(g for g in gradients if g is not None), torch.get_rng_state()]
 

@@ -61,7 +61,7 @@ def bench() -> Table:
                 else "x"
             )
         )
-    report: dict[str, Any] = {name: "a name of some length" for name in BenchReport.__annotations__}
+    report: dict[str, Any] = dict.fromkeys(BenchReport.__annotations__, "a name of some length")
     report |= {"rows": tuple(BenchRow(**values) for _ in range(3)), "batch_size": 32, "threads": 2}
     report |= {"channels_last": False, "compiled": False, "amp": "bfloat16", "dtype": "float32", "batch_norm": "frozen"}
     return bench_table(SimpleNamespace(**report))  # type: ignore[arg-type]
