@@ -24,6 +24,10 @@ from resode_cli.sources.cifar import CifarResNet
 from resode_cli.sources.registry import open_source
 from resode_cli.surgery.convert import convert
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: more threads would be in each other's way
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 TINY_SIZE = 16
 TINY_NET = """
 from resode_cli.sources.cifar import CifarResNet
