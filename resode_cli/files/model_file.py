@@ -64,7 +64,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     metadata = read_metadata(path)
     with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
     written = metadata.pop(CHECKSUM, None)  # files of the first two formats have none
     if written is None and metadata["format"] > 2:
         raise ResodeError(f"{path}: its checksum is missing")

@@ -96,7 +96,7 @@ def open_source(
             notes.append(_head_note(known, num_classes))
     if stem == "cifar":
         notes.append("the 3×3 stem starts at random")
-    if from_library or weights is not None or library == "file":
+    if from_library or weights is not None or library == "file":  # whose function may have loaded weights of its own
         spec = replace(spec, weights_sha256=state_sha256(net.state_dict()))
     else:
         notes.append(RANDOM_NOTE)

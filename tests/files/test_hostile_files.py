@@ -39,7 +39,7 @@ def saved(pico: OdeResNet, tmp_path: Path) -> Path:
 
 def parts(path: Path) -> tuple[dict[str, Tensor], Metadata]:
     with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file}, json.loads(file.metadata()["resode"])
+        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["resode"])
 
 
 def write(path: Path, tensors: dict[str, Tensor], metadata: Metadata, *, signed: bool = True) -> None:

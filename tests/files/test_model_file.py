@@ -54,7 +54,7 @@ def saved(tiny: OdeResNet, tmp_path: Path) -> Path:
 def rewrite(path: Path, change: Change) -> None:
     """Write the file again with its tensors and metadata changed in place."""
     with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
         metadata = json.loads(file.metadata()["resode"])
     del metadata["checksum"]
     metadata["format"] = 2  # which had none

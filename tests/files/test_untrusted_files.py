@@ -148,7 +148,7 @@ def test_a_recipe_trusts_nothing(key: str, trap: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize("library", ["os", "__import__", "resode_cli.data.digits", "module", "hf-hub", "local-dir", ""])
 def test_no_other_library_of_a_file_builds_anything(library: str, trap: Path) -> None:
     with safe_open("m.safetensors", framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
         metadata = json.loads(file.metadata()["resode"])
     metadata["source"]["library"] = library
     save_file(tensors, "m.safetensors", metadata={"resode": json.dumps(metadata)})
