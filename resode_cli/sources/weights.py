@@ -45,8 +45,9 @@ class Fit:
         return {k[len(self.prefix) :]: v for k, v in self.state.tensors.items() if k.startswith(self.prefix)}
 
     def named(self, given: str) -> bool:
+        """Whether a user who writes `given` may mean it: all of the label, or its end, as 'encoder_q'."""
         wanted = given.rstrip(".")
-        return wanted in (self.label, self.prefix.rstrip("."), self.state.where)
+        return wanted in (self.label, self.prefix.rstrip("."), self.state.where) or self.label.endswith(f".{wanted}")
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -146,7 +147,8 @@ def _nearest(file: WeightFile, needed: Collection[str], prefix: str | None) -> F
     if prefix is not None:
         given = prefix.rstrip(".") + "." if prefix else ""
         for state in sorted(file.states, key=lambda state: Fit(state, "").rank):
-            for found in (given, given.removeprefix(f"{state.where}.")):
+            inner = {key[: key.index(f".{given}") + 1 + len(given)] for key in state.tensors if f".{given}" in key}
+            for found in (given, given.removeprefix(f"{state.where}."), *sorted(inner)):
                 if any(key.startswith(found) for key in state.tensors):
                     return Fit(state, found)
         tops = {Fit(s, f"{key.partition('.')[0]}.").label for s in file.states for key in s.tensors if "." in key}

@@ -302,3 +302,15 @@ def test_weights_of_another_network_name_what_comes_closest(state, tmp_path):
     missing = len([k for k in deep if k not in state and "tracked" not in k])
     with pytest.raises(ResodeError, match=f"does not fit CifarResNet: {missing} missing: layer1.2"):
         load_weights(net, tmp_path / "w.pth", num_classes=None)
+
+
+@pytest.mark.parametrize("prefix", ["encoder_q", "module.encoder_q", "state_dict.module.encoder_q", "encoder_q."])
+def test_a_prefix_may_be_the_end_of_what_stands_before_the_names(prefix: str, tmp_path: pathlib.Path) -> None:
+    net = CifarResNet(1, widths=(2, 4, 4))
+    other = CifarResNet(1, widths=(2, 4, 4))
+    both = {f"module.encoder_q.{k}": v for k, v in net.state_dict().items()}
+    both |= {f"module.encoder_k.{k}": v for k, v in other.state_dict().items()}
+    torch.save({"state_dict": both}, tmp_path / "moco.pth")
+    found = CifarResNet(1, widths=(2, 4, 4))
+    load_weights(found, tmp_path / "moco.pth", num_classes=None, prefix=prefix)
+    assert all(torch.equal(value, net.state_dict()[key]) for key, value in found.state_dict().items())
