@@ -19,7 +19,7 @@ def read_recipe(path: Path, command: str, allowed: Iterable[str]) -> dict[str, A
     if not path.is_file():
         raise UsageError(f"recipe {str(path)!r} does not exist")
     try:
-        tables = tomllib.loads(path.read_text())
+        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:  # of a number too long to read, too, and of tables in tables
         raise ResodeError(f"recipe {path}: not TOML ({error})") from error
     except OSError as error:

@@ -132,6 +132,8 @@ def _run(
 
 def _check_free(folder: Path, *, force: bool) -> None:
     """Raises UsageError for files of an earlier demo, before any work."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--out {str(folder)!r} is not a folder")
     names = [NETWORK] + [shlex.split(command)[-1] for _, _, command in COMMANDS if " -o " in command]
     there = [name for name in names if (folder / name).exists()]
     if there and not force:

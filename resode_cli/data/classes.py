@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -19,9 +20,12 @@ def spelled(name: str) -> str:
 
 
 def in_order(names: Collection[str]) -> list[str]:
-    """Sorted as text; as numbers where every name is one, so that 2 comes before 10."""
-    if all(name.isascii() and name.isdigit() for name in names):
-        return sorted(names, key=lambda name: (int(name), name))
+    """Sorted as text; by number where names differ in a number at their end alone, so that 2 comes before 10."""
+    parts = {name: re.fullmatch(r"(.*?)([0-9]+)", name, re.DOTALL) for name in names}
+    numbers = {name: (int(match[2]), name) for name, match in parts.items() if match and len(match[2]) < 18}
+    beginnings = {match[1] for match in parts.values() if match}
+    if len(numbers) == len(parts) and len(beginnings) == 1:
+        return sorted(numbers, key=numbers.__getitem__)
     return sorted(names)
 
 
@@ -29,7 +33,12 @@ def order_note(names: Sequence[str]) -> str | None:
     """What to say of an order that is not the alphabet's."""
     if list(names) == sorted(names):
         return None
-    return f"the class folders are numbers, taken as such: {', '.join(names[:3])}, … {names[-1]}"
+    return f"the class folders are numbered, and taken by number: {', '.join(names[:3])}, … {names[-1]}"
+
+
+def assumed_note(names: Sequence[str]) -> str:
+    """What to say where the order of the folders stands in for names that the model does not have."""
+    return f"the model names no classes: its outputs are taken in the order of the folders, {listed(names)}"
 
 
 def joined(names: Mapping[str, Collection[str]], where: str) -> list[str]:

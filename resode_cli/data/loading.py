@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..errors import ResodeError, UsageError, first_few, unknown
 from ..network.model import ModelInfo
 from ..network.parts import Preprocessing
-from .classes import check_classes, places, without_images
+from .classes import assumed_note, check_classes, order_note, places, without_images
 from .folders import SPLIT_FOLDERS, Found, Split, has_splits, held_out_of, open_folder, open_unlabelled
 from .images import UnreadableImage, shown, to_rgb
 from .named import DIGITS, NAMES, NOT_FLIPPED, PREFIX, WITH_VAL, open_named
@@ -208,6 +208,8 @@ def open_labelled(name: str, info: ModelInfo, split: Split, **arguments: Any) ->
     """
     data = open_data(name, info.preprocessing, split, class_names=info.class_names, **arguments)
     check_classes(data, info.num_classes, info.class_names)
+    if info.class_names is None and _folder_of(name)[0] is not None and order_note(data.class_names) is None:
+        data.notes = (*data.notes, assumed_note(data.class_names))
     return data
 
 

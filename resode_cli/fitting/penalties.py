@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from ..errors import UsageError
 from ..network.model import OdeResNet
 from ..network.stage import OdeStage
 from .states import run_ends
@@ -78,6 +79,8 @@ def penalty(
     stages = {name: stage for name, stage in model.stages.items() if stage.spec.depth}
     total = None
     if smooth:
+        if not any(True for stage in stages.values() for _ in _neighbours(stage)):
+            raise UsageError("--smooth compares neighbouring blocks of a stage, and every stage here has a single one")
         total = smooth * torch.stack([roughness(stage) for stage in stages.values()]).mean()
     if contract:
         terms = []

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..data import ImageData, batches
+from ..errors import ResodeError
 from ..measuring.comparison import NetworkFigures, logits_of, network_figures, spread
 from ..measuring.evaluate import Evaluation, evaluate
 from ..network.model import OdeResNet
@@ -59,7 +60,10 @@ class FitPlan:
     def images(self) -> Tensor:
         """Images that are held out of the fit."""
         order = spread(held_out(len(self.data.plain)), FIGURES_IMAGES)
-        return torch.cat([b.images for b in batches(self.data.plain, 64, order=order) if len(b.labels)])
+        found = [b.images for b in batches(self.data.plain, 64, order=order) if len(b.labels)]
+        if not found:
+            raise ResodeError(f"{self.data.plain.name}: no image could be read")
+        return torch.cat(found)
 
     def reference(self, images: Tensor, device: torch.device) -> Tensor:
         """The teacher's logits."""

@@ -41,6 +41,11 @@ def check_states(student: OdeResNet, teacher: Teacher) -> OdeResNet:
             " or fit to its logits (--fit-phases logits)"
         )
     theirs = {name: stage.spec.depth for name, stage in net.stages.items()}
+    if beyond := [name for name in theirs if name not in student.stages]:
+        raise UsageError(
+            f"teacher {teacher.name} has stages beyond the model's ({', '.join(beyond)}): fit to its logits, not to its"
+            " states (--fit-phases logits)"
+        )
     for name, stage in student.stages.items():
         if (theirs.get(name, 0) > 0) != (stage.spec.depth > 0):
             raise UsageError(f"teacher {teacher.name} has other stages than the model ({', '.join(theirs)})")

@@ -16,7 +16,8 @@ from ..ode.memory import LiveBytes
 
 FEW = 2  # images that are run for a prediction
 GRADIENT = 3.0  # forward passes that a forward and a backward pass cost
-RUNS = 6  # of the batch, by a conversion: in both modes before and after it, and block by block
+RUNS = 9  # of the batch, by a conversion: in both modes before and after it, block by block, and for gradients
+COMPARED = 2  # images whose gradients are compared, before and after
 REPLAYED = 2.0  # evaluations per step of a method that keeps no activations, corrections aside
 
 
@@ -36,7 +37,7 @@ def forecast_conversion(net: nn.Module, image: Tensor, images: int) -> Forecast 
     """What `convert` takes that compares logits of `images` images, from one image (1, C, H, W).
 
     Seconds: RUNS passes of the batch. Bytes: the weights, and the largest of what one pass of the batch has alive, what
-    modules take and return for one image, among which the search for stages looks, and the copy that is written.
+    modules take and return for one image, among which the search for stages looks, and gradients, before and after.
     None for a network that fails, which is for its user to say.
     """
     passed: dict[int, Tensor] = {}
@@ -65,7 +66,7 @@ def forecast_conversion(net: nn.Module, image: Tensor, images: int) -> Forecast 
         for hook in hooks:
             hook.remove()
     weights = _weights(net)
-    return Forecast(seconds, weights + max(live.peak * images, kept + live.peak, weights))
+    return Forecast(seconds, weights + max(live.peak * images, kept + live.peak, 3 * weights + COMPARED * kept))
 
 
 def forecast_gradients(model: OdeResNet, images: Tensor, methods: Sequence[Adjoint]) -> Forecast:
@@ -74,7 +75,7 @@ def forecast_gradients(model: OdeResNet, images: Tensor, methods: Sequence[Adjoi
     Methods that keep no activations evaluate the branches again; calibration is not included. The model is
     left as it was.
     """
-    few = images[: min(FEW, len(images))]
+    few = images[: min(FEW, len(images))].clone()  # a view would keep the storage of all
     adjoints = {name: stage.adjoint for name, stage in model.stages.items()}
     training = model.training
     try:

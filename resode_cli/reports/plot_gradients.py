@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ def check_plot(path: Path) -> None:
         raise UsageError(f"--plot {str(path)!r}: must end in {', '.join(SUFFIXES)}")
     if not path.parent.is_dir():
         raise UsageError(f"folder {str(path.parent)!r} of the plot does not exist")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UsageError(f"--plot {str(path)!r}: cannot be written")
     pyplot()
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..data import Batch
-from ..errors import ResodeError
+from ..errors import ResodeError, UsageError
 from ..network.model import OdeResNet
 
 
@@ -38,7 +38,7 @@ def recalibrate(model: OdeResNet, data: Iterable[Batch], *, device: torch.device
         for block in stage.blocks
         for norm in batch_norms(block)
     }
-    images = seen = 0
+    images = seen = single = 0
     model.eval()
     try:
         for norm in norms:
@@ -48,6 +48,7 @@ def recalibrate(model: OdeResNet, data: Iterable[Batch], *, device: torch.device
             norm.train()
         with torch.no_grad():
             for batch in data:
+                single += len(batch.labels) == 1
                 if len(batch.labels) > 1:
                     seen += 1
                     lowest = []
@@ -65,6 +66,8 @@ def recalibrate(model: OdeResNet, data: Iterable[Batch], *, device: torch.device
             norm.momentum = momentum
         for module, mode in modes:
             module.training = mode
+    if images == 0 and single:
+        raise UsageError("batches of one image have no variance: statistics need a batch size of 2 or more")
     if images == 0:
         raise ResodeError("no image could be read")
     return images

@@ -91,7 +91,7 @@ def test_no_command_opens_labelled_data_in_another_way():
         for p in commands.glob("*.py")
         if {"open_data", "check_classes"} & set(p.read_text().replace("(", " ").split())
     }
-    assert found <= {"fit_job.py", "demo.py"}  # without labels, and the digits
+    assert found <= {"fitting.py", "demo.py"}  # without labels, and the digits
 
 
 @pytest.fixture

@@ -95,9 +95,11 @@ def test_a_batch_of_one_image_is_left_out(tiny: OdeResNet):
     assert tiny.net.bn1.num_batches_tracked == 1
 
 
-@pytest.mark.parametrize("sizes", [(), (1,)])
-def test_no_image_is_an_error(sizes: tuple[int, ...], tiny: OdeResNet):
-    with pytest.raises(ResodeError, match="no image could be read"):
+@pytest.mark.parametrize(
+    ("sizes", "message"), [((), "no image could be read"), ((1, 1), "need a batch size of 2 or more")]
+)
+def test_no_image_is_an_error(sizes: tuple[int, ...], message: str, tiny: OdeResNet):
+    with pytest.raises(ResodeError, match=message):
         recalibrate(tiny, random_batches(*sizes))
 
 
