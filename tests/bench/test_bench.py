@@ -326,7 +326,7 @@ SHAPED = ["--stage-shape", "4,8,8", "--device", "cpu"]
         ([*SHAPED, "--repeats", "0"], "--repeats 0"),
         ([*SHAPED, "--batch-size", "0"], "--batch-size 0"),
         ([*SHAPED, "--input-size", "32"], "goes with a model file"),
-        ([*SHAPED, "--bn", "eval"], "unknown BatchNorm mode 'eval'"),
+        ([*SHAPED, "--bn", "eval"], "unknown bn 'eval'"),
         ([*SHAPED, "--csv", "/nowhere/rows.csv"], "--csv '/nowhere/rows.csv'"),
         ([*SHAPED, "--plot", "plot.gif"], "must end in .png"),
         (["net.safetensors", "--weights", "tied"], "goes with --stage-shape"),

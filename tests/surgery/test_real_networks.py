@@ -19,7 +19,7 @@ from resode_cli.sources.registry import CIFAR_PREPROCESSING, open_source
 from resode_cli.surgery.convert import convert
 from resode_cli.surgery.rewrite import deepen, untie
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 # A ResNet-20 as a user might have it: none of its classes is the library's, its names are the checkpoint's.
 OWN_RESNET = """

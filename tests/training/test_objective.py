@@ -155,6 +155,7 @@ def test_a_run_with_a_teacher_resumes_to_the_bit(pico: OdeResNet, tmp_path: Path
     assert all(torch.equal(whole[k], parts[k]) for k in whole)
 
 
+@pytest.mark.slow
 def test_distillation_alone_brings_a_network_back_to_its_teacher(pico: OdeResNet, tmp_path: Path):
     teacher = own_teacher(copy.deepcopy(pico), "pico")
     with torch.no_grad():
