@@ -20,11 +20,12 @@ from .options import (
     Origin,
     Reading,
     RecipeOption,
+    check_auto,
     depth_list,
     number,
 )
 from .output import Output, start
-from .parameters import Fields, takes
+from .parameters import Fields, Given, takes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,6 +72,7 @@ def check_grad_command(
     origin: Origin,
     recipe: RecipeOption = None,
     json: JsonOption = False,
+    given: Given,
 ) -> None:
     """Measure how far each adjoint method's gradients are from true backprop, stage by stage."""
     start()
@@ -88,6 +90,7 @@ def check_grad_command(
     choices = choose_adjoints(
         adjoint, anchors=backward.anchors, corrections=backward.corrections, snapshots=backward.snapshots
     )
+    check_auto(given, chooses=any(choice.fixed is None for choice in choices))
     budget = parse_bytes(backward.memory_budget) if backward.memory_budget is not None else None
     depths = depth_list("--sweep", sweep, at_least=2) if sweep is not None else None
     if plot is not None:

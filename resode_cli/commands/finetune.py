@@ -24,6 +24,7 @@ from .options import (
     Origin,
     Reading,
     RecipeOption,
+    check_auto,
     number,
 )
 from .output import Output, start
@@ -77,6 +78,10 @@ def finetune_command(
     output = Output(json_mode=json)
     _check_teacher(settings, given, resume=resume)
     check_optimizer(settings)
+    if resume and force:
+        raise UsageError("--resume goes on with the run in --out, --force replaces it: give one of them")
+    if not resume:
+        check_auto(given, chooses=settings.adjoint_choice().fixed is None)
     lock = FolderLock(out, on_message=output.note)
     _check_is_folder(out)
     ctx.with_resource(lock)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..data import ImageData
     from ..data.folders import Split
     from ..network.model import OdeResNet
+    from .parameters import Given
 
 
 def fill_from_recipe(ctx: typer.Context, value: Path | None) -> Path | None:
@@ -177,6 +178,15 @@ class Comparing:
         flags=("--gradients",),
         off="--no-gradients",
     )
+
+
+def check_auto(given: Given, *, chooses: bool) -> None:
+    """Raises UsageError for a flag that only `auto` reads where nothing is chosen. A recipe's value is no flag."""
+    for name in ("grad_tol", "memory_budget"):
+        if name in given.flags and not chooses:
+            raise UsageError(
+                f"--{name.replace('_', '-')} is for methods that are chosen: --adjoint auto, or --anchors auto"
+            )
 
 
 def depth_list(flag: str, text: str, *, at_least: int = 1) -> list[int]:

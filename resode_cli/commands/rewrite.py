@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ..errors import UsageError
 from ..machine.locks import file_lock, refuse_several_processes
 from ..machine.signals import exit_code
 from .interrupt import stop
@@ -41,6 +42,8 @@ class Rewrite:
         from ..network.model import as_device
 
         self.output = Output(json_mode=self.json)
+        if self.comparing.data is None and self.reading.images is not None:
+            raise UsageError("--images says how many images of --data to use; add --data")
         check_output(check_safetensors(self.out), force=self.force)
         own_input = self.path.exists() and self.out.exists() and self.path.samefile(self.out)
         # Where the work on a file goes that is its own input, until it is done.
