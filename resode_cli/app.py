@@ -66,6 +66,8 @@ class _Commands(typer.core.TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
             raise _interrupted(error) from error
+        except EOFError as error:  # of which typer would make an exit without a word, too
+            raise ResodeError("a process or a file that was being read ended before its time") from error
         except UsageError as error:
             recipe, settings = ctx.meta.get(RECIPE, ("", {}))
             if not any(_names(str(error), name, value) for name, value in settings.items()):
@@ -197,6 +199,8 @@ def _explain(error: Exception) -> tuple[int, str]:
         context = getattr(error, "ctx", None)
         where = f"; see `{context.command_path} --help`" if context is not None else ""
         return error.exit_code, f"{error.format_message().rstrip('.')}{where}"
+    if "DataLoader worker" in str(error):
+        return 1, "a process that reads images died, perhaps for want of memory; fewer --workers take less of it"
     if isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY):
         return 1, "out of memory; try a smaller --batch-size, or --adjoint pc, which holds no activations of a stage"
     if "Expected more than 1 value per channel when training" in str(error):

@@ -117,6 +117,7 @@ class Rewrite:
         model_file.write(model.with_info(info), self.out if done else self.unfinished)
         if done:
             self.model.info = info
+            self.output.note(f"wrote {self.out}")  # before it is measured, which may be interrupted
 
     def _report(self, result: RewriteResult, reference: str) -> None:
         from ..quantities import finite
@@ -148,7 +149,6 @@ class Rewrite:
             self.output.show(verification_line(result.verified) + remedy)
         if result.fit is not None:
             document["fit"] = fit_json(result.fit)
-        self.output.note(f"wrote {self.out}")
         self.output.json(finite(document))
 
     def _remedy(self, result: RewriteResult) -> str:

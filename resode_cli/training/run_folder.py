@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ResodeError, UsageError
+from ..errors import ResodeError, ResodeWarning, UsageError
 from ..files import model_file
 from ..machine.atomic import atomic_path
 from ..measuring.evaluate import Evaluation
@@ -131,6 +132,20 @@ def _whole(row: dict[str, str | None]) -> bool:
     return step is not None and step.isdigit() and None not in row.values() and row["split"] in ("train", "test")
 
 
+def _rows(path: Path, up_to: int) -> list[dict[str, Any]]:
+    """The rows of a log up to a step. A log that cannot be read is set aside: it is not worth a run."""
+    try:
+        with path.open(newline="") as file:
+            # A killed run may have left half a row.
+            return [row for row in csv.DictReader(file) if _whole(row) and int(row["step"]) <= up_to]
+    except (ValueError, KeyError, csv.Error) as error:
+        aside = path.with_name(f"{path.name}.damaged")
+        path.replace(aside)
+        reason = str(error).splitlines()[0][:100]
+        warnings.warn(f"{path} cannot be read ({reason}); it is {aside.name} now", ResodeWarning, stacklevel=2)
+        return []
+
+
 class Log:
     """log.csv: a row of means over the last steps, and a row per evaluation.
 
@@ -145,11 +160,7 @@ class Log:
         self.fields = ["split", "step", "epoch", "loss", "top1", "lr", "images_per_second", "peak_bytes"]
         self.figures = [f"{figure}_{name}" for figure in ("drift", "correction", "contraction") for name in stages]
         self.fields += self.figures
-        rows: list[dict[str, Any]] = []
-        if keep_up_to and path.is_file():
-            with path.open(newline="") as file:
-                # A killed run may have left half a row.
-                rows = [row for row in csv.DictReader(file) if _whole(row) and int(row["step"]) <= keep_up_to]
+        rows = _rows(path, keep_up_to) if keep_up_to and path.is_file() else []
         with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.fields, extrasaction="ignore")
             writer.writeheader()
