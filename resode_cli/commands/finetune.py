@@ -76,7 +76,8 @@ def finetune_command(
     from .progress import training
 
     output = Output(json_mode=json)
-    _check_teacher(settings, given, resume=resume)
+    if not resume:
+        _check_teacher(settings, given)
     check_optimizer(settings)
     if resume and force:
         raise UsageError("--resume goes on with the run in --out, --force replaces it: give one of them")
@@ -90,6 +91,7 @@ def finetune_command(
     state = run_folder.load_state(out, source=origin.source, trust_source=origin.trust_source) if resume else None
     if state is not None:
         settings, changes = resumed(settings, given.all, state.settings)
+        _check_teacher(settings, given)
         output.notes([check_model(model, out, state), *changes])
     loaded = state.model if state is not None else origin.load(model)
     train = reading.open(data, loaded, "train", augment=settings.augment, seed=settings.seed)
@@ -184,10 +186,10 @@ def _written(folder: Path) -> str:
     return join([name for name in FILES if (folder / name).is_file()]) or "nothing"
 
 
-def _check_teacher(settings: Settings, given: Given, *, resume: bool) -> None:
+def _check_teacher(settings: Settings, given: Given) -> None:
     """Raises UsageError for a setting of the teacher without one."""
     for name in ("distill", "temperature", "teacher_states"):
-        if name in given.all and settings.teacher is None and not resume:
+        if name in given.all and settings.teacher is None:
             raise UsageError(f"--{name.replace('_', '-')} is a setting of the teacher; add --teacher MODEL")
 
 

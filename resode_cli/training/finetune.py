@@ -190,6 +190,8 @@ class _Run:
     def _train(self) -> bool:
         """Whether it was interrupted. A signal may end it anywhere but in the blocks that are `_undisturbed`."""
         settings, progress = self.settings, self.progress
+        if progress.step:  # the state is written first: a run killed after it has an older last model, or none
+            self._save_model("last")
         if self.test is not None and progress.step == 0:
             self.before = self._evaluate()
             self.log.test(0, 0, self.before)
@@ -256,14 +258,8 @@ class _Run:
             self.train.epoch = epoch
             generator = torch.Generator().manual_seed(self.settings.seed + 7919 * epoch)
             order = torch.randperm(len(self.train), generator=generator).tolist()
-            epoch_batches = batches(
-                self.train,
-                self.settings.batch_size,
-                order=order,
-                workers=self.settings.workers,
-                drop_last=True,
-                skip=done,
-            )
+            size, workers = self.settings.batch_size, self.settings.workers
+            epoch_batches = batches(self.train, size, order=order, workers=workers, drop_last=True, skip=done)
             for batch in epoch_batches:
                 if self.progress.step == self.total:
                     return

@@ -63,9 +63,11 @@ class Settings:
     snapshots: int | None = backward(
         None, "For checkpoint: hold this many states, optimally placed.", range=COUNT, resume="stays"
     )
-    grad_tol: float = backward(0.02, "Relative gradient error of a stage that 'auto' may accept.", range=POSITIVE)
+    grad_tol: float = backward(
+        0.02, "Relative gradient error of a stage that 'auto' may accept.", range=POSITIVE, resume="stays"
+    )
     memory_budget: str | None = backward(
-        None, "Memory of a training step for 'auto', e.g. 8GiB. Default: what the device has free."
+        None, "Memory of a training step for 'auto', e.g. 8GiB. Default: what the device has free.", resume="stays"
     )
     epochs: int | None = length(
         None, "Passes over the images. Default: one, or as many as --max-steps needs.", range=COUNT

@@ -376,3 +376,26 @@ def test_a_run_that_has_heeded_a_signal_is_not_stopped_again(here: Path, monkeyp
     assert main(run("-o", "new", "--save-every", "1", steps=4)) == 143
     assert "interrupted at step 3 of 4" in capsys.readouterr().err
     assert load_state(here / "new").progress["step"] == 3
+
+
+def test_a_last_model_that_is_missing_is_written_from_the_state(here: Path) -> None:
+    """A run may be killed between the two, at its last step too."""
+    last = here / "run" / "last.safetensors"
+    before = model_file.load(last, trust_source=True).state_dict()
+    last.unlink()
+    assert main(run("-o", "run", "--resume")) == 0
+    after = model_file.load(last, trust_source=True).state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(value, after[key]) for key, value in before.items())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--grad-tol", "1e-5"], "--grad-tol 1e-05: the run has 0.02, and keeps it"),
+        (["--memory-budget", "1MiB"], "--memory-budget 1MiB: the run has unset, and keeps it"),
+        (["--distill", "0.9"], "--distill is a setting of the teacher"),
+    ],
+)
+def test_what_would_have_no_effect_on_a_resumed_run_is_refused(flags, message, here: Path, capsys) -> None:
+    assert main(run("-o", "run", "--resume", *flags)) == 2
+    assert message in capsys.readouterr().err
