@@ -272,7 +272,7 @@ def check_room_of(info: ModelInfo, specs: Sequence[StageSpec], tensors: dict[str
         missing = [block.name for block in spec.blocks if f"{inside}{block.name}" not in owners and not block.shares]
         if len(missing) > FEW_WITHOUT_TENSORS:
             raise ResodeError(f"stage {spec.name}: {len(missing)} of its blocks have no tensor in the file")
-    if info.source.library not in ("timm", "torchvision", "cifar"):
+    if not info.source.is_packaged:
         return
     try:
         with torch.device("meta"):

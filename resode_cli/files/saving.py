@@ -48,7 +48,7 @@ def info_to_save(model: OdeResNet, source: str | None) -> ModelInfo:
 def _with_head_of_now(model: OdeResNet, changed: list[str]) -> ModelInfo | None:
     """The info with the classes of a new head, if that is all that has changed; else None."""
     info = model.info
-    if info.source.library not in ("timm", "torchvision", "cifar"):
+    if not info.source.is_packaged:
         return None  # a file of the user's own is not run unasked
     tensors = model.net.state_dict()
     counts = {tensors[name].shape[0] for name in (line.split(" ")[0] for line in changed) if name in tensors}

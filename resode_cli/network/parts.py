@@ -117,6 +117,11 @@ class SourceSpec:
     weights: str | None = None
     weights_sha256: str | None = None
 
+    @property
+    def is_packaged(self) -> bool:
+        """Whether an installed package builds the network by its name alone: no code or folder of the user's."""
+        return self.library in ("timm", "torchvision", "cifar")
+
     def __str__(self) -> str:
         return self.name if self.library in ("file", "module") else f"{self.library}:{self.name}"
 

@@ -19,10 +19,9 @@ from torch import nn
 
 from resode_cli.app import main
 from resode_cli.commands import interrupt
-from resode_cli.commands.interrupt import listening, stop
+from resode_cli.commands.interrupt import stop
 from resode_cli.files import model_file
 from resode_cli.machine.locks import FolderLock
-from resode_cli.machine.signals import Stopped
 from resode_cli.network.model import non_finite
 from resode_cli.training import finetune
 from resode_cli.training.run_folder import load_state
@@ -333,27 +332,6 @@ def test_a_command_with_nothing_to_save_stops_at_once(number: int, code: int, st
     process.send_signal(number)
     _, error = process.communicate(timeout=30)
     assert (process.returncode, error.strip()) == (code, "error: interrupted")
-
-
-def test_a_signal_that_something_swallowed_is_raised_again(monkeypatch: Any) -> None:
-    """As imports do, and destructors: what is raised inside them goes no further."""
-    monkeypatch.setattr(interrupt, "LOST", 0.2)
-    with pytest.raises(Stopped), listening():
-        with suppress(Stopped):
-            signal.raise_signal(signal.SIGTERM)
-            time.sleep(5)  # ends at once: the signal is raised here
-        for _ in range(100):
-            time.sleep(0.05)
-
-
-def test_one_that_was_heeded_is_not(monkeypatch: Any) -> None:
-    monkeypatch.setattr(interrupt, "LOST", 0.1)
-    with listening():
-        try:
-            signal.raise_signal(signal.SIGTERM)
-        except Stopped as stopped:
-            stopped.heeded = True
-        time.sleep(0.5)
 
 
 def test_a_run_that_has_heeded_a_signal_is_not_stopped_again(here: Path, monkeypatch: Any, capsys: Any) -> None:
