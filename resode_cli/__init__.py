@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from .data import open_data
     from .errors import ResodeError
     from .files.model_file import load, save
-    from .fitting.fit import FitData, fit
+    from .fitting.fit import fit
+    from .fitting.images import FitData
     from .fitting.settings import FitSettings
     from .gradients.check_grad import check_gradients
     from .network.model import OdeResNet, freeze_batch_norm

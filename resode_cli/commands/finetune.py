@@ -71,7 +71,15 @@ def finetune_command(
     from ..training.finetune import finetune
     from ..training.optimizer_state import check_optimizer
     from ..training.results import Callbacks
-    from ..training.resuming import check_folder, check_model, check_resumable, loaded_checksum, resumed
+    from ..training.resuming import (
+        check_folder,
+        check_model,
+        check_resumable,
+        ends_early,
+        loaded_checksum,
+        lost_best,
+        resumed,
+    )
     from ..training.teacher import open_teacher
     from .progress import training
 
@@ -90,9 +98,9 @@ def finetune_command(
     where = as_device(device)
     state = run_folder.load_state(out, source=origin.source, trust_source=origin.trust_source) if resume else None
     if state is not None:
-        settings, changes = resumed(settings, given.all, state.settings)
+        settings, changes = resumed(settings, given.all, state.settings, state.model)
         _check_teacher(settings, given)
-        output.notes([check_model(model, out, state), *changes])
+        output.notes([check_model(model, out, state), lost_best(state, out), *changes])
     loaded = state.model if state is not None else origin.load(model)
     train = reading.open(data, loaded, "train", augment=settings.augment, seed=settings.seed)
     test, *at_end = (reading.open(data, loaded, split, images=test_images) for split in held_out_splits(data))
@@ -101,14 +109,14 @@ def finetune_command(
     loaded.info = loaded.info.with_classes(train.class_names)  # so that the state of the run has them too
     if at_end:
         output.note(f"{test.split} chooses the best model; {at_end[0].split} is looked at once, at the end")
-    if state is not None:
-        check_resumable(state, train, test, settings)
-        output.note(f"resuming at step {state.progress['step']}")
     learned_from = (
         open_teacher(settings.teacher, loaded, trust_source=origin.trust_source)
         if settings.teacher is not None
         else None
     )
+    if state is not None:
+        check_resumable(state, train, test, settings, learned_from)
+        output.notes([ends_early(settings, given.all, len(train)), f"resuming at step {state.progress['step']}"])
     done = state.progress["step"] if state is not None else 0
     total = settings.steps(len(train))
     with working() as stop, training(output, total, done) as on_step:
@@ -170,8 +178,9 @@ def _on_test(
     from ..data import batches
     from ..measuring.evaluate import evaluate
     from ..reports.report import evaluation_json, evaluation_line
+    from ..training.run_folder import BEST
 
-    best = out / "best.safetensors"
+    best = out / BEST
     model = origin.load(best) if best.is_file() else last
     found = evaluate(
         model.to(device), batches(data, max(settings.batch_size, 100), workers=settings.workers), device=device

@@ -16,7 +16,7 @@ from .parameters import Fields, Given
 from .progress import fitting
 
 if TYPE_CHECKING:
-    from ..fitting.results import FitCallbacks, FitStep, PhaseCost
+    from ..fitting.results import FitCallbacks, PhaseCost
     from ..fitting.rewriting import FitPlan, RewriteResult
     from .rewrite import Rewrite
 
@@ -68,7 +68,7 @@ class FitRequest:
         if self.fit is None:
             return None
         from ..data import open_data
-        from ..fitting.fit import FitData
+        from ..fitting.images import FitData
         from ..fitting.rewriting import FitPlan
         from ..network.residual import as_form
         from ..training.teacher import open_teacher, own_teacher
@@ -110,21 +110,18 @@ def fit_callbacks(output: Output, plan: FitPlan) -> Iterator[FitCallbacks]:
 
     with working() as stop, fitting(output) as bar:
 
-        def step(done: FitStep) -> None:
-            stop.hold()  # from here on there is something to save
-            bar(done)
-
         def begin(costs: Sequence[PhaseCost]) -> None:
             output.notes(plan.data.plain.notes)
             output.note(f"teacher: {plan.teacher.name}; {len(plan.data.plain):,} images of {plan.data.plain.name}")
             output.aside.print(cost_table(costs, images=PROBED))
 
         yield FitCallbacks(
-            on_step=step,
+            on_step=bar,
             on_costs=begin,
             on_phase=lambda phase, model: output.note(phase_line(phase)),
             on_message=output.note,
             should_stop=stop,
+            deferred=stop.deferred,
         )
 
 

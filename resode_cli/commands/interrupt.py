@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from ..machine.signals import SIGNALS, Stopped
 
-LOST = 5.0  # seconds after which a signal that was raised and ended nothing is raised again
+LOST = 2.0  # seconds after which a signal that was raised and ended nothing is raised again
 ANEW = 0.5  # seconds after which a signal is a second one; terminals, shells and `timeout` send the first one twice
 
 

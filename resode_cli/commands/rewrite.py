@@ -39,7 +39,7 @@ class Rewrite:
 
     def __post_init__(self) -> None:
         from ..machine.atomic import check_output
-        from ..network.model import as_device
+        from ..network.model import as_device, non_finite
 
         self.output = Output(json_mode=self.json)
         if self.comparing.data is None and self.reading.images is not None:
@@ -48,7 +48,9 @@ class Rewrite:
         own_input = self.path.exists() and self.out.exists() and self.path.samefile(self.out)
         # Where the work on a file goes that is its own input, until it is done.
         self.unfinished = self.out.with_name(f"{self.out.stem}.unfinished{self.out.suffix}") if own_input else self.out
+        self.saved = False  # whether a fit that is not done has left a file
         self.model = self.origin.load(self.path)
+        self.was_finite = not non_finite(self.model.net.state_dict())  # else loading has said so
         self.device = as_device(self.comparing.device)
 
     def pick(self, names: list[str] | None) -> list[str]:
@@ -74,7 +76,12 @@ class Rewrite:
 
         refuse_several_processes()
         with file_lock(self.out, on_message=self.output.note), fit_callbacks(self.output, plan) as fit:
-            result = rewrite_and_fit(self.model, picked, change, plan, self._measuring(), self._callbacks(fit=fit))
+            try:
+                result = rewrite_and_fit(self.model, picked, change, plan, self._measuring(), self._callbacks(fit=fit))
+            except BaseException:
+                if self.saved:
+                    self.output.note(f"{self.unfinished} holds what was fitted up to the last phase that ended")
+                raise
         show_fit(self.output, plan, result)
         if result.fit is not None and result.fit.interrupted:
             kept = "" if self.unfinished == self.out else f"; {self.out} is as it was"
@@ -109,12 +116,16 @@ class Rewrite:
     def _save(self, model: OdeResNet, verified: Mapping[str, Any], done: bool) -> None:
         """Write a model with this command in its history."""
         from ..files import model_file
+        from ..network.model import check_finite
 
         settings = {**self.settings, "verified": dict(verified)} if verified else self.settings
         if "fit" in settings:
             settings = {**settings, "fit": {**settings["fit"], "interrupted": not done}}
         info = self.model.info.with_command(self.command, **settings)
+        if self.was_finite:
+            check_finite(model, f"{self.command} made weights that are no numbers ({{}}), so nothing was written")
         model_file.write(model.with_info(info), self.out if done else self.unfinished)
+        self.saved = not done
         if done:
             self.model.info = info
             self.output.note(f"wrote {self.out}")  # before it is measured, which may be interrupted

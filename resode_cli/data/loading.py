@@ -6,6 +6,7 @@ workers and wherever it was resumed.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -82,14 +83,34 @@ class ImageData(Dataset[tuple[Tensor, int] | str]):
     def __len__(self) -> int:
         return len(self.indices)
 
+    def start_epoch(self, epoch: int) -> None:
+        """Augment images as in this epoch from now on."""
+        self.epoch = epoch
+
     def files(self) -> Iterator[tuple[str, int]]:
-        """Name and bytes of each image in use, in order; of images that are no files, their place."""
-        for index in self.indices:
-            name = self._file(index)
+        """Name, within the folder that holds them all, and bytes of each image in use, in order.
+
+        Of images that are no files: their place, and -1.
+        """
+        names = [self._file(index) for index in self.indices]
+        try:
+            root = os.path.commonpath(names)
+        except ValueError:  # none, or some under / and some not
+            root = ""
+        for name in names:
             try:
-                yield name, Path(name).stat().st_size
+                size = Path(name).stat().st_size
             except (OSError, ValueError):
-                yield name, -1
+                size = -1
+            yield os.path.relpath(name, root) if root else name, size
+
+    def first_bytes(self, i: int, count: int) -> bytes:
+        """The beginning of an image's file; nothing where it is no file, or cannot be read."""
+        try:
+            with Path(self._file(self.indices[i])).open("rb") as file:
+                return file.read(count)
+        except (OSError, ValueError):
+            return b""
 
     def __getitem__(self, i: int) -> tuple[Tensor, int] | str:
         """The image and its label, or the name of a corrupt file that is skipped."""

@@ -45,6 +45,8 @@ def read_in_workers(loader: DataLoader[Any]) -> Iterator[Any]:
                 mine = set(multiprocessing.active_children()) - before
                 _alive.update(mine)
                 _take_over_deaths()
+            if len(mine) < loader.num_workers:  # one that is dead already is no child any more
+                raise WorkerDied("a process that reads images died as it started, perhaps for want of memory")
         while True:
             _waiting += 1
             try:

@@ -249,7 +249,10 @@ def origin_of(origin: SourceSpec, source: str | None, *, trust_source: bool) -> 
             " source= or trust_source=True)"
         )
     if not Path(file).is_file():
-        raise ResodeError(f"made from {origin.name}, which is not there any more; pass --source FILE.py:FUNCTION")
+        raise ResodeError(
+            f"made from {origin.name}, which is not there any more; put it back, or pass --source FILE.py:FUNCTION if"
+            " this is the command's MODEL"
+        )
     return origin
 
 

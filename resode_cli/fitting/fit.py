@@ -13,57 +13,38 @@ phase pays for depth.
 from __future__ import annotations
 
 import copy
-import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ..data import Batch, ImageData, batches
-from ..errors import ResodeError, UsageError
+from ..errors import ResodeError
 from ..machine.memory import free_bytes
+from ..machine.signals import Stopped
 from ..network.model import OdeResNet
 from ..ode import Adjoint, fixed_buffers, peak_kept_bytes
 from ..surgery.batch_norm import batch_norms, recalibrate
 from ..surgery.rewrite import deepen
-from ..training.optimization import create_optimizer, create_scheduler
+from ..training.loop import INTERRUPTED, SEEDS_APART, Loop, epoch_generator, shuffled, training_batches
+from ..training.results import Progress
 from ..training.settings import Settings
 from ..training.teacher import Teacher, distillation_loss
+from .early_stop import Patience
+from .images import FitData, held_out
 from .penalties import penalty
 from .results import Figures, FitCallbacks, FitResult, FitStep, PhaseCost, PhaseResult
 from .settings import TO_STATES, FitSettings
 from .states import StateLosses, check_states, recorded
 
 RECALIBRATED = 1000  # images over which BatchNorm statistics are averaged
-FEWEST = 3  # images: one is held out, and statistics need two
 PROBED = 8  # images on which time and memory are predicted
 WEIGHT_COPIES = 4  # weights, gradients, and Adam's two
 SHARE = 0.5  # of the free memory that plain backprop may take before exact checkpoints take its place
-CHECKED = 256  # images that are not trained on, on which a phase must have been of use
 SETTLED = 1e-3  # of √e_k: states that need no fit
 AGREED = 1e-6  # of the distillation loss
-WINDOW, PATIENCE, GAIN = 25, 4, 0.002  # an early stop: so many windows of steps in which the loss gains less than this
-
-
-@dataclass(frozen=True)
-class FitData:
-    """The same images twice: as they are trained on, and without augmentation. Raises UsageError for hardly any."""
-
-    train: ImageData
-    plain: ImageData
-
-    def __post_init__(self) -> None:
-        count = len(self.plain)
-        if count < FEWEST:
-            raise UsageError(f"{self.plain.name} has {count} images for the fit; {FEWEST} are the fewest, many better")
-
-
-def held_out(count: int) -> list[int]:
-    """Which of so many images are not trained on: an eighth, but not too many, evenly spaced."""
-    held = min(CHECKED, max(count // 8, 1))
-    return [i * count // held for i in range(held)]
+SEEDS_APART_IN_A_FIT = 1_000_003  # of two fits, so that no epoch of one is an epoch of another
 
 
 def fit(
@@ -107,10 +88,13 @@ class _Fit:
         self.depths = dict(depths or {})
         self.coarse = dict(coarse or self.depths)
         self.depth_weights = depth_weights
-        self.interrupted = False
+        self.interrupted = self.recalibrated = False
+        self.stepped = False  # whether there is anything to keep
+        self.results: list[PhaseResult] = []
         self.seen = 0  # batches drawn so far
         needed = set(TO_STATES) & set(settings.phases) or settings.states or settings.contract
         self.source = check_states(model, teacher) if needed else None
+        self.seed = settings.seed * SEEDS_APART_IN_A_FIT + SEEDS_APART  # epoch -1 is the statistics' own
         count = len(data.plain)
         self.held_out = held_out(count)
         kept = set(self.held_out)
@@ -119,26 +103,35 @@ class _Fit:
 
     def run(self) -> FitResult:
         began = time.perf_counter()
-        results: list[PhaseResult] = []
-        recalibrated = False
         self.model.eval()
+        try:
+            self._phases()
+        except Stopped as stopped:
+            if not self.stepped:
+                raise
+            stopped.heeded = self.interrupted = True
+        with self.callbacks.deferred():
+            self._deepen(self.depths)
+            self.model.eval()
+        return FitResult(tuple(self.results), self.recalibrated, time.perf_counter() - began, self.interrupted)
+
+    def _phases(self) -> None:
+        """A signal may end it anywhere but in the blocks that are `deferred`."""
         phases = [phase for phase in self.settings.phases if self.settings.steps_of(phase)]
-        if phases:
-            self._deepen(self.coarse)
-            costs = self._costs(phases)
-            self.callbacks.on_costs(costs)
-            recalibrated = self._recalibrate()
-            for cost in costs:
-                self.interrupted = self.interrupted or self.callbacks.should_stop()
-                if self.interrupted:
-                    break
+        if not phases:
+            return
+        self._deepen(self.coarse)
+        costs = self._costs(phases)
+        self.callbacks.on_costs(costs)
+        self.recalibrated = self._recalibrate()
+        for cost in costs:
+            self.interrupted = self.interrupted or self.callbacks.should_stop()
+            if self.interrupted:
+                return
+            with self.callbacks.deferred():
                 self._deepen(cost.depths)
-                self.model.use_adjoint(Adjoint(cost.adjoint))
-                results.append(self._phase(cost.phase))
-                self.callbacks.on_phase(results[-1], self._finished())
-        self._deepen(self.depths)
-        self.model.eval()
-        return FitResult(tuple(results), recalibrated, time.perf_counter() - began, self.interrupted)
+            self.model.use_adjoint(Adjoint(cost.adjoint))
+            self._phase(cost.phase)
 
     def _deepen(self, depths: Mapping[str, int]) -> None:
         for name, blocks in depths.items():
@@ -198,8 +191,7 @@ class _Fit:
         if self.settings.bn == "keep" or not any(True for _ in batch_norms(self.model)):
             return False
         before, backup = self._check(), self._backup()
-        order = torch.randperm(len(self.trained), generator=self._generator(-1)).tolist()
-        order = [self.trained[i] for i in order[:RECALIBRATED]]
+        order = shuffled(self.trained, seed=self.seed, epoch=-1)[:RECALIBRATED]
         recalibrate(self.model, self._batches(self.data.plain, order), device=self.device)
         after = self._check()
         kept = after.distillation < before.distillation or self.settings.bn == "batch"
@@ -211,18 +203,22 @@ class _Fit:
         )
         return kept
 
-    def _phase(self, phase: str) -> PhaseResult:
+    def _phase(self, phase: str) -> None:
         began = time.perf_counter()
         depths = {name: stage.spec.depth for name, stage in self.model.stages.items() if stage.spec.depth}
         before, backup = self._check(), self._backup()
-        if self._settled(phase, before):
-            return PhaseResult(phase, depths, 0, time.perf_counter() - began, before, before, "settled")
-        steps, ended = self._optimise(phase)
-        after = self._check()
-        if not self._score(phase, after) < self._score(phase, before):
-            self._restore(backup)
-            after, ended = before, "interrupted" if ended == "interrupted" else "reverted"
-        return PhaseResult(phase, depths, steps, time.perf_counter() - began, before, after, ended)
+        after, steps, ended = before, 0, "settled"
+        if not self._settled(phase, before):
+            steps, ended = self._optimise(phase)
+        with self.callbacks.deferred():
+            if steps:
+                after = self._check()
+                if not self._score(phase, after) < self._score(phase, before):
+                    self._restore(backup)
+                    after, ended = before, ended if ended == INTERRUPTED else "reverted"
+            result = PhaseResult(phase, depths, steps, time.perf_counter() - began, before, after, ended)
+            self.results.append(result)
+            self.callbacks.on_phase(result, self._finished())
 
     def _settled(self, phase: str, figures: Figures) -> bool:
         if self.settings.smooth or self.settings.contract:
@@ -245,26 +241,37 @@ class _Fit:
             weight_decay=0.0,
             schedule="cosine",
             warmup=max(total // 10, 1),
+            clip_grad=settings.clip_grad,
             adjoint="backprop",
         )
-        optimizer = create_optimizer(self.model, training)
-        scheduler = create_scheduler(optimizer, training, total)
-        patience = _Patience()
-        for step, batch in zip(range(total), self._stream(), strict=False):
-            scheduler.step_update(step)
-            optimizer.zero_grad(set_to_none=True)
+        counter, patience = Progress(), Patience()
+        loop = Loop(
+            self.model,
+            training,
+            self.device,
+            counter,
+            total=total,
+            should_stop=self.callbacks.should_stop,
+            deferred=self.callbacks.deferred,
+        )
+
+        def take(batch: Batch) -> tuple[float, dict[str, list[float]]]:
             self._train_mode()
-            loss, errors = self._backward(phase, batch.images.to(self.device))
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_grad)
-            optimizer.step()
-            self.callbacks.on_step(FitStep(phase, step + 1, total, loss, errors))
-            if self.callbacks.should_stop():
-                self.interrupted = True
-                return step + 1, "interrupted"
+            found = self._backward(phase, batch.images.to(self.device))
+            loop.update()
+            return found
+
+        def stepped(found: tuple[float, dict[str, list[float]]]) -> None:
+            self.stepped = True
+            self.callbacks.on_step(FitStep(phase, counter.step, total, *found))
+
+        def between(found: tuple[float, dict[str, list[float]]]) -> str | None:
             # Before, the rate is high, and a loss that stays where it is says nothing.
-            if step >= total // 2 and patience.exhausted(loss):
-                return step + 1, "early"
-        return total, "done"
+            return "early" if counter.step > total // 2 and patience.exhausted(found[0]) else None
+
+        ended = loop.run(self._stream(), take, stepped, between)
+        self.interrupted = ended == INTERRUPTED
+        return counter.step, ended
 
     def _train_mode(self) -> None:
         """Dropout stays off: what is fitted is the function that is used."""
@@ -296,7 +303,7 @@ class _Fit:
         if phase in ("logits", "refine"):
             terms.append(distillation_loss(out, logits, settings.temperature))
             loss += terms[-1].item()
-        bent = self._penalty(targets, self._generator(self.seen))
+        bent = self._penalty(targets, epoch_generator(self.seed, self.seen))
         if bent is not None:
             terms.append(bent)
             loss += bent.item()
@@ -344,44 +351,26 @@ class _Fit:
         states = {name: (total / images).sqrt().tolist() for name, total in squares.items()}
         return Figures(distillation / images, agreed / images, states, bent / images)
 
-    def _stream(self) -> Iterator[Batch]:
-        """Training batches without end, each epoch in an order of its own."""
-        while True:
-            epoch = self.seen // (len(self.trained) // self.batch_size)
-            self.data.train.epoch = epoch
-            order = torch.randperm(len(self.trained), generator=self._generator(epoch)).tolist()
-            for batch in self._batches(self.data.train, [self.trained[i] for i in order], drop_last=True):
-                self.seen += 1
-                if len(batch.labels):
-                    yield batch
+    def _stream(self) -> Generator[Batch, None, None]:
+        """Training batches without end, from where the last phase stopped; those that hold no image are left out."""
+        source = training_batches(
+            self.data.train,
+            self.trained,
+            self.batch_size,
+            seed=self.seed,
+            epoch=self.seen // (len(self.trained) // self.batch_size),
+            workers=self.settings.workers,
+        )
+        for batch in source:
+            self.seen += 1
+            if len(batch.labels):
+                yield batch
 
-    def _batches(self, data: ImageData, order: Sequence[int], *, drop_last: bool = False) -> Iterator[Batch]:
-        return batches(data, self.batch_size, order=order, workers=self.settings.workers, drop_last=drop_last)
-
-    def _generator(self, number: int) -> torch.Generator:
-        return torch.Generator().manual_seed(self.settings.seed * 1_000_003 + 7919 * (number + 1))
+    def _batches(self, data: ImageData, order: Sequence[int]) -> Iterator[Batch]:
+        return batches(data, self.batch_size, order=order, workers=self.settings.workers)
 
     def _backup(self) -> dict[str, Tensor]:
         return {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
 
     def _restore(self, backup: dict[str, Tensor]) -> None:
         self.model.load_state_dict(backup)
-
-
-class _Patience:
-    """Notices that a loss has stopped falling: its mean over a window, against the lowest so far."""
-
-    def __init__(self) -> None:
-        self.window: list[float] = []
-        self.lowest = math.inf
-        self.idle = 0
-
-    def exhausted(self, loss: float) -> bool:
-        self.window.append(loss)
-        if len(self.window) < WINDOW:
-            return False
-        mean = sum(self.window) / WINDOW
-        self.window.clear()
-        self.idle = 0 if mean < self.lowest * (1 - GAIN) else self.idle + 1
-        self.lowest = min(self.lowest, mean)
-        return self.idle >= PATIENCE

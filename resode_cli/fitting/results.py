@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from ..network.model import OdeResNet
@@ -75,10 +76,14 @@ class FitStep:
 
 @dataclass(frozen=True)
 class FitCallbacks:
-    """What a caller wants to hear. on_phase: with the model as it would be if the fit ended there."""
+    """What a caller wants to hear. on_phase: with the model as it would be if the fit ended there.
+
+    `should_stop` and `deferred` are those of `training.results.Callbacks`.
+    """
 
     on_step: Callable[[FitStep], None] = lambda step: None
     on_costs: Callable[[Sequence[PhaseCost]], None] = lambda costs: None
     on_phase: Callable[[PhaseResult, OdeResNet], None] = lambda result, model: None
     on_message: Callable[[str], None] = lambda message: None
     should_stop: Callable[[], bool] = lambda: False
+    deferred: Callable[[], AbstractContextManager[None]] = nullcontext

@@ -14,12 +14,13 @@ from ..data import ImageData, batches
 from ..errors import ResodeError
 from ..measuring.comparison import NetworkFigures, logits_of, network_figures, spread
 from ..measuring.evaluate import Evaluation, evaluate
-from ..network.model import OdeResNet
+from ..network.model import OdeResNet, check_finite
 from ..network.residual import ACTIVATIONS, Form
 from ..network.stage import OdeStage
 from ..surgery.convert import compare_logits, random_batch
 from ..training.teacher import Teacher
-from .fit import FitData, fit, held_out
+from .fit import fit
+from .images import FitData, held_out
 from .results import FitCallbacks, FitResult, PhaseResult
 from .settings import FitSettings
 
@@ -148,6 +149,7 @@ def rewrite_and_fit(
         callbacks.save(so_far, {}, False)
 
     device = measuring.device
+    check_finite(model, "the model holds NaN or infinity in {}: nothing can be fitted from there")
     model.to(device)
     noise = random_batch(model.info.preprocessing, RANDOM_IMAGES)
     before = logits_of(model, noise)
@@ -172,8 +174,9 @@ def rewrite_and_fit(
         callbacks=replace(callbacks.fit, on_phase=ended),
         **plan.deepening,
     )
-    verified = _verified(model, noise, before)
-    callbacks.save(model, verified, not result.interrupted)
+    with callbacks.fit.deferred():
+        verified = _verified(model, noise, before)
+        callbacks.save(model, verified, not result.interrupted)
     if not result.interrupted:
         columns.append(_column("fitted", model, images, reference, measuring, callbacks))
     return RewriteResult(tuple(columns), verified, True, result)

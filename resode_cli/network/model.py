@@ -222,6 +222,12 @@ def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     return [name for name, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
 
 
+def check_finite(model: OdeResNet, what: str) -> None:
+    """Raises ResodeError for weights that are no numbers. what: the message, with {} for their names."""
+    if bad := non_finite(model.net.state_dict()):
+        raise ResodeError(what.format(first_few(bad)))
+
+
 def assemble(net: nn.Module, specs: Sequence[StageSpec], info: ModelInfo) -> OdeResNet:
     """Replace the stages of a source network by OdeStages. `net` is used up."""
     paths: dict[str, str] = {}

@@ -79,6 +79,11 @@ def convert(
     batch = like(random_batch(source.preprocessing, images), net) if example is None else example
     with as_before(net):
         before = _logits(net, batch, str(source.spec))
+    if not torch.isfinite(before).all():
+        raise ResodeError(
+            f"{source.spec} gives logits that are no numbers, so that a conversion could not be compared with it: its"
+            " weights hold NaN or infinity, or are too large; nothing was written"
+        )
     trained = _in_training(net, batch)
     with as_before(net):
         found = find_stages(net, batch[:1])

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
+import secrets
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,24 +17,22 @@ from ..errors import ResodeError
 from ..files import model_file
 from ..gradients.choose import Calibration
 from ..machine.locks import FolderLock
-from ..machine.signals import Stopped
 from ..measuring.evaluate import Evaluation, evaluate
-from ..network.model import OdeResNet, autocast_dtype, freeze_batch_norm
+from ..network.model import OdeResNet, check_finite, freeze_batch_norm
 from ..ode import RandomState, fixed_buffers
 from . import run_folder
 from .guard import Guard, GuardState
+from .loop import DONE, INTERRUPTED, Loop, training_batches
 from .objective import Objective
-from .optimization import create_optimizer, create_scheduler
 from .optimizer_state import OptimizerState
 from .results import Callbacks, FinetuneResult, Progress, peak_bytes
-from .resuming import check_finite, run_fingerprint, saved_files
+from .resuming import run_fingerprint, saved_files, teacher_fingerprint, with_stage_names
 from .run_folder import StepRecord
 from .settings import Settings
 from .starting import calibration_batch, switch_scheme, train_only
 from .teacher import Teacher
 
 MOST_SKIPPED = 10  # steps in a row
-LOG = "log.csv"
 
 
 def finetune(
@@ -70,6 +67,20 @@ def finetune(
         return _Run(model, train, test, held, settings, device, callbacks, resume, teacher, began_with).run()
 
 
+@dataclass(frozen=True)
+class Taken:
+    """A step: its images, their loss and accuracy, the gradient's largest entry, and the monitor's figures.
+
+    steepest: 0 with fp16, whose gradients are scaled and may overflow; the scaler looks after them.
+    """
+
+    images: int
+    loss: float
+    accuracy: float
+    steepest: float
+    monitor: dict[str, dict[str, float]]
+
+
 class _Run:
     def __init__(
         self,
@@ -87,14 +98,21 @@ class _Run:
         self.model, self.train, self.test, self.lock = model.to(device), train, test, lock
         self.before: Evaluation | None = None
         self.after: Evaluation | None = None
-        self.halfway = False  # through a step or a save
+        settings = with_stage_names(settings, model)
         self.settings, self.device, self.callbacks = settings, device, callbacks
         self.per_epoch, self.total = settings.per_epoch(len(train)), settings.steps(len(train))
         self.progress = Progress()
         self.last_step_at = 0.0
         self.objective = Objective(model, None if teacher is None else teacher.to(device), settings)
         self.fingerprint = (
-            {**run_fingerprint(train, test, settings), "model": began_with} if resume is None else resume.fingerprint
+            {
+                **run_fingerprint(train, test, settings),
+                "model": began_with,
+                "teacher": teacher_fingerprint(teacher),
+                "run": secrets.token_hex(4),
+            }
+            if resume is None
+            else resume.fingerprint
         )
         self.nothing_of = saved_files(lock.folder) if resume is None else []  # what a run before has left
         self.in_a_row = 0  # steps skipped just now
@@ -110,24 +128,30 @@ class _Run:
             model.use_channels_last()
         if settings.compile:  # last: the graphs depend on the layout, the forward rule and what is frozen
             model.compile_branches()
+        self.loop = Loop(
+            model,
+            settings,
+            device,
+            self.progress,
+            total=self.total,
+            should_stop=self.callbacks.should_stop,
+            deferred=self.callbacks.deferred,
+        )
+        self.optimizer_state = OptimizerState(self.loop.optimizer, model)
         self.calibration: Calibration | None = None
         self.guard = Guard(
             model,
             settings,
             device,
-            autocast=self._autocast,
+            autocast=self.loop.autocast,
             prepare=self._train_mode,
             on_message=self.callbacks.on_message,
             on_calibration=self._calibrated,
             state=GuardState(**self.progress.guard),
         )
         self.guard.start(lambda: calibration_batch(train, settings, device))
-        self.optimizer = create_optimizer(model, settings)
-        self.optimizer_state = OptimizerState(self.optimizer, model)
-        self.scheduler = create_scheduler(self.optimizer, settings, self.total)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16")
         if resume is not None:
-            resume.restore(self.optimizer_state, self.scaler, device)
+            resume.restore(self.optimizer_state, self.loop.scaler, device)
 
     def _switch_scheme(self, data: ImageData) -> None:
         switched = switch_scheme(self.model, self.settings, data, self.device, self.callbacks.on_message)
@@ -150,20 +174,16 @@ class _Run:
 
     def run(self) -> FinetuneResult:
         progress, first = self.progress, self.progress.step
-        name = ".log.csv.new" if self.nothing_of else LOG
-        self.log = run_folder.Log(self.lock.ensure() / name, self.stage_names, keep_up_to=first)
+        path = run_folder.log_path(self.lock.ensure(), self.fingerprint.get("run"), replacing=bool(self.nothing_of))
+        self.log = run_folder.Log(path, self.stage_names, keep_up_to=first)
         began = time.perf_counter()
         try:
-            interrupted = self._train()
-        except Stopped as stopped:
-            stopped.heeded = True  # or it would come again while the run ends
-            if progress.step == first:
-                raise
-            interrupted = True
-            self._save_state()
+            interrupted = self._train() == INTERRUPTED
+            if interrupted:
+                self._save_state()
         except Exception:
             # The step in progress is lost, the one before is not: between steps the model is as that one left it.
-            if not self.halfway and progress.step > first:
+            if not self.loop.halfway and progress.step > first:
                 self._save_state()
                 self.callbacks.on_message(f"step {progress.step} is saved; --resume goes on from there")
             raise
@@ -187,11 +207,11 @@ class _Run:
             self.calibration,
         )
 
-    def _train(self) -> bool:
-        """Whether it was interrupted. A signal may end it anywhere but in the blocks that are `_undisturbed`."""
+    def _train(self) -> str:
+        """What ended it. A signal may do so anywhere but in the blocks that are `undisturbed`."""
         settings, progress = self.settings, self.progress
         if progress.step:  # the state is written first: a run killed after it has an older last model, or none
-            self._save_model("last")
+            self._save_model(run_folder.LAST)
         if self.test is not None and progress.step == 0:
             self.before = self._evaluate()
             self.log.test(0, 0, self.before)
@@ -200,27 +220,37 @@ class _Run:
             self._save_state()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+        if progress.step == self.total:
+            return DONE
         self.last_step_at = time.perf_counter()
-        for batch in self._batches():
-            with self._undisturbed():
-                record = self._step(batch)
-                self.callbacks.on_step(record)
-                figures = (value for stages in record.monitor.values() for value in stages.values())
-                progress.window.append([record.loss, record.accuracy, *figures])
-                last = progress.step == self.total
-                if progress.step % settings.log_every == 0 or last:
-                    self._move_log()
-                    self.log.train(record, progress.window)
-                    progress.window.clear()
-            interrupted = self.callbacks.should_stop()
-            if self._evaluation_is_due() and not interrupted:
-                self._choose_best()
-                self.last_step_at = time.perf_counter()
-            if interrupted or last or progress.step % settings.save_every == 0:
-                self._save_state()
-            if interrupted:
-                return True
-        return False
+        epoch, done = divmod(progress.step, self.per_epoch)
+        source = training_batches(
+            self.train,
+            range(len(self.train)),
+            settings.batch_size,
+            seed=settings.seed,
+            epoch=epoch,
+            skip=done,
+            workers=settings.workers,
+        )
+        return self.loop.run(source, self._step, self._stepped, self._between)
+
+    def _stepped(self, taken: Taken) -> None:
+        record = self._record(taken)
+        self.callbacks.on_step(record)
+        figures = (value for stages in record.monitor.values() for value in stages.values())
+        self.progress.window.append([record.loss, record.accuracy, *figures])
+        if record.step % self.settings.log_every == 0 or record.step == self.total:
+            self._move_log()
+            self.log.train(record, self.progress.window)
+            self.progress.window.clear()
+
+    def _between(self, taken: Taken) -> None:
+        if self._evaluation_is_due():
+            self._choose_best()
+            self.last_step_at = time.perf_counter()
+        if self.progress.step == self.total or self.progress.step % self.settings.save_every == 0:
+            self._save_state()
 
     def _evaluation_is_due(self) -> bool:
         step = self.progress.step
@@ -230,7 +260,7 @@ class _Run:
 
     def _choose_best(self) -> None:
         self.after = self._evaluate()
-        with self._undisturbed():
+        with self.loop.undisturbed():
             step = self.progress.evaluated = self.progress.step
             self._move_log()
             self.log.test(step, (step - 1) // self.per_epoch + 1, self.after)
@@ -238,113 +268,69 @@ class _Run:
                 raise ResodeError(f"after step {step} the loss on the test images is {self.after.loss}{self._advice()}")
             if self.after.top1 > self.progress.best_top1:
                 self.progress.best_top1 = self.after.top1
-                self._save_model("best")
-
-    @contextmanager
-    def _undisturbed(self) -> Iterator[None]:
-        """A signal waits for the end of the block. `halfway` stays set if it ends badly."""
-        with self.callbacks.deferred():
-            self.halfway = True
-            yield
-            self.halfway = False
+                self._save_model(run_folder.BEST)
 
     def _move_log(self) -> None:
         self.log.path = self.lock.ensure() / self.log.path.name
 
-    def _batches(self) -> Iterator[Batch]:
-        """Training batches from where the run stands, epoch after epoch."""
-        while self.progress.step < self.total:
-            epoch, done = divmod(self.progress.step, self.per_epoch)
-            self.train.epoch = epoch
-            generator = torch.Generator().manual_seed(self.settings.seed + 7919 * epoch)
-            order = torch.randperm(len(self.train), generator=generator).tolist()
-            size, workers = self.settings.batch_size, self.settings.workers
-            epoch_batches = batches(self.train, size, order=order, workers=workers, drop_last=True, skip=done)
-            for batch in epoch_batches:
-                if self.progress.step == self.total:
-                    return
-                if len(batch.labels) == 0:
-                    raise ResodeError(f"a whole batch of corrupt images: {batch.skipped[0]} and others")
-                yield batch
-
-    def _step(self, batch: Batch) -> StepRecord:
-        settings = self.settings
-        self.scheduler.step_update(self.progress.step)
+    def _step(self, batch: Batch) -> Taken:
+        """Take a step on a batch, or leave it out where its gradient is no number."""
+        if len(batch.labels) == 0:
+            raise ResodeError(f"a whole batch of corrupt images: {batch.skipped[0]} and others")
         self._train_mode()
         images, labels = batch.images.to(self.device), batch.labels.to(self.device)
         random = RandomState.now(self.device)
-        loss, accuracy, steepest, monitor = self._forward_backward(images, labels)
-        while self.guard.must_redo(monitor["drift"], images, labels, self.progress.step + 1):
+        found = self._forward_backward(images, labels)
+        while self.guard.must_redo(found.monitor["drift"], images, labels, self.progress.step + 1):
             # The gradient is thrown away and taken again: same random numbers, and running
             # statistics that have moved once already.
             random.restore()
+            self.loop.optimizer.zero_grad(set_to_none=True)
             with fixed_buffers([self.model]):
-                loss, accuracy, steepest, monitor = self._forward_backward(images, labels)
-        if not math.isfinite(loss + steepest):
-            return self._skip(batch, loss, accuracy, steepest, monitor)
+                found = self._forward_backward(images, labels)
+        if not math.isfinite(found.loss + found.steepest):
+            self._skip(found)
+            nothing = {name: dict.fromkeys(stages, math.nan) for name, stages in found.monitor.items()}
+            return replace(found, monitor=nothing)
         self.in_a_row = 0
-        if settings.clip_grad is not None:
-            self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_grad)
-        lr = max(group["lr"] for group in self.optimizer.param_groups)
-        scale = self.scaler.get_scale()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if self.scaler.get_scale() < scale:
+        if not self.loop.update():
             self.callbacks.on_message(
                 f"step {self.progress.step + 1}: a gradient overflowed in fp16, so the step was skipped and the loss"
-                f" scale lowered to {self.scaler.get_scale():g}"
+                f" scale lowered to {self.loop.scaler.get_scale():g}"
             )
-        return self._record(len(labels), loss, accuracy, lr, monitor)
+        return found
 
-    def _skip(
-        self, batch: Batch, loss: float, accuracy: float, steepest: float, monitor: dict[str, dict[str, float]]
-    ) -> StepRecord:
+    def _skip(self, found: Taken) -> None:
         """Leave the weights as they are. Raises ResodeError where that is not wanted, or has been done too often."""
-        step = self.progress.step + 1
-        what = f"a gradient is {steepest} (loss {loss:.4g})" if math.isfinite(loss) else f"the loss is {loss}"
+        step, loss = self.progress.step + 1, found.loss
+        what = f"a gradient is {found.steepest} (loss {loss:.4g})" if math.isfinite(loss) else f"the loss is {loss}"
         self.in_a_row += 1
         if self.settings.on_nonfinite == "stop" or self.in_a_row > MOST_SKIPPED:
             again = "" if self.in_a_row <= MOST_SKIPPED else f", as in the {MOST_SKIPPED} before"
             raise ResodeError(f"{what} at step {step}{again}{self._advice()}, or --on-nonfinite skip")
         self.progress.skipped += 1
         self.callbacks.on_message(f"step {step} is skipped: {what}")
-        lr = max(group["lr"] for group in self.optimizer.param_groups)
-        nothing = {name: dict.fromkeys(stages, math.nan) for name, stages in monitor.items()}
-        return self._record(len(batch.labels), loss, accuracy, lr, nothing)
 
-    def _record(
-        self, images: int, loss: float, accuracy: float, lr: float, monitor: dict[str, dict[str, float]]
-    ) -> StepRecord:
-        self.progress.step += 1
+    def _record(self, taken: Taken) -> StepRecord:
         now = time.perf_counter()
-        speed, self.last_step_at = images / (now - self.last_step_at), now
+        speed, self.last_step_at = taken.images / (now - self.last_step_at), now
         step, epoch, peak = self.progress.step, (self.progress.step - 1) // self.per_epoch + 1, peak_bytes(self.device)
-        return StepRecord(step, self.total, epoch, loss, accuracy, lr, speed, peak, monitor)
+        lr = self.loop.learning_rate
+        return StepRecord(step, self.total, epoch, taken.loss, taken.accuracy, lr, speed, peak, taken.monitor)
 
-    def _forward_backward(
-        self, images: Tensor, labels: Tensor
-    ) -> tuple[float, float, float, dict[str, dict[str, float]]]:
-        """Loss and accuracy on a batch, the largest entry of the gradient, the monitor's figures; and .grad set.
-
-        With fp16, whose gradients are scaled and may overflow, the scaler looks after them: the entry is 0.
-        """
-        with self._autocast():
+    def _forward_backward(self, images: Tensor, labels: Tensor) -> Taken:
+        """What a batch gives; and .grad set."""
+        with self.loop.autocast():
             loss, logits = self.objective(images, labels)
-        self.optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(self.scaler.scale(loss))
+        self.loop.backward(loss)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        look = gradients and not self.scaler.is_enabled()
+        look = gradients and not self.loop.scaler.is_enabled()
         steepest = torch.nn.utils.get_total_norm(gradients, math.inf) if look else loss.new_zeros(())
         # One transfer per step: the loss, the accuracy, the gradient's size and every stage's figures together.
         accuracy = (logits.argmax(1) == labels).float().mean()
         figures = [loss.detach(), accuracy, steepest]
         values = torch.stack([*(value.float() for value in figures), *self.guard.figures()]).tolist()
-        return values[0], values[1], values[2], self.guard.read(values[3:])
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        dtype = autocast_dtype(self.settings.amp)
-        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
+        return Taken(len(labels), values[0], values[1], values[2], self.guard.read(values[3:]))
 
     def _evaluate(self) -> Evaluation:
         assert self.test is not None
@@ -360,24 +346,24 @@ class _Run:
 
     def _save_model(self, name: str) -> None:
         check_finite(self.model, f"after step {self.progress.step} weights are no numbers ({{}}){self._advice()}")
-        model_file.write(self._described(), self.lock.ensure() / f"{name}.safetensors")
-        self._replace(f"{name}.safetensors")
+        model_file.write(self._described(), self.lock.ensure() / name)
+        self._replace(name)
 
     def _save_state(self) -> None:
         """The state first: it alone is enough to go on; the last model is there for the other commands."""
-        with self._undisturbed():
+        with self.loop.undisturbed():
             check_finite(self.model, f"after step {self.progress.step} weights are no numbers ({{}}){self._advice()}")
             run_folder.save_state(
                 self.lock.ensure() / run_folder.STATE,
                 self.model,
                 optimizer=self.optimizer_state,
-                scaler=self.scaler,
+                scaler=self.loop.scaler,
                 progress={**asdict(self.progress), "guard": asdict(self.guard.state)},
                 settings=asdict(self.settings),
                 fingerprint=self.fingerprint,
             )
             self._replace(run_folder.STATE)
-            self._save_model("last")
+            self._save_model(run_folder.LAST)
 
     def _replace(self, written: str) -> None:
         """What a run before has left goes, now that something of this one stands."""
@@ -387,7 +373,7 @@ class _Run:
                 (folder / name).unlink(missing_ok=True)
         if self.nothing_of:
             self.nothing_of = []
-            self.log.path = self.log.path.replace(folder / LOG)
+            self.log.path = self.log.path.replace(folder / run_folder.LOG)
 
     def _advice(self) -> str:
         state = self.lock.folder / run_folder.STATE

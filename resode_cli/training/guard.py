@@ -136,7 +136,7 @@ class Guard:
         return reconstructed and not value <= self._allowed(name)
 
     def _allowed(self, name: str) -> float:
-        return self.state.allowed.get(name, self.settings.drift_tolerance)
+        return min(self.state.allowed.get(name, math.inf), self.settings.drift_tolerance)
 
     def _anchor(self, name: str, what: str) -> None:
         """Move a stage to exact checkpoints: every state if they fit, else as many snapshots as do."""
@@ -169,7 +169,7 @@ class Guard:
         for choice in calibration.choices:
             if choice.own_drift is not None:
                 room = max(self.settings.grad_tol / max(choice.error, 1e-12), CHANCE)
-                self.state.allowed[choice.stage] = min(room * choice.own_drift, self.settings.drift_tolerance)
+                self.state.allowed[choice.stage] = room * choice.own_drift
             self.state.calibrated_at[choice.stage] = step
         self._remember()
 

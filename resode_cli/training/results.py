@@ -14,6 +14,8 @@ from ..gradients.choose import Calibration
 from ..measuring.evaluate import Evaluation
 from .run_folder import StepRecord
 
+NONE_YET = -1.0  # the accuracy of the best model, before there is one
+
 
 @dataclass(frozen=True)
 class FinetuneResult:
@@ -44,7 +46,7 @@ class Progress:
 
     step: int = 0
     evaluated: int = 0  # the last step that was
-    best_top1: float = -1.0
+    best_top1: float = NONE_YET
     skipped: int = 0  # steps with a loss or gradient that was no number
     switched: dict[str, float] | None = None
     guard: dict[str, Any] = field(default_factory=dict)  # a GuardState

@@ -11,23 +11,29 @@ from typing import Any
 from ..data import ImageData
 from ..errors import ResodeError, UsageError, first_few
 from ..files import model_file
-from ..network.model import OdeResNet, non_finite
+from ..network.model import OdeResNet
 from ..options import flag_of, option_of, parameter_of
-from .run_folder import FILES, State
+from .results import NONE_YET
+from .run_folder import BEST, FILES, State
 from .settings import Settings
+from .teacher import Teacher
+
+LOOKED_INTO, LOOKED_AT = 64, 2**16  # images, and bytes of each, by which data is known again
 
 
-def resumed(chosen: Settings, given: Iterable[str], saved: Mapping[str, Any]) -> tuple[Settings, list[str]]:
+def resumed(
+    chosen: Settings, given: Iterable[str], saved: Mapping[str, Any], model: OdeResNet
+) -> tuple[Settings, list[str]]:
     """The settings of a run that goes on, and what to say of those that are others from now on.
 
-    chosen: of this command; given: the flags, by parameter, that the user wrote. saved: of the run.
+    chosen: of this command; given: the flags, by parameter, that the user wrote. saved, model: of the run.
     Raises UsageError for one that may not change.
     """
     named = set(given)
     settings = {setting.name: setting for setting in fields(Settings)}
     known = {name: saved[name] for name in settings if name in saved}
     known["stages"] = tuple(known["stages"]) if known.get("stages") else None
-    before = Settings(**known)
+    before, chosen = with_stage_names(Settings(**known), model), with_stage_names(chosen, model)
     said = []
     changes: dict[str, Any] = {}
     for name, setting in settings.items():
@@ -43,6 +49,11 @@ def resumed(chosen: Settings, given: Iterable[str], saved: Mapping[str, Any]) ->
     return replace(before, **changes), said
 
 
+def with_stage_names(settings: Settings, model: OdeResNet) -> Settings:
+    """Stages that are given by their places (3), by their names (layer3). Raises UsageError for none of the model's."""
+    return settings if settings.stages is None else replace(settings, stages=tuple(model.pick(settings.stages)))
+
+
 def _shown(value: object) -> str:
     if isinstance(value, tuple):
         return ",".join(map(str, value))
@@ -50,18 +61,34 @@ def _shown(value: object) -> str:
 
 
 def data_fingerprint(data: ImageData | None) -> dict[str, Any] | None:
-    """What tells data from other data: how many images, their classes, and a digest of their names and sizes."""
+    """What tells data from other data: how many images, their classes, a digest of names and sizes, and of contents.
+
+    name: as the user spelled it, which is for people; the folder may be spelled otherwise later, or stand elsewhere.
+    """
     if data is None:
         return None
-    digest = hashlib.sha256()
-    for name, size in data.files():
+    digest, contents = hashlib.sha256(), hashlib.sha256()
+    every = max(len(data) // LOOKED_INTO, 1)
+    for i, (name, size) in enumerate(data.files()):
         digest.update(f"{name}\0{size}\0".encode(errors="surrogateescape"))
+        if i % every == 0:
+            contents.update(data.first_bytes(i, LOOKED_AT))
     return {
         "name": data.name,
         "images": len(data),
         "classes": hashlib.sha256("\0".join(data.class_names).encode(errors="surrogateescape")).hexdigest(),
         "files": digest.hexdigest(),
+        "contents": contents.hexdigest(),
     }
+
+
+def _same_data(was: dict[str, Any] | None, now: dict[str, Any] | None) -> bool:
+    """Whatever the data is called. Runs of older versions know nothing of contents, and have full names for `files`."""
+    if was is None or now is None:
+        return was is now
+    if "contents" not in was:
+        return (was["images"], was["classes"]) == (now["images"], now["classes"])
+    return all(was[key] == now[key] for key in was if key != "name")
 
 
 def run_fingerprint(train: ImageData, test: ImageData | None, settings: Settings) -> dict[str, Any]:
@@ -75,8 +102,13 @@ def run_fingerprint(train: ImageData, test: ImageData | None, settings: Settings
     }
 
 
-def check_resumable(state: State, train: ImageData, test: ImageData | None, settings: Settings) -> None:
-    """Raises UsageError for a run whose data, batch size or seed are not the ones it began with, or that is over."""
+def check_resumable(
+    state: State, train: ImageData, test: ImageData | None, settings: Settings, teacher: Teacher | None = None
+) -> None:
+    """Raises UsageError for a run whose data, batch size, seed or teacher are not those it began with, or that is over.
+
+    What it began with is compared by content, not by how it was spelled.
+    """
     now = run_fingerprint(train, test, settings)
     changed = [
         f"{name} was {state.fingerprint[name]}, is {now[name]}"
@@ -86,8 +118,9 @@ def check_resumable(state: State, train: ImageData, test: ImageData | None, sett
     if changed:
         raise UsageError(f"--resume cannot change the order of images: {'; '.join(changed)}")
     for split in ("train", "test"):
-        if split in state.fingerprint and state.fingerprint[split] != now[split]:
+        if split in state.fingerprint and not _same_data(state.fingerprint[split], now[split]):
             raise UsageError(f"--resume: {_difference(split, state.fingerprint[split], now[split])}; start a new run")
+    check_teacher(state, teacher)
     step, total = state.progress["step"], settings.steps(len(train))
     if total < step:
         raise UsageError(
@@ -103,6 +136,42 @@ def _difference(split: str, was: dict[str, Any] | None, now: dict[str, Any] | No
     if was["classes"] != now["classes"]:
         return f"the classes of the {split} images have other names than when the run began"
     return f"the {split} images are others than when the run began ({was['name']})"
+
+
+def teacher_fingerprint(teacher: Teacher | None) -> str | None:
+    """A digest of the weights."""
+    if teacher is None:
+        return None
+    return model_file.checksum({name: value.cpu() for name, value in teacher.net.state_dict().items()}, {})
+
+
+def check_teacher(state: State, teacher: Teacher | None) -> None:
+    """Raises UsageError for another than the run began with."""
+    began = state.fingerprint.get("teacher")
+    if teacher is None or "teacher" not in state.fingerprint or teacher_fingerprint(teacher) == began:
+        return
+    what = "without a teacher" if began is None else "with a teacher of other weights"
+    raise UsageError(f"--teacher {teacher.name}: the run began {what}; start a new run for another")
+
+
+def lost_best(state: State, folder: Path) -> str | None:
+    """What to say where the best model is no longer there; the run forgets it, and the next one is the best."""
+    if state.progress["best_top1"] < 0 or (folder / BEST).is_file():
+        return None
+    state.progress["best_top1"] = NONE_YET
+    return f"{folder / BEST} is not there any more; the best model from here on takes its place"
+
+
+def ends_early(settings: Settings, given: Iterable[str], images: int) -> str | None:
+    """What to say where the one length that the user gave is not what ends the run."""
+    if settings.epochs is None or settings.max_steps is None:
+        return None
+    said, whole = {"epochs", "max_steps"} & set(given), settings.epochs * settings.per_epoch(images)
+    if said == {"epochs"} and settings.max_steps < whole:
+        return f"the run ends at step {settings.max_steps}, by the --max-steps that it began with"
+    if said == {"max_steps"} and whole < settings.max_steps:
+        return f"the run ends at step {whole}, by the --epochs {settings.epochs} that it began with"
+    return None
 
 
 def check_model(path: Path, folder: Path, state: State) -> str | None:
@@ -138,9 +207,3 @@ def loaded_checksum(path: Path) -> str | None:
     """The checksum of a model file, by which a resumed run knows it."""
     found = model_file.read_metadata(path).get(model_file.CHECKSUM)
     return str(found) if found is not None else None
-
-
-def check_finite(model: OdeResNet, what: str) -> None:
-    """Raises ResodeError for weights that are no numbers. what: the message, with {} for their names."""
-    if bad := non_finite(model.net.state_dict()):
-        raise ResodeError(what.format(first_few(bad)))

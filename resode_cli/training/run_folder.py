@@ -24,8 +24,8 @@ from ..measuring.evaluate import Evaluation
 from ..network.model import OdeResNet
 from .optimizer_state import OptimizerState, Saved
 
-STATE = "state.safetensors"
-FILES = (STATE, "best.safetensors", "last.safetensors", "log.csv")
+STATE, BEST, LAST, LOG = "state.safetensors", "best.safetensors", "last.safetensors", "log.csv"
+FILES = (STATE, BEST, LAST, LOG)
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,22 @@ def _rows(path: Path, up_to: int) -> list[dict[str, Any]]:
         reason = str(error).splitlines()[0][:100]
         warnings.warn(f"{path} cannot be read ({reason}); it is {aside.name} now", ResodeWarning, stacklevel=2)
         return []
+
+
+def log_path(folder: Path, run: str | None, *, replacing: bool) -> Path:
+    """Where a run writes its log; beside the one of the run that it replaces until its first save stands.
+
+    A run that was killed between that save and the renaming finds its own log here. run: tells it from other runs.
+    """
+    own = folder / f".{LOG}.{run}"
+    for other in folder.glob(f".{LOG}.*"):
+        if other != own:  # of a run that was killed before it saved anything
+            other.unlink(missing_ok=True)
+    if replacing:
+        return own
+    if own.is_file():
+        own.replace(folder / LOG)
+    return folder / LOG
 
 
 class Log:

@@ -126,7 +126,7 @@ class Settings:
     workers: int = machine(0, "Processes that read images; 0: none besides this one.", range=WORKERS)
     compile: bool = machine(False, "Compile the branches with torch.compile.")
     channels_last: bool = machine(False, "Keep images and states in that memory format.")
-    teacher: str | None = teaching(None, "Model file or SOURCE to learn from.", resume="stays")
+    teacher: str | None = teaching(None, "Model file or SOURCE to learn from.")
     distill: float = teaching(0.5, "Weight of the teacher's logits; the labels have the rest.", range=FRACTION)
     temperature: float = teaching(2.0, "Temperature of the logits that are distilled.", range=POSITIVE)
     teacher_states: float = teaching(0.0, "Weight of the outputs of the teacher's stages.", range=NOT_NEGATIVE)

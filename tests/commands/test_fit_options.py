@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from resode_cli import load
 from resode_cli.app import main
+from resode_cli.data import Batch
+from resode_cli.errors import ResodeError
+from resode_cli.training import loop
+from resode_cli.training.loop import Loop
 
 QUICK = ["--fit-steps", "3", "--fit-refine-steps", "2", "--fit-images", "40", "--fit-batch-size", "8"]
 
@@ -161,3 +167,54 @@ def test_ctrl_c_keeps_what_is_fitted_so_far(net: Path, pictures: Path, tmp_path:
     model = load(out)
     assert {stage.spec.depth for stage in model.stages.values()} == {8}
     assert model.info.history[-1]["fit"]["interrupted"]
+
+
+@pytest.mark.parametrize("own_input", [False, True])
+def test_a_fit_that_fails_says_what_its_file_holds(own_input, net: Path, pictures: Path, tmp_path, monkeypatch, capsys):
+    """The first phase has ended, and is written; the second meets an image that cannot be read."""
+    out = net if own_input else tmp_path / "deep.safetensors"
+    before = net.read_bytes()
+    run = Loop.run
+
+    def failing(self: Loop, *arguments: Any) -> str:
+        if self.settings.lr == 2e-5:
+            raise ResodeError("a process that reads images died")
+        return run(self, *arguments)
+
+    monkeypatch.setattr(Loop, "run", failing)
+    command = ["deepen", str(net), "--trust-source", "--blocks", "6", "--fit", str(pictures), *QUICK]
+    command += ["--fit-logits-lr", "2e-5", "--no-gradients", "--force"]
+    assert main([*command, "-o", str(out)]) == 1
+    written = tmp_path / "net.unfinished.safetensors" if own_input else out
+    error = capsys.readouterr().err
+    assert f"{written} holds what was fitted up to the last phase that ended" in " ".join(error.split())
+    assert load(written, trust_source=True).info.history[-1]["fit"]["interrupted"]
+    assert not own_input or net.read_bytes() == before
+
+
+def test_a_signal_while_a_fit_waits_for_images_keeps_what_is_fitted(net: Path, pictures: Path, tmp_path, monkeypatch):
+    """Nobody knows when they come, and no step is halfway."""
+    out = tmp_path / "deep.safetensors"
+    batches = loop.training_batches
+
+    def waiting(*arguments: Any, **settings: Any) -> Iterator[Batch]:
+        for number, batch in enumerate(batches(*arguments, **settings)):
+            if number == 2:
+                signal.raise_signal(signal.SIGTERM)
+                raise AssertionError("the signal was not heeded")
+            yield batch
+
+    monkeypatch.setattr("resode_cli.fitting.fit.training_batches", waiting)
+    command = ["deepen", str(net), "--trust-source", "--blocks", "6", "--fit", str(pictures), *QUICK]
+    assert main([*command, "--no-gradients", "-o", str(out)]) == 143
+    model = load(out, trust_source=True)
+    assert model.info.history[-1]["fit"]["interrupted"]
+    assert {stage.spec.depth for stage in model.stages.values()} == {6}
+
+
+def test_a_fit_whose_weights_become_no_numbers_writes_nothing(net: Path, pictures: Path, tmp_path: Path, capsys):
+    out = tmp_path / "deep.safetensors"
+    command = ["deepen", str(net), "--trust-source", "--blocks", "6", "--fit", str(pictures), *QUICK]
+    assert main([*command, "--fit-lr", "1e38", "-o", str(out)]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and "unexpected" not in error and not out.exists()

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import time
+
 import numpy as np
 import pytest
 import timm
@@ -11,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from resode_cli.data import ImageData, batches, open_data, transform
+from resode_cli.data.workers import WorkerDied
 from resode_cli.errors import UsageError
 from resode_cli.measuring.evaluate import evaluate
 from resode_cli.network.parts import Preprocessing
@@ -197,3 +203,22 @@ def test_evaluation_counts_by_hand(make_folder, tiny):
     assert result.top1 == (logits.argmax(1) == targets).double().mean().item()
     assert result.top5 == 1.0 and result.images == 9
     assert result.loss == pytest.approx(torch.nn.functional.cross_entropy(logits, targets).item(), rel=1e-5)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="workers are forked")
+def test_a_worker_that_dies_as_it_starts_is_missed_at_once(make_folder, monkeypatch):
+    """It is no child any more when the loader has started, so nobody would hear of its death."""
+    start = multiprocessing.process.BaseProcess.start
+
+    def die(self: multiprocessing.process.BaseProcess) -> None:
+        start(self)
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+
+    data = open_data(str(make_folder()), Preprocessing(size=16), "train")
+    with monkeypatch.context() as patch:
+        patch.setattr(multiprocessing.process.BaseProcess, "start", die)
+        began = time.monotonic()
+        with pytest.raises(WorkerDied, match="died"):
+            list(batches(data, 2, workers=2))
+    assert time.monotonic() - began < 30

@@ -14,7 +14,8 @@ from torch import Tensor
 from resode_cli.data import open_data
 from resode_cli.errors import ResodeError, UsageError
 from resode_cli.files import model_file
-from resode_cli.fitting.fit import FitData, fit, held_out
+from resode_cli.fitting.fit import fit
+from resode_cli.fitting.images import FitData, held_out
 from resode_cli.fitting.penalties import contraction, roughness
 from resode_cli.fitting.results import FitCallbacks, FitResult, PhaseCost, PhaseResult
 from resode_cli.fitting.settings import FitSettings
@@ -183,7 +184,7 @@ class _Relabelled:
     """The same images with other labels."""
 
     def __init__(self, data) -> None:
-        self.data, self.epoch, self.name = data, 0, data.name
+        self.data, self.name = data, data.name
 
     def __len__(self) -> int:
         return len(self.data)
@@ -191,6 +192,9 @@ class _Relabelled:
     def __getitem__(self, i: int):
         image, label = self.data[i]
         return image, label + 1 + i
+
+    def start_epoch(self, epoch: int) -> None:
+        self.data.start_epoch(epoch)
 
     def received(self, batch):
         return batch
@@ -334,7 +338,7 @@ def test_states_and_logits_have_rates_of_their_own(pair, pictures: FitData, monk
         rates.append(training.lr)
         return create_optimizer(model, training)
 
-    monkeypatch.setattr("resode_cli.fitting.fit.create_optimizer", watched)
+    monkeypatch.setattr("resode_cli.training.loop.create_optimizer", watched)
     run(student, teacher, pictures, replace(FAST, logits_lr=1e-3))
     assert rates == pytest.approx([FAST.lr, 1e-3, 1e-3])
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import pytest
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from resode_cli.errors import ResodeError, UsageError
 from resode_cli.network.model import OdeResNet, assemble
+from resode_cli.sources.cifar import CifarResNet
 from resode_cli.sources.find_stages import find_stages
 from resode_cli.sources.registry import open_source
 from resode_cli.surgery.convert import Verification, convert, stage_specs
@@ -312,3 +315,16 @@ def test_a_network_that_fails_on_its_input_is_named(tmp_path):
     source = open_source(f"{tmp_path / 'grey.py'}:make", pretrained=False, preprocessing={"size": 16})
     with pytest.raises(ResodeError, match=r"grey.py:make fails on a batch of shape \(4, 3, 16, 16\)"):
         convert(source)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e38])
+@pytest.mark.parametrize("name", ["conv1.weight", "layer1.0.conv1.weight", "linear.weight"])
+def test_a_network_whose_logits_are_no_numbers_is_refused_as_such(name: str, value: float):
+    net = CifarResNet(1, widths=(2, 4, 4)).eval()
+    with torch.no_grad():
+        net.get_parameter(name).fill_(value)
+    images = torch.randn(2, 3, 32, 32)
+    # The norm that follows a convolution may make numbers of what is too large.
+    usable = bool(torch.isfinite(net(images)).all())
+    with nullcontext() if usable else pytest.raises(ResodeError, match="logits that are no numbers"):
+        convert(net, example=images)

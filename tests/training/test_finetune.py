@@ -199,7 +199,7 @@ def test_a_resumed_command_keeps_the_settings_it_does_not_name(model, tmp_path, 
     assert main([*begin, "--resume", "--max-steps", "4"]) == 0
     state = run_folder.load_state(tmp_path / "run")
     kept = {name: state.settings[name] for name in ("adjoint", "lr", "batch_size", "max_steps", "stages")}
-    assert kept == {"adjoint": "pc", "lr": 0.02, "batch_size": 16, "max_steps": 4, "stages": ["3"]}
+    assert kept == {"adjoint": "pc", "lr": 0.02, "batch_size": 16, "max_steps": 4, "stages": ["layer3"]}
     assert state.progress["step"] == 4
 
 

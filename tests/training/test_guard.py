@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from resode_cli import data
+from resode_cli.errors import ResodeError
 from resode_cli.files import model_file
 from resode_cli.network.model import OdeResNet
 from resode_cli.network.parts import Preprocessing
@@ -146,3 +147,13 @@ def test_settings_reach_the_stages(model, tmp_path):
 def test_auto_calibrates_under_autocast(amp, model, tmp_path):
     result = train(model, tmp_path / "run", replace(SETTINGS, amp=amp, max_steps=2))
     assert result.steps == 2 and result.calibration is not None
+
+
+def test_a_tolerance_that_a_resumed_run_lowers_binds_stages_that_auto_has_calibrated(model, tmp_path):
+    settings = replace(SETTINGS, grad_tol=0.5, max_steps=2)
+    train(model, tmp_path / "run", settings)
+    state = run_folder.load_state(tmp_path / "run")
+    assert state.progress["guard"]["allowed"], "no stage is reconstructed with drift, so that nothing is tried"
+    lower = replace(settings, max_steps=4, drift_tolerance=1e-12, on_drift="stop")
+    with pytest.raises(ResodeError, match="allowed 1e-12"):
+        train(state.model, tmp_path / "run", lower, resume=state)

@@ -377,3 +377,91 @@ def test_a_last_model_that_is_missing_is_written_from_the_state(here: Path) -> N
 def test_what_would_have_no_effect_on_a_resumed_run_is_refused(flags, message, here: Path, capsys) -> None:
     assert main(run("-o", "run", "--resume", *flags)) == 2
     assert message in capsys.readouterr().err
+
+
+# The same model, data, teacher and stages, spelled otherwise, are the same; others are refused.
+
+FIXED = [flag for flag in TRAIN if flag not in ("--images", "24")]
+
+
+def on(data: str, *more: str, steps: int = 2) -> list[str]:
+    return ["finetune", "m.safetensors", "--trust-source", "--data", data, *FIXED, "--max-steps", str(steps), *more]
+
+
+@pytest.fixture
+def begun(here: Path, make_folder: Any) -> Path:
+    """A run on a folder of images, with a teacher, of one stage that is named by its place."""
+    make_folder(classes=tuple("abcdefghij"), each=2, size=8)
+    begin = ["-o", "own", "--stage", "2", "--teacher", "other.safetensors"]
+    assert main(on("pictures", *begin)) == 0
+    return here
+
+
+@pytest.mark.parametrize("spelled", ["./pictures", "pictures/", "../{here}/pictures", "{root}/pictures", "moved"])
+def test_data_is_known_again_however_it_is_spelled(spelled: str, begun: Path) -> None:
+    data = spelled.format(here=begun.name, root=begun)
+    if data == "moved":
+        Path("pictures").rename(data)
+    assert (
+        main(on(data, "-o", "own", "--resume", "--stage", "layer2", "--teacher", "./other.safetensors", steps=3)) == 0
+    )
+    assert load_state(begun / "own", trust_source=True).progress["step"] == 3
+
+
+def test_classes_that_changed_places_are_other_data(begun: Path, capsys: Any) -> None:
+    """Names and sizes are the same: what is in the files is not."""
+    train = Path("pictures/train")
+    for name, other in (("a", "tmp"), ("b", "a"), ("tmp", "b")):
+        (train / name).rename(train / other)
+    size = max(file.stat().st_size for file in train.rglob("*.png"))
+    for file in train.rglob("*.png"):
+        file.write_bytes(file.read_bytes().ljust(size, b"\0"))
+    assert main(on("pictures", "-o", "own", "--resume", steps=3)) == 2
+    assert "the train images are others than when the run began" in capsys.readouterr().err
+
+
+def test_another_teacher_under_the_same_name_is_refused(begun: Path, capsys: Any) -> None:
+    shutil.copy("m.safetensors", "other.safetensors")
+    assert main(on("pictures", "-o", "own", "--resume", steps=3)) == 2
+    assert "--teacher other.safetensors: the run began with a teacher of other weights" in capsys.readouterr().err
+
+
+def test_a_best_model_that_is_gone_is_said_and_chosen_anew(here: Path, capsys: Any) -> None:
+    Path("run/best.safetensors").unlink()
+    assert main(run("-o", "run", "--resume", steps=4)) == 0
+    assert "best.safetensors is not there any more" in capsys.readouterr().err
+    assert Path("run/best.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("begin", "later", "message"),
+    [
+        (["--max-steps", "3", "--epochs", "5"], ["--epochs", "9"], "ends at step 3, by the --max-steps"),
+        (["--max-steps", "9", "--epochs", "1"], ["--max-steps", "12"], "ends at step 3, by the --epochs 1"),
+    ],
+)
+def test_a_length_that_does_not_end_the_run_is_said(begin, later, message, here: Path, capsys: Any) -> None:
+    command = ["finetune", "m.safetensors", "--trust-source", "--data", "digits", *TRAIN, "-o", "new"]
+    assert main([*command, *begin]) == 0
+    assert main([*command, *later, "--resume"]) == 0
+    assert message in capsys.readouterr().err
+
+
+def test_a_replacing_run_that_is_killed_before_its_log_is_renamed_finds_it(here: Path, monkeypatch: Any) -> None:
+    """The first save of the new run stands then, beside the log of the run before."""
+    Path("run/.log.csv.stale").write_text("of a run that was killed before it saved anything")
+    rename = Path.replace
+
+    def killed(self: Path, target: Any) -> Path:
+        if self.name.startswith(".log.csv."):
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        patch.setattr(Path, "unlink", lambda self, missing_ok=False: None)
+        main(run("-o", "run", "--force", "--log-every", "1", "--save-every", "1", "--lr", "0.25", steps=2))
+    assert main(run("-o", "run", "--resume", steps=2)) == 0
+    rows = Path("run/log.csv").read_text()
+    assert ",0.25," in rows and ",0.001," not in rows
+    assert not list(Path("run").glob(".log.csv.*"))

@@ -1,0 +1,155 @@
+"""The loop over training steps, which `finetune` and every phase of a fit share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..data import Batch, ImageData, batches
+from ..errors import ResodeError
+from ..machine.signals import Stopped
+from ..network.model import autocast_dtype
+from .optimization import create_optimizer, create_scheduler
+from .settings import Settings
+
+Taken = TypeVar("Taken")
+
+DONE, INTERRUPTED = "done", "interrupted"
+SEEDS_APART = 7919  # between the seeds of two epochs
+
+
+class Counter(Protocol):
+    """What counts the steps of a run."""
+
+    step: int
+
+
+def epoch_generator(seed: int, epoch: int) -> torch.Generator:
+    """The random numbers of an epoch, whatever was drawn before it."""
+    return torch.Generator().manual_seed(seed + SEEDS_APART * epoch)
+
+
+def shuffled(items: Sequence[int], *, seed: int, epoch: int) -> list[int]:
+    """The items in the random order of an epoch."""
+    order = torch.randperm(len(items), generator=epoch_generator(seed, epoch)).tolist()
+    return [items[i] for i in order]
+
+
+def training_batches(
+    data: ImageData, chosen: Sequence[int], size: int, *, seed: int, epoch: int, skip: int = 0, workers: int = 0
+) -> Generator[Batch, None, None]:
+    """Full batches of the chosen images without end, from an epoch on, each epoch in an order of its own.
+
+    skip: batches of the first epoch that are left out.
+    """
+    while True:
+        data.start_epoch(epoch)
+        order = shuffled(chosen, seed=seed, epoch=epoch)
+        yield from batches(data, size, order=order, workers=workers, drop_last=True, skip=skip)
+        epoch, skip = epoch + 1, 0
+
+
+class Loop:
+    """The steps of one optimizer over batches of images.
+
+    A step sets the learning rate, lets the caller compute a gradient, and counts. The caller calls `update` where the
+    gradient is one to follow. counter: counts the steps, up to `total`; a resumed run has counted some.
+
+    Signals (`deferred`, `should_stop`): a step is never cut in two. A signal that comes while a batch is waited for,
+    or between steps, ends the loop at once.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: Settings,
+        device: torch.device,
+        counter: Counter,
+        *,
+        total: int,
+        should_stop: Callable[[], bool],
+        deferred: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        self.model, self.settings, self.device = model, settings, device
+        self.counter, self.total = counter, total
+        self.should_stop, self.deferred = should_stop, deferred
+        self.halfway = False  # through a step or a save
+        self.optimizer = create_optimizer(model, settings)
+        self.scheduler = create_scheduler(self.optimizer, settings, total)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16")
+
+    def run(
+        self,
+        source: Generator[Batch, None, None],
+        take: Callable[[Batch], Taken],
+        stepped: Callable[[Taken], None],
+        between: Callable[[Taken], str | None] = lambda taken: None,
+    ) -> str:
+        """Take steps until something ends them: 'done', 'interrupted', or what `between` answers.
+
+        take: computes the gradient on a batch, and calls `update`. stepped: hears of it, before a signal may come.
+        between: what is to be done before the next step; it may be cut short by a signal.
+        """
+        first = self.counter.step
+        with closing(source) as stream:
+            try:
+                for batch in stream:
+                    with self.undisturbed():
+                        self.scheduler.step_update(self.counter.step)
+                        self.optimizer.zero_grad(set_to_none=True)
+                        taken = take(batch)
+                        self.counter.step += 1
+                        stepped(taken)
+                    if self.should_stop():
+                        return INTERRUPTED
+                    if ended := between(taken):
+                        return ended
+                    if self.counter.step == self.total:
+                        return DONE
+            except Stopped as stopped:
+                if self.counter.step == first:
+                    raise
+                stopped.heeded = True  # or it would come again while the run ends
+                return INTERRUPTED
+        raise AssertionError("the batches have no end")
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """A signal waits for the end of the block. `halfway` stays set if it ends badly."""
+        with self.deferred():
+            self.halfway = True
+            yield
+            self.halfway = False
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision of the forward pass."""
+        dtype = autocast_dtype(self.settings.amp)
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
+
+    def backward(self, loss: Tensor) -> None:
+        """Set the gradients of the loss; in fp16 they are scaled."""
+        torch.autograd.backward(self.scaler.scale(loss))
+
+    def update(self) -> bool:
+        """Clip the gradient and take the step; whether it was taken: in fp16 an overflow leaves it out."""
+        if self.settings.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_grad)
+        scale = self.scaler.get_scale()
+        try:
+            self.scaler.step(self.optimizer)
+        except RuntimeError as error:
+            if "without overflow" not in str(error):
+                raise
+            raise ResodeError("a step of the optimizer is larger than its weights can hold; lower the rate") from error
+        self.scaler.update()
+        return self.scaler.get_scale() >= scale
+
+    @property
+    def learning_rate(self) -> float:
+        """The largest of the parameter groups'."""
+        return max(float(group["lr"]) for group in self.optimizer.param_groups)
