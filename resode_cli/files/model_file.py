@@ -250,8 +250,8 @@ def origin_of(origin: SourceSpec, source: str | None, *, trust_source: bool) -> 
         )
     if not Path(file).is_file():
         raise ResodeError(
-            f"made from {origin.name}, which is not there any more; put it back, or pass --source FILE.py:FUNCTION if"
-            " this is the command's MODEL"
+            f"made from {origin.name}, which is not there any more; pass --source FILE.py:FUNCTION, or, for a"
+            " teacher, put it back"
         )
     return origin
 
