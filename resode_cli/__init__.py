@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Adjoint": "ode",
-    "FitData": "fitting.fit",
+    "FitData": "fitting.images",
     "FitSettings": "fitting.settings",
     "OdeResNet": "network.model",
     "ResodeError": "errors",

@@ -23,7 +23,7 @@ from ..ode import Adjoint
 from .workload import BACKPROP, BASELINES, Method, Trial, Workload, check_depth, method_record
 
 # Two rows are equal in error if both are float32 rounding, in time and memory if within 3 %.
-ROUNDING = 1e-5
+FLOAT32_ROUNDING = 1e-5
 NOISE = 1.03
 LARGEST_TRIED = 2**16  # images
 TIMED_AT_LARGEST = 3  # steps
@@ -374,7 +374,7 @@ def _judged(row: BenchRow) -> tuple[float, float, float] | None:
     error = row.relative_error
     if error is None or not math.isfinite(error):
         error = math.inf
-    return 0.0 if error < ROUNDING else error, float(row.peak_bytes), row.seconds
+    return 0.0 if error < FLOAT32_ROUNDING else error, float(row.peak_bytes), row.seconds
 
 
 def _beats(other: tuple[float, float, float], own: tuple[float, float, float]) -> bool:

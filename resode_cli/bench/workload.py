@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 from ..errors import UsageError, unknown
 from ..files import model_file
 from ..network.model import OdeResNet, autocast_dtype, freeze_batch_norm
-from ..network.parts import BlockRule
+from ..network.parts import BlockSplit
 from ..network.residual import LINEAR
 from ..network.stage import BlockSpec, OdeStage, StageSpec
 from ..ode import SCHEMES, Adjoint
@@ -162,7 +162,7 @@ class StageShape:
             horizon=Fraction(1),
             scheme=self.scheme,
         )
-        return OdeStage(spec, transition={}, blocks=blocks, rules=[BlockRule(_call, LINEAR)] * len(blocks))
+        return OdeStage(spec, transition={}, blocks=blocks, splits=[BlockSplit(_call, LINEAR)] * len(blocks))
 
     def _block(self) -> nn.Sequential:
         """A branch (He et al. 2016, "Identity mappings"): BatchNorm, ReLU, convolution, and so on."""

@@ -77,13 +77,13 @@ def check_grad_command(
     """Measure how far each adjoint method's gradients are from true backprop, stage by stage."""
     start()
     from ..gradients.adjoint_choice import choose_adjoints
-    from ..gradients.check_grad import StageAdjoints, SweepRow, calibrated, check_gradients, sweep_depths
+    from ..gradients.check_grad import StageAdjoints, SweepRow, check_gradients, choose_as_measured, sweep_depths
     from ..machine.memory import free_bytes
     from ..measuring.forecast import forecast_gradients
     from ..network.model import as_device
     from ..ode import Adjoint
     from ..quantities import duration, finite, number, parse_bytes, size
-    from ..reports.choice import calibration_json, calibration_table
+    from ..reports.choice import choice_json, choice_table
     from ..reports.report import gradient_json, gradient_table, sweep_json, sweep_table
 
     output = Output(json_mode=json)
@@ -117,7 +117,7 @@ def check_grad_command(
             if choice.fixed is not None:
                 methods.append(choice.fixed)
                 continue
-            calibration = calibrated(
+            calibration = choose_as_measured(
                 loaded,
                 *(part.to(where) for part in batches_of.calibration()),
                 tolerance=backward.grad_tol,
@@ -128,7 +128,7 @@ def check_grad_command(
             )
             calibrations.append(calibration)
             methods.append(StageAdjoints(choice.label, calibration.adjoints))
-            output.show(calibration_table(calibration))
+            output.show(choice_table(calibration))
     fixed = [m for m in methods if isinstance(m, Adjoint) and m.method != "backprop"]
     if depths is not None and len(fixed) < len(methods):
         output.note("the sweep leaves out what is chosen for one depth (auto) and the reference (backprop)")
@@ -172,7 +172,7 @@ def check_grad_command(
     output.json(
         {
             **gradient_json(report),
-            "calibrations": [calibration_json(calibration) for calibration in calibrations],
+            "calibrations": [choice_json(calibration) for calibration in calibrations],
             "sweep": sweep_json(rows) if depths is not None else None,
             "tolerance": finite(tol),
             "within_tolerance": None if tol is None else not failed,

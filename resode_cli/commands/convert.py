@@ -83,11 +83,11 @@ def convert_command(
     from ..quantities import duration, finite, size
     from ..reports.report import stage_rows, stage_table, verification_line
     from ..sources.registry import open_source
-    from ..surgery.convert import VERIFIED, check_rule, convert, like, random_batch
+    from ..surgery.convert import VERIFIED, check_scheme_and_form, convert, like, random_batch
 
     output = Output(json_mode=json)
     check_output(check_safetensors(out), force=force)
-    check_rule(scheme, form)  # before anything is downloaded
+    check_scheme_and_form(scheme, form)  # before anything is downloaded
     preprocessing: dict[str, object] = {}
     if input_size is not None:
         preprocessing |= {"size": parse_size(input_size)}

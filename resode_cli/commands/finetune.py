@@ -65,7 +65,7 @@ def finetune_command(
     from ..data import held_out_splits
     from ..network.model import as_device
     from ..quantities import size
-    from ..reports.choice import calibration_table
+    from ..reports.choice import choice_table
     from ..reports.report import evaluation_line, finetune_json
     from ..training import run_folder
     from ..training.finetune import finetune
@@ -123,7 +123,7 @@ def finetune_command(
         callbacks = Callbacks(
             on_step=on_step,
             on_message=output.note,
-            on_calibration=lambda calibration: output.aside.print(calibration_table(calibration)),
+            on_choice=lambda calibration: output.aside.print(choice_table(calibration)),
             should_stop=stop,
             deferred=stop.deferred,
         )

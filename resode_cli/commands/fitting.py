@@ -104,7 +104,7 @@ class FitRequest:
 @contextmanager
 def fit_callbacks(output: Output, plan: FitPlan) -> Iterator[FitCallbacks]:
     """A bar over the steps of a fit, and a line for each of its phases."""
-    from ..fitting.fit import PROBED
+    from ..fitting.fit import PREDICTED_ON
     from ..fitting.results import FitCallbacks
     from ..reports.fit import cost_table, phase_line
 
@@ -113,7 +113,7 @@ def fit_callbacks(output: Output, plan: FitPlan) -> Iterator[FitCallbacks]:
         def begin(costs: Sequence[PhaseCost]) -> None:
             output.notes(plan.data.plain.notes)
             output.note(f"teacher: {plan.teacher.name}; {len(plan.data.plain):,} images of {plan.data.plain.name}")
-            output.aside.print(cost_table(costs, images=PROBED))
+            output.aside.print(cost_table(costs, images=PREDICTED_ON))
 
         yield FitCallbacks(
             on_step=bar,

@@ -56,7 +56,7 @@ def recalibrate_command(
     """Re-estimate BatchNorm statistics on training images, as after --form pre. Labels are not used."""
     start()
     from ..data import batches
-    from ..surgery.batch_norm import recalibrate
+    from ..surgery.batch_norm import measure_batch_norm
 
     comparing, reading = replace(comparing, data=data), replace(reading, images=test_images)
     history = {"data": data, "images": images}
@@ -68,7 +68,7 @@ def recalibrate_command(
 
     def change(loaded: OdeResNet) -> None:
         read = batches(train, comparing.batch_size, order=order, workers=comparing.workers)
-        recalibrate(loaded, read, device=rewrite.device)
+        measure_batch_norm(loaded, read, device=rewrite.device)
         rewrite.output.notes([train.skipped_note()])
 
     rewrite.whole(change)

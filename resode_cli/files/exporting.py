@@ -29,7 +29,7 @@ from ..network.residual import GENERIC, LINEAR
 from ..network.stage import OdeStage
 from ..ode import Adjoint
 from ..sources.registry import build
-from ..surgery.convert import ROUNDING, Verification, compare_logits
+from ..surgery.convert import LOGITS_AGREE, Verification, compare_logits
 
 INPUT, OUTPUT = "images", "logits"
 
@@ -113,7 +113,7 @@ def export(
                 hint = "" if fixed_batch else "; --batch-size N may help, for a graph of that many images alone"
                 raise ResodeError(f"{path.name}: the network cannot be exported: {reason}{hint}") from error
         result = compare_logits(expected, found, batch="random images", kept=True)
-        if not result.max_difference <= ROUNDING * max(expected.abs().max().item(), 1.0):
+        if not result.max_difference <= LOGITS_AGREE * max(expected.abs().max().item(), 1.0):
             raise ResodeError(
                 f"{path.name}: what was exported differs from the model by {result.max_difference:.3g}; not written"
             )

@@ -26,7 +26,7 @@ from ..network.parts import SourceSpec
 from ..network.stage import StageSpec
 from ..quantities import size
 from ..sources import registry as sources
-from ..surgery.convert import ROUNDING, like, random_batch
+from ..surgery.convert import LOGITS_AGREE, like, random_batch
 from .model_schema import FORMAT_VERSION, parse_json, parse_metadata
 from .saving import info_to_save
 
@@ -170,7 +170,7 @@ def _check_loads(model: OdeResNet, path: Path, source: str | None) -> None:
             module.training = mode
     scale = max(expected.abs().max().item(), 1.0)
     difference = (expected - found).abs().max().item()
-    if difference > ROUNDING * scale:
+    if difference > LOGITS_AGREE * scale:
         raise ResodeError(
             "what would be loaded is another function than the network as it is now: outputs differ by"
             f" {difference:.3g} (the largest is {scale:.3g}); something was changed that is no tensor of it, such as a"

@@ -25,7 +25,7 @@ from ..machine.memory import free_bytes
 from ..machine.signals import Stopped
 from ..network.model import OdeResNet
 from ..ode import Adjoint, fixed_buffers, peak_kept_bytes
-from ..surgery.batch_norm import batch_norms, recalibrate
+from ..surgery.batch_norm import batch_norms, measure_batch_norm
 from ..surgery.rewrite import deepen
 from ..training.loop import INTERRUPTED, SEEDS_APART, Loop, epoch_generator, shuffled, training_batches
 from ..training.results import Progress
@@ -34,12 +34,12 @@ from ..training.teacher import Teacher, distillation_loss
 from .early_stop import Patience
 from .images import FitData, held_out
 from .penalties import penalty
-from .results import Figures, FitCallbacks, FitResult, FitStep, PhaseCost, PhaseResult
+from .results import FitCallbacks, FitResult, FitStep, HeldOutErrors, PhaseCost, PhaseResult
 from .settings import TO_STATES, FitSettings
 from .states import StateLosses, check_states, recorded
 
 RECALIBRATED = 1000  # images over which BatchNorm statistics are averaged
-PROBED = 8  # images on which time and memory are predicted
+PREDICTED_ON = 8  # images on which time and memory are predicted
 WEIGHT_COPIES = 4  # weights, gradients, and Adam's two
 SHARE = 0.5  # of the free memory that plain backprop may take before exact checkpoints take its place
 SETTLED = 1e-3  # of √e_k: states that need no fit
@@ -150,7 +150,7 @@ class _Fit:
     def _costs(self, phases: Sequence[str]) -> list[PhaseCost]:
         """Predicted from one step of each phase on a few images."""
         mine, costs = self.model, []
-        few = min(PROBED, self.batch_size, len(self.held_out))
+        few = min(PREDICTED_ON, self.batch_size, len(self.held_out))
         batch = next(self._batches(self.data.plain, self.held_out[:few]))
         if not len(batch.labels):
             raise ResodeError("no image could be read")
@@ -192,7 +192,7 @@ class _Fit:
             return False
         before, backup = self._check(), self._backup()
         order = shuffled(self.trained, seed=self.seed, epoch=-1)[:RECALIBRATED]
-        recalibrate(self.model, self._batches(self.data.plain, order), device=self.device)
+        measure_batch_norm(self.model, self._batches(self.data.plain, order), device=self.device)
         after = self._check()
         kept = after.distillation < before.distillation or self.settings.bn == "batch"
         if not kept:
@@ -220,14 +220,14 @@ class _Fit:
             self.results.append(result)
             self.callbacks.on_phase(result, self._finished())
 
-    def _settled(self, phase: str, figures: Figures) -> bool:
+    def _settled(self, phase: str, figures: HeldOutErrors) -> bool:
         if self.settings.smooth or self.settings.contract:
             return False
         if phase in ("blocks", "stages"):
             return max(e for errors in figures.states.values() for e in errors) < SETTLED
         return figures.distillation < AGREED
 
-    def _score(self, phase: str, figures: Figures) -> float:
+    def _score(self, phase: str, figures: HeldOutErrors) -> float:
         """What a phase lowers. NaN, which is not below anything, where it diverged."""
         state = figures.state_error
         fitted = state if phase in TO_STATES else figures.distillation + self.settings.states * state
@@ -303,10 +303,10 @@ class _Fit:
         if phase in ("logits", "refine"):
             terms.append(distillation_loss(out, logits, settings.temperature))
             loss += terms[-1].item()
-        bent = self._penalty(targets, epoch_generator(self.seed, self.seen))
-        if bent is not None:
-            terms.append(bent)
-            loss += bent.item()
+        penalised = self._penalty(targets, epoch_generator(self.seed, self.seen))
+        if penalised is not None:
+            terms.append(penalised)
+            loss += penalised.item()
         if terms:
             torch.autograd.backward(torch.stack(terms).sum())
         return loss, errors
@@ -322,11 +322,11 @@ class _Fit:
         settings = self.settings
         return penalty(self.model, states, smooth=settings.smooth, contract=settings.contract, generator=generator)
 
-    def _check(self) -> Figures:
+    def _check(self) -> HeldOutErrors:
         """The figures on the held-out images."""
         self.model.eval()
         images = agreed = 0
-        distillation = bent = 0.0
+        distillation = penalties = 0.0
         squares: dict[str, Tensor] = {}
         for batch in self._batches(self.data.plain, self.held_out):
             if not len(batch.labels):
@@ -340,7 +340,7 @@ class _Fit:
             # The same draws every time, so that figures can be compared.
             found = self._penalty(targets, torch.Generator().manual_seed(self.settings.seed))
             n = len(x)
-            bent += n * (found.item() if found is not None else 0.0)
+            penalties += n * (found.item() if found is not None else 0.0)
             distillation += n * distillation_loss(out, logits, self.settings.temperature).item()
             agreed += int((out.argmax(1) == logits.argmax(1)).sum())
             for name, errors in losses.losses.items():
@@ -349,7 +349,7 @@ class _Fit:
         if not images:
             raise ResodeError("no image could be read")
         states = {name: (total / images).sqrt().tolist() for name, total in squares.items()}
-        return Figures(distillation / images, agreed / images, states, bent / images)
+        return HeldOutErrors(distillation / images, agreed / images, states, penalties / images)
 
     def _stream(self) -> Generator[Batch, None, None]:
         """Training batches without end, from where the last phase stopped; those that hold no image are left out."""

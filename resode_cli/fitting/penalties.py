@@ -88,6 +88,6 @@ def penalty(
             ends = run_ends(stage.spec.depth, len(states[name]) - 1)
             k = int(torch.randint(len(ends) - 1, (), generator=generator))
             terms.append(contraction(stage, ends[k], states[name][k][:IMAGES]))
-        bent = contract * torch.stack(terms).mean()
-        total = bent if total is None else total + bent
+        weighted = contract * torch.stack(terms).mean()
+        total = weighted if total is None else total + weighted
     return total

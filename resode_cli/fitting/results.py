@@ -10,7 +10,7 @@ from ..network.model import OdeResNet
 
 
 @dataclass(frozen=True)
-class Figures:
+class HeldOutErrors:
     """On held-out images. distillation: the loss of `logits`; agreement: of the top-1 with the teacher's.
 
     states: √e_k by stage, k = 0 … D; empty where the teacher's states are not known. penalty: weighted.
@@ -36,8 +36,8 @@ class PhaseResult:
     depths: dict[str, int]
     steps: int
     seconds: float
-    before: Figures
-    after: Figures
+    before: HeldOutErrors
+    after: HeldOutErrors
     ended: str
 
 

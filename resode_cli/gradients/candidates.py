@@ -72,7 +72,7 @@ def _candidate(adjoint: Adjoint, depth: int, scheme: str, evaluations: float | N
     assert plan is not None
     if evaluations is None:
         evaluations = planned_evaluations(plan)
-    return Candidate(adjoint, evaluations, plan.largest_states, plan.exact)
+    return Candidate(adjoint, evaluations, plan.most_states_held, plan.exact)
 
 
 def planned_evaluations(plan: Plan) -> float:

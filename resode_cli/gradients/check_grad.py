@@ -17,7 +17,7 @@ from ..errors import UsageError
 from ..network.model import OdeResNet, freeze_batch_norm
 from ..ode import SCHEMES, Adjoint, RandomState, required_scheme
 from ..surgery.rewrite import deepen
-from .choose import Calibration, calibrate
+from .choose import ChosenAdjoints, choose_adjoints
 
 Gradients = dict[str, Tensor]
 
@@ -149,7 +149,7 @@ def check_gradients(
     return GradientReport(len(images), data, batch_norm, loss, tuple(results))
 
 
-def calibrated(
+def choose_as_measured(
     model: OdeResNet,
     images: Tensor,
     labels: Tensor,
@@ -159,12 +159,12 @@ def calibrated(
     methods: Sequence[str] | None = None,
     batch_norm: str = "frozen",
     on_stage: Callable[[str, str], None] = lambda stage, adjoint: None,
-) -> Calibration:
+) -> ChosenAdjoints:
     """What `auto` chooses on a batch in the mode that gradients are checked in. The model is left as it was."""
     _check_batch_norm(batch_norm)
     schemes = {name: stage.spec.scheme for name, stage in model.stages.items()}
     with _measuring(model, schemes, None, batch_norm):
-        return calibrate(
+        return choose_adjoints(
             model,
             images,
             labels,

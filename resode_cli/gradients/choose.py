@@ -55,7 +55,7 @@ class StageChoice:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class ChosenAdjoints:
     """The choices, and the memory of a training step that they lead to: predicted bytes, and the budget."""
 
     choices: tuple[StageChoice, ...]
@@ -85,7 +85,7 @@ class _Tried:
     contraction: float | None
 
 
-def calibrate(
+def choose_adjoints(
     model: OdeResNet,
     images: Tensor,
     labels: Tensor,
@@ -97,7 +97,7 @@ def calibrate(
     methods: Sequence[str] | None = None,
     autocast: Callable[[], Any] | None = None,
     on_stage: Callable[[str, str], None] = lambda stage, adjoint: None,
-) -> Calibration:
+) -> ChosenAdjoints:
     """Choose an adjoint for every stage and set it.
 
     images: (B, 3, H, W), labels: (B,): a real batch. The model is in the mode that it trains in; its
@@ -113,12 +113,12 @@ def calibrate(
     try:
         on_stage("all stages", "exact")
         probe = Probe(model, images, labels, autocast or torch.enable_grad)
-        return _Calibrator(probe, tolerance, methods, on_stage).choose(budget, batch_size, optimizer_slots)
+        return _Chooser(probe, tolerance, methods, on_stage).choose(budget, batch_size, optimizer_slots)
     finally:
         random.restore()
 
 
-class _Calibrator:
+class _Chooser:
     def __init__(
         self, probe: Probe, tolerance: float, methods: Sequence[str] | None, on_stage: Callable[[str, str], None]
     ) -> None:
@@ -126,7 +126,7 @@ class _Calibrator:
         self.tolerance, self.methods, self.on_stage = tolerance, methods, on_stage
         self.tried: dict[str, dict[Adjoint, _Tried]] = {name: {} for name in self.stages}
 
-    def choose(self, budget: int, batch_size: int, optimizer_slots: int) -> Calibration:
+    def choose(self, budget: int, batch_size: int, optimizer_slots: int) -> ChosenAdjoints:
         images = len(self.probe.images)
         scale = batch_size / images
         sizes = {
@@ -160,7 +160,7 @@ class _Calibrator:
             shares[worst] = self.tried[worst][picked[worst].adjoint].error / 2
         choices = tuple(self._describe(name, picked[name], errors[name], sizes[name], shares[name]) for name in picked)
         backprop = fixed + sum(size.backprop for size in sizes.values())
-        return Calibration(choices, self.tolerance, images, batch_size, total, backprop, budget)
+        return ChosenAdjoints(choices, self.tolerance, images, batch_size, total, backprop, budget)
 
     def _candidates(self, name: str) -> list[Candidate]:
         stage = self.stages[name]

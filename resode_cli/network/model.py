@@ -14,8 +14,8 @@ from torch import Size, Tensor, nn
 
 from ..errors import ResodeError, UsageError, first_few, unknown
 from ..ode import Adjoint
-from .parts import BlockRule, Preprocessing, SourceSpec
-from .reading import is_plain_sequence, read_rule, runs_its_children, whole
+from .parts import BlockSplit, Preprocessing, SourceSpec
+from .reading import is_plain_sequence, read_split, runs_its_children, whole
 from .residual import GENERIC
 from .sharing import distinct, share_layers
 from .stage import OdeStage, OnePiece, StageSpec
@@ -302,14 +302,14 @@ def _build_stage(spec: StageSpec, children: dict[str, nn.Module]) -> OdeStage:
     unknown_names = [name for name in named if name not in children]
     if unknown_names:
         raise ResodeError(f"stage {spec.name}: the source network has no block {unknown_names[0]!r}")
-    rules: dict[str, BlockRule] = {}
+    splits: dict[str, BlockSplit] = {}
     blocks: list[nn.Module] = []
     for block in spec.blocks:
         module = children[block.origin]
-        if block.origin in rules:
+        if block.origin in splits:
             module = copy.deepcopy(module)
         else:
-            rules[block.origin] = BlockRule(whole, GENERIC) if spec.further else read_rule(module)
+            splits[block.origin] = BlockSplit(whole, GENERIC) if spec.further else read_split(module)
         blocks.append(module)
     by_name = {block.name: module for block, module in zip(spec.blocks, blocks, strict=True)}
     for block, module in zip(spec.blocks, blocks, strict=True):
@@ -321,7 +321,7 @@ def _build_stage(spec: StageSpec, children: dict[str, nn.Module]) -> OdeStage:
         spec,
         transition={name: children[name] for name in spec.transition},
         blocks=blocks,
-        rules=[rules[block.origin] for block in spec.blocks],
+        splits=[splits[block.origin] for block in spec.blocks],
     )
 
 

@@ -15,7 +15,7 @@ Branch = Callable[[nn.Module, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class BlockRule:
+class BlockSplit:
     """How to read a block: its branch g and what follows the addition (see residual.py).
 
     premises: what that rests on beside the block's tensors; None for a block that is called as it is.
@@ -98,11 +98,14 @@ def parse_size(text: str, option: str = "--input-size") -> int | tuple[int, int]
     return height if height == width else (height, width)
 
 
+USERS_OWN = ("file", "module")  # networks that code of the user's builds
+
+
 @dataclass(frozen=True)
 class SourceSpec:
     """Where a network came from: enough to build it again.
 
-    library: 'timm', 'torchvision', 'cifar', 'file' or 'module'.
+    library: one of `sources.library.MODULES`, or 'module' for a network made in Python.
     name: architecture, 'FILE.py:FUNCTION', or the class of a module.
     tag: pretrained tag, if the library's own weights were loaded.
     arguments: what the builder was called with.
@@ -120,10 +123,10 @@ class SourceSpec:
     @property
     def is_packaged(self) -> bool:
         """Whether an installed package builds the network by its name alone: no code or folder of the user's."""
-        return self.library in ("timm", "torchvision", "cifar")
+        return self.library not in USERS_OWN
 
     def __str__(self) -> str:
-        return self.name if self.library in ("file", "module") else f"{self.library}:{self.name}"
+        return self.name if self.library in USERS_OWN else f"{self.library}:{self.name}"
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import first_few
-from .parts import BlockRule, Branch
+from .parts import BlockSplit, Branch
 from .premises import premises_of, runs_its_class
 from .residual import GENERIC, LINEAR, activation_name, is_called_activation, is_identity
 from .seen_values import Restless
@@ -38,15 +38,15 @@ _OTHER_ACTIVATIONS = {"leakyrelu", "leaky_relu", "relu6", "elu", "mish", "prelu"
 class Reading:
     """What a block's forward says.
 
-    rule: how to run the block as a step; None if it is none.
+    split: how to run the block as a step; None if it is none.
     reason: why it is none, to follow the block's name.
     near: it comes near enough to one for the reason to be of interest.
     adds: its own forward adds something, as that of a mere container of blocks does not.
     untraceable: what its forward does cannot be told.
-    basis: what the traced code of its rule made of the block, if it has any.
+    basis: what the traced code of its split made of the block, if it has any.
     """
 
-    rule: BlockRule | None
+    split: BlockSplit | None
     reason: str = ""
     near: bool = False
     adds: bool = False
@@ -56,7 +56,7 @@ class Reading:
     @property
     def unclear(self) -> bool:
         """Whether only a run of the block can tell."""
-        return self.rule is None and (self.adds or self.untraceable)
+        return self.split is None and (self.adds or self.untraceable)
 
 
 def whole(block: nn.Module, x: Tensor) -> Tensor:
@@ -64,28 +64,28 @@ def whole(block: nn.Module, x: Tensor) -> Tensor:
     return block(x)
 
 
-def read_rule(block: nn.Module) -> BlockRule:
-    """The rule of a block that is known to be a step."""
-    return read(block).rule or BlockRule(whole, GENERIC)
+def read_split(block: nn.Module) -> BlockSplit:
+    """The split of a block that is known to be a step."""
+    return read(block).split or BlockSplit(whole, GENERIC)
 
 
-def read_again(block: nn.Module, rule: BlockRule, *, as_branch: bool = False) -> BlockRule:
-    """The rule of a block for which the premises of its rule no longer hold.
+def read_again(block: nn.Module, split: BlockSplit, *, as_branch: bool = False) -> BlockSplit:
+    """The split of a block for which the premises of its split no longer hold.
 
     Another reading was never compared with the block, so the block is called instead, which is right in any case,
     unless its branch is needed (`as_branch`).
     """
-    again = read_rule(block)
-    return again if as_branch or again == rule else BlockRule(whole, GENERIC)
+    again = read_split(block)
+    return again if as_branch or again == split else BlockSplit(whole, GENERIC)
 
 
 def read(block: nn.Module) -> Reading:
     """What the block's forward says."""
     for known in _recent:
-        if known.rule is not None and known.rule.premises is not None and known.rule.premises.hold(block):
+        if known.split is not None and known.split.premises is not None and known.split.premises.hold(block):
             return known
     reading = _read(block)
-    if reading.rule is not None and reading.rule.premises is not None:
+    if reading.split is not None and reading.split.premises is not None:
         _recent.append(reading)
     return reading
 
@@ -98,19 +98,19 @@ def _read(block: nn.Module) -> Reading:
     try:
         first = trace(block, block.training)
         reading = _read_trace(first, block)
-        if not first.mode_matters or reading.rule is None:
+        if not first.mode_matters or reading.split is None:
             return reading
         other = _read_trace(trace(block, not block.training), block)
     except NotTraceable as error:
         return Reading(None, f"cannot be traced ({error})", untraceable=True)
-    here, there = reading.rule, other.rule or BlockRule(whole, GENERIC)
+    here, there = reading.split, other.split or BlockSplit(whole, GENERIC)
     if here.activation != there.activation or not isinstance(here.branch, TracedBranch):
-        return Reading(BlockRule(whole, GENERIC))
+        return Reading(BlockSplit(whole, GENERIC))
     assert isinstance(there.branch, TracedBranch) and reading.basis is not None and other.basis is not None
     branches = (here.branch, there.branch) if block.training else (there.branch, here.branch)
     return _founded(
         block,
-        BlockRule(here.branch if here == there else ByMode(*branches), here.activation),
+        BlockSplit(here.branch if here == there else ByMode(*branches), here.activation),
         reading.basis.and_of(other.basis),
     )
 
@@ -127,13 +127,13 @@ class _Basis:
         return _Basis(self.called & other.called, self.erased | other.erased, self.live & other.live)
 
 
-def _founded(block: nn.Module, rule: BlockRule, basis: _Basis) -> Reading:
-    """The reading with the premises of its rule, or with the block as a whole where they cannot be told."""
+def _founded(block: nn.Module, split: BlockSplit, basis: _Basis) -> Reading:
+    """The reading with the premises of its split, or with the block as a whole where they cannot be told."""
     try:
         premises = premises_of(block, called=basis.called, erased=basis.erased, live=basis.live)
     except Restless:
-        return Reading(BlockRule(whole, GENERIC))
-    return Reading(replace(rule, premises=premises), basis=basis)
+        return Reading(BlockSplit(whole, GENERIC))
+    return Reading(replace(split, premises=premises), basis=basis)
 
 
 def is_plain_sequence(module: nn.Module) -> bool:
@@ -242,16 +242,16 @@ def _read_trace(traced: Trace, block: nn.Module) -> Reading:
     branches = [term for term in last.args if isinstance(term, fx.Node) and _behind(term, children) is not x]
     read_again = any(len(node.users) > 1 for node in (last, *after))
     if activation == GENERIC or len(terms) > 2 or len(branches) != 1 or read_again:
-        return Reading(BlockRule(whole, GENERIC))
+        return Reading(BlockSplit(whole, GENERIC))
     passed = [node for term in last.args for node in _passed(term, children)]
     erased = frozenset(str(node.target) for node in (*after, *passed) if node.op == "call_module")
     if not all(runs_its_class(children[path]) for path in erased):
-        return Reading(BlockRule(whole, GENERIC))
+        return Reading(BlockSplit(whole, GENERIC))
     output.args = (branches[0],)
     for node in (*after, last):
         graph.erase_node(node)
     if any(not _resolves(block, str(node.target)) for node in graph.nodes if node.op == "get_attr"):
-        return Reading(BlockRule(whole, GENERIC))  # a tensor made while tracing
+        return Reading(BlockSplit(whole, GENERIC))  # a tensor made while tracing
     for node in graph.nodes:
         node.type = None  # annotations may be names that only the block's module knows
     code = graph.python_code("self")
@@ -260,8 +260,8 @@ def _read_trace(traced: Trace, block: nn.Module) -> Reading:
     read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     numbers = tuple(name for name in traced.live if name in read)
     called = frozenset(str(node.target) for node in graph.nodes if node.op == "call_module")
-    rule = BlockRule(_traced_branch(code.src, tuple(scope), numbers), activation)
-    return _founded(block, rule, _Basis(called, erased, frozenset(traced.live)))
+    split = BlockSplit(_traced_branch(code.src, tuple(scope), numbers), activation)
+    return _founded(block, split, _Basis(called, erased, frozenset(traced.live)))
 
 
 def _is_identity(node: fx.Node, children: dict[str, nn.Module]) -> bool:

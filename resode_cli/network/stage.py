@@ -16,7 +16,7 @@ from ..errors import ResodeError, UsageError, first_few
 from ..ode import SCHEMES, Adjoint, Evaluator, Field, Monitor, Residual, solve, trajectory
 from .block_inputs import WithArguments, further_arguments, tensors_in
 from .compilation import Compilation, CompiledResidual
-from .parts import BlockRule
+from .parts import BlockSplit
 from .premises import has_hooks
 from .reading import read_again, whole
 from .residual import ACTIVATIONS, GENERIC, LINEAR, BlendedResidual, BlockResidual, Form, check_form
@@ -120,7 +120,7 @@ class OdeStage(nn.Module):
     weights of their own, linear in depth, those of the lower of two blocks fire.
 
     adjoint: the method of the backward pass; see `resode_cli.ode.METHODS`.
-    rules: how each block is run, as found when the stage last ran.
+    splits: how each block is run, as found when the stage last ran.
     monitor: what the last passes did (drift, evaluations).
     compilation: the compiled residual functions, if the steps run compiled.
     further: what the blocks were called with beside the state, the last time that the stage ran: for looks at
@@ -135,7 +135,7 @@ class OdeStage(nn.Module):
         *,
         transition: Mapping[str, nn.Module],
         blocks: Sequence[nn.Module],
-        rules: Sequence[BlockRule],
+        splits: Sequence[BlockSplit],
     ) -> None:
         super().__init__()
         for name, module in transition.items():
@@ -143,7 +143,7 @@ class OdeStage(nn.Module):
         for block, module in zip(spec.blocks, blocks, strict=True):
             self._add(block.name, module)
         self.spec = spec
-        self.rules = self._checked(rules)
+        self.splits = self._checked(splits)
         self.adjoint = Adjoint("backprop")
         self.monitor = Monitor()
         self.compilation: Compilation | None = None
@@ -155,27 +155,27 @@ class OdeStage(nn.Module):
             raise ResodeError(f"the block name {name!r} clashes with another block or an attribute of a stage")
         self.add_module(name, module)
 
-    def _checked(self, rules: Sequence[BlockRule]) -> tuple[BlockRule, ...]:
-        """The rules, if the stage's form suits them."""
+    def _checked(self, splits: Sequence[BlockSplit]) -> tuple[BlockSplit, ...]:
+        """The splits, if the stage's form suits them."""
         spec = self.spec
-        for block, rule in zip(spec.blocks, rules, strict=True):
-            check_form(spec.form, rule.activation, f"{spec.name}.{block.origin}")
-        if spec.form == "pre" and len({rule.activation for rule in rules}) > 1:
-            endings = ", ".join(f"{b.origin}: {rule.activation}" for b, rule in zip(spec.blocks, rules, strict=True))
+        for block, split in zip(spec.blocks, splits, strict=True):
+            check_form(spec.form, split.activation, f"{spec.name}.{block.origin}")
+        if spec.form == "pre" and len({split.activation for split in splits}) > 1:
+            endings = ", ".join(f"{b.origin}: {split.activation}" for b, split in zip(spec.blocks, splits, strict=True))
             raise UsageError(f"form 'pre' needs blocks that end alike, but those of {spec.name} do not ({endings})")
-        return tuple(rules)
+        return tuple(splits)
 
     def _look_again(self, blocks: Sequence[nn.Module]) -> None:
-        """Read anew the blocks that are no longer what their rules rest on."""
-        rules = [
-            rule if rule.premises is None or rule.premises.hold(block) else self._read_again(block, rule)
-            for block, rule in zip(blocks, self.rules, strict=True)
+        """Read anew the blocks that are no longer what their splits rest on."""
+        splits = [
+            split if split.premises is None or split.premises.hold(block) else self._read_again(block, split)
+            for block, split in zip(blocks, self.splits, strict=True)
         ]
-        if any(new is not old for new, old in zip(rules, self.rules, strict=True)):
-            self.rules = self._checked(rules)
+        if any(new is not old for new, old in zip(splits, self.splits, strict=True)):
+            self.splits = self._checked(splits)
 
-    def _read_again(self, block: nn.Module, rule: BlockRule) -> BlockRule:
-        return read_again(block, rule, as_branch=self.spec.form == "pre" and rule.activation != LINEAR)
+    def _read_again(self, block: nn.Module, split: BlockSplit) -> BlockSplit:
+        return read_again(block, split, as_branch=self.spec.form == "pre" and split.activation != LINEAR)
 
     @property
     def blocks(self) -> tuple[nn.Module, ...]:
@@ -189,7 +189,7 @@ class OdeStage(nn.Module):
     @property
     def activation(self) -> str:
         """What follows the addition in the source's blocks."""
-        return self.rules[0].activation if self.rules else "linear"
+        return self.splits[0].activation if self.splits else "linear"
 
     def residuals(self, further: Mapping[str, Any] | None = None) -> tuple[BlockResidual, ...]:
         """The distinct blocks' residual functions, not compiled.
@@ -206,16 +206,16 @@ class OdeStage(nn.Module):
         if not torch.compiler.is_dynamo_compiling():  # dynamo guards what it sees by itself
             self._look_again(blocks)
         return tuple(
-            self._residual(name.origin, block, rule, given)
-            for name, block, rule in zip(self.spec.blocks, blocks, self.rules, strict=True)
+            self._residual(name.origin, block, split, given)
+            for name, block, split in zip(self.spec.blocks, blocks, self.splits, strict=True)
         )
 
-    def _residual(self, name: str, block: nn.Module, rule: BlockRule, given: Mapping[str, Any]) -> BlockResidual:
+    def _residual(self, name: str, block: nn.Module, split: BlockSplit, given: Mapping[str, Any]) -> BlockResidual:
         if given:
-            return BlockResidual(block, WithArguments(given), rule.activation, self.spec.form)
-        if rule.activation == GENERIC or not has_hooks(block):
-            return BlockResidual(block, rule.branch, rule.activation, self.spec.form)
-        if self.spec.form == "pre" and rule.activation != LINEAR:
+            return BlockResidual(block, WithArguments(given), split.activation, self.spec.form)
+        if split.activation == GENERIC or not has_hooks(block):
+            return BlockResidual(block, split.branch, split.activation, self.spec.form)
+        if self.spec.form == "pre" and split.activation != LINEAR:
             raise ResodeError(
                 f"block {self.spec.name}.{name} has hooks, but in form 'pre' only its branch runs, never the block;"
                 " put them on its children, or convert with form 'exact'"

@@ -90,7 +90,7 @@ class Plan:
         return len(self.anchors) if self.exact else len({0, self.depth, *self.anchors})
 
     @property
-    def largest_states(self) -> int:
+    def most_states_held(self) -> int:
         """States held at a time at most, those held by replays included."""
         held, most = set(self.anchors), 0
         for n in reversed(range(self.depth)):

@@ -26,7 +26,7 @@ from .schemes import Scheme
 # relative to what smooth weights change by in one step, lets roughness count for more the smaller h is.
 RECOVERS = 0.25
 IMPROVES = 0.5
-PROBED = 4  # images on which the forward pass and the monitor measure what is only an estimate anyway
+ESTIMATED_ON = 4  # images on which the forward pass and the monitor measure what is only an estimate anyway
 
 
 def trajectory(r: Evaluator, scheme: Scheme, x: Tensor, start: int, stop: int) -> Iterator[Tensor]:
@@ -62,7 +62,7 @@ class Smoothness:
         self.last = [*self.last[-3:], x]
         if len(self.last) < 4 or self.same(n - 3, n - 2) or any(self._draws(k) for k in (n - 3, n - 2, n - 1)):
             return
-        x_0, x_1, x_2, x_3 = (state[:PROBED] for state in self.last)
+        x_0, x_1, x_2, x_3 = (state[:ESTIMATED_ON] for state in self.last)
         step = x_1 - x_0
         change = (x_2 - x_1).sub_(step)
         second = (x_3 - x_2).sub_(step).sub_(change, alpha=2)
@@ -247,7 +247,7 @@ class Sweep:
         if step.exact:
             return
         assert self.carried is not None
-        few = slice(PROBED)
+        few = slice(ESTIMATED_ON)
         change = torch.sub(self.carried[few], increment[few], alpha=self.h).sub_(state[few])
         self.corrections.append(_relative_norm(change, state[few]))
         if self.iterates:

@@ -11,10 +11,10 @@ from ..quantities import counted, finite, number, size
 from .tables import plain_table
 
 if TYPE_CHECKING:
-    from ..gradients.choose import Calibration
+    from ..gradients.choose import ChosenAdjoints
 
 
-def calibration_table(calibration: Calibration) -> Table:
+def choice_table(calibration: ChosenAdjoints) -> Table:
     """The decision for every stage and its figures; the caption gives the memory of a training step."""
     found = plain_table(
         f"adjoint auto: gradient tolerance {calibration.tolerance:g}, calibrated on"
@@ -45,7 +45,7 @@ def calibration_table(calibration: Calibration) -> Table:
     return found
 
 
-def calibration_json(calibration: Calibration) -> dict[str, Any]:
+def choice_json(calibration: ChosenAdjoints) -> dict[str, Any]:
     choices = [
         {
             **asdict(choice),

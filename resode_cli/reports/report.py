@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from ..quantities import counted, finite, number, size
-from .choice import calibration_json
+from .choice import choice_json
 from .tables import plain_table
 
 if TYPE_CHECKING:
@@ -183,5 +183,5 @@ def finetune_json(result: FinetuneResult) -> dict[str, Any]:
     for name in ("before", "after"):
         evaluation = getattr(result, name)
         record[name] = None if evaluation is None else evaluation_json(evaluation)
-    record["calibration"] = None if result.calibration is None else calibration_json(result.calibration)
+    record["calibration"] = None if result.calibration is None else choice_json(result.calibration)
     return finite(record)

@@ -14,8 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UsageError, unknown
+from ..network.parts import Preprocessing
 
 Shortcut = Literal["A", "B"]
+ARGUMENTS = frozenset({"num_classes", "shortcut"})
+WEIGHTS = "none"
 DEPTHS = {f"resnet{depth}": depth for depth in (20, 32, 44, 56, 110, 1202)}
 
 
@@ -87,7 +90,12 @@ class CifarResNet(nn.Module):
         return self.linear(x.mean(dim=(2, 3)))
 
 
-def build(name: str, *, num_classes: int | None = None, shortcut: str = "A") -> CifarResNet:
+def preprocessing(name: str, net: nn.Module) -> Preprocessing:
+    """Images of 32×32 pixels, whole."""
+    return Preprocessing(size=32, crop_fraction=1.0)
+
+
+def build(name: str, *, pretrained: bool = False, num_classes: int | None = None, shortcut: str = "A") -> CifarResNet:
     """cifar:resnet20|32|44|56|110|1202 with option A (parameter-free) or B (projection) shortcuts."""
     if name not in DEPTHS:
         raise unknown("CIFAR network", name, DEPTHS)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..errors import ResodeError
 from ..network.block_inputs import WithArguments, equal, tensors_in
-from ..network.parts import BlockRule, StageParts
+from ..network.parts import BlockSplit, StageParts
 from ..network.premises import has_hooks
 from ..network.reading import Reading, is_plain_sequence, read, runs_its_children, whole
 from ..network.repeat import as_before, repeatable
@@ -88,18 +88,18 @@ class _Search:
         found = False
         for child in module.children():
             reading = self._read(child)
-            inside = reading.rule is None and self._visit(child)
+            inside = reading.split is None and self._visit(child)
             is_container = inside and (reading.untraceable or self._holds_a_chain(child))
             if reading.unclear and not is_container and self._passes_zero_test(child):
-                reading = Reading(BlockRule(whole, GENERIC))
-            if reading.rule is not None:
+                reading = Reading(BlockSplit(whole, GENERIC))
+            if reading.split is not None:
                 reading = self._verified(child, reading)
-            if reading.rule is not None:
+            if reading.split is not None:
                 self.steps.difference_update(child.modules())
                 self.steps.add(child)
             elif reading.reason:
                 self.refused[self.paths[child]] = reading
-            found = found or inside or reading.rule is not None
+            found = found or inside or reading.split is not None
         return found
 
     def _holds_a_chain(self, module: nn.Module) -> bool:
@@ -138,14 +138,14 @@ class _Search:
         return torch.randn(state.shape, generator=torch.Generator().manual_seed(0)).to(state)
 
     def _verified(self, block: nn.Module, reading: Reading) -> Reading:
-        """The reading, if its rule gives what the block gives and leaves the state alone."""
-        x, rule, further = self._random_state(block), reading.rule, self.seen.of(block).further
-        assert rule is not None
+        """The reading, if its split gives what the block gives and leaves the state alone."""
+        x, split, further = self._random_state(block), reading.split, self.seen.of(block).further
+        assert split is not None
         if x.is_meta:  # no values to compare: the structure alone is asked for
             return reading
         if has_hooks(block):  # only the block itself calls them
-            rule = BlockRule(whole, GENERIC)
-        residual = BlockResidual(block, WithArguments(further) if further else rule.branch, rule.activation)
+            split = BlockSplit(whole, GENERIC)
+        residual = BlockResidual(block, WithArguments(further) if further else split.branch, split.activation)
         kept = x.clone()
         with as_before(block), torch.no_grad():
             for training in (False, True):
@@ -159,7 +159,7 @@ class _Search:
                 found = repeatable(lambda: residual.step(x, 1.0))
                 if not torch.equal(x, kept):
                     return Reading(None, "writes to its input", near=True)
-                if rule.branch is whole and not further:  # the block itself, which may count, or draw from its own
+                if split.branch is whole and not further:  # the block itself, which may count, or draw from its own
                     continue
                 if not torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())):
                     mode = " in train mode" if training else ""

@@ -16,20 +16,21 @@ from torch import nn
 from ..errors import ResodeError, UsageError, unknown
 from ..machine.memory import check_room
 from ..network.parts import Preprocessing, Source, SourceSpec
-from . import cifar, saved_models, user_file
+from . import saved_models, user_file
+from .library import MODULES, library_of
 from .weights import describe_not_finite, load_weights, state_sha256
 
-LIBRARIES = ("timm", "torchvision", "hf-hub", "local-dir", "cifar", "file")
+SAVED = ("hf-hub", "local-dir")  # networks of timm in a place of their own
+LIBRARIES = (*MODULES, *SAVED)
 RANDOM_NOTE = "no pretrained weights: the network is random"
 SMALL = 64  # pixels; images of small networks are used whole, without the central crop of ImageNet's
-CIFAR_PREPROCESSING = Preprocessing(size=32, crop_fraction=1.0)
 
 
 def parse_source(text: str) -> tuple[str, str]:
     """'timm:resnet50' → ('timm', 'resnet50'); 'net.py:make' → ('file', 'net.py:make')."""
     library, separator, name = text.partition(":")
     library = "hf-hub" if library == "hf_hub" else library
-    if separator and name and library in LIBRARIES[:-1]:
+    if separator and name and library in LIBRARIES and library != "file":
         return library, name
     file, _, function = text.rpartition(":")
     if file.endswith(".py") and function:
@@ -41,7 +42,7 @@ def parse_source(text: str) -> tuple[str, str]:
             f"source {text!r}: write timm:NAME, torchvision:NAME, hf-hub:REPO, local-dir:FOLDER,"
             " cifar:NAME or FILE.py:FUNCTION"
         )
-    raise unknown("source library", library, LIBRARIES[:-1])
+    raise unknown("source library", library, [known for known in LIBRARIES if known != "file"])
 
 
 def open_source(
@@ -75,13 +76,14 @@ def open_source(
         raise unknown("stem", str(stem), ["cifar"])
     arguments = {"num_classes": num_classes, "stem": stem, "shortcut": shortcut}
     spec = SourceSpec(library, name, arguments={k: v for k, v in arguments.items() if v is not None})
-    if library in ("hf-hub", "local-dir"):
+    if library in SAVED:
         with _clear_download_errors(text, "pass a copy of it as local-dir:FOLDER"):
             return _open_saved(
                 spec, text, num_classes, pretrained=pretrained, weights=weights, chosen=preprocessing, prefix=prefix
             )
-    from_library = pretrained and weights is None and library != "file"
-    if from_library and library == "cifar":
+    offers = library_of(library)
+    from_library = pretrained and weights is None and offers.WEIGHTS != "own"
+    if from_library and offers.WEIGHTS == "none":
         raise UsageError(f"{text} has no weights to fetch; pass --weights FILE or --no-pretrained")
     with _clear_download_errors(text, "pass --weights FILE, or --no-pretrained for a random network"):
         net = build(spec, pretrained=from_library)
@@ -90,13 +92,13 @@ def open_source(
         notes += load_weights(net, weights, num_classes=num_classes, prefix=prefix)
         spec = replace(spec, weights=weights.name)
     elif from_library:
-        spec = replace(spec, tag=_library(library).tag(name))
-        known = _library(library).pretrained_classes(name)
-        if num_classes not in (None, known):
-            notes.append(_head_note(known, num_classes))
+        spec = replace(spec, tag=offers.tag(name))
+        classes = offers.pretrained_classes(name)
+        if num_classes not in (None, classes):
+            notes.append(_head_note(classes, num_classes))
     if stem == "cifar":
         notes.append("the 3×3 stem starts at random")
-    if from_library or weights is not None or library == "file":  # whose function may have loaded weights of its own
+    if from_library or weights is not None or offers.WEIGHTS == "own":
         spec = replace(spec, weights_sha256=state_sha256(net.state_dict()))
     else:
         notes.append(RANDOM_NOTE)
@@ -254,47 +256,20 @@ def source_of(net: nn.Module) -> Source:
     kind = type(net)
     spec = SourceSpec("module", f"{kind.__module__}.{kind.__qualname__}", weights_sha256=state_sha256(net.state_dict()))
     _check_scripts(net, str(spec))
-    return Source(spec, net, channelled(user_file.preprocessing(net), net))
+    return Source(spec, net, channelled(user_file.preprocessing_of(net), net))
 
 
 def build(spec: SourceSpec, *, pretrained: bool = False) -> nn.Module:
     """The network of a SourceSpec, with random weights unless `pretrained`."""
-    arguments: dict[str, Any] = dict(spec.arguments)
-    builder = _library(spec.library)
-    if spec.library in ("timm", "torchvision"):
-        arguments["pretrained"] = pretrained
-    allowed = {"cifar": {"num_classes", "shortcut"}, "file": {"num_classes"}}.get(
-        spec.library, {"num_classes", "stem", "pretrained", "model_args"}
-    )
-    for name in arguments:
-        if name not in allowed:
+    library = library_of(spec.library)
+    for name in spec.arguments:
+        if name not in library.ARGUMENTS:
             raise UsageError(f"--{name} does not apply to {spec}")
-    return builder.build(spec.name, **arguments)
-
-
-def _library(library: str) -> Any:
-    # Imported here so that a network of one library loads without importing the other.
-    if library == "timm":
-        from . import timm_models
-
-        return timm_models
-    if library == "torchvision":
-        from . import torchvision_models
-
-        return torchvision_models
-    if library == "cifar":
-        return cifar
-    if library == "file":
-        return user_file
-    raise ResodeError(f"the model file names the source library {library!r}, which this version does not know")
+    return library.build(spec.name, pretrained=pretrained, **spec.arguments)
 
 
 def _preprocessing(spec: SourceSpec, net: nn.Module) -> Preprocessing:
-    if spec.library == "cifar":
-        return CIFAR_PREPROCESSING
-    if spec.library == "file":
-        return user_file.preprocessing(net)
-    own: Preprocessing = _library(spec.library).preprocessing(spec.name)
+    own = library_of(spec.library).preprocessing(spec.name, net)
     return replace(own, size=32, crop_fraction=1.0) if "stem" in spec.arguments else own
 
 

@@ -18,6 +18,9 @@ from ..network.parts import Preprocessing
 from . import timm_arguments
 from .stems import three_by_three
 
+ARGUMENTS = frozenset({"num_classes", "stem", "model_args"})
+WEIGHTS = "fetched"
+
 
 def check_name(name: str) -> None:
     """Raises UsageError, with the nearest matches, for a name that timm does not have."""
@@ -104,7 +107,8 @@ def tag(name: str) -> str | None:
     return config.tag if config else None
 
 
-def preprocessing(name: str) -> Preprocessing:
+def preprocessing(name: str, net: nn.Module) -> Preprocessing:
+    """What timm says of the name's pretrained weights."""
     config = timm.get_pretrained_cfg(name)
     return preprocessing_of(config.to_dict() if config else {})
 

@@ -11,6 +11,8 @@ from ..errors import UsageError, unknown
 from ..network.parts import Preprocessing
 from .stems import three_by_three
 
+ARGUMENTS = frozenset({"num_classes", "stem"})
+WEIGHTS = "fetched"
 CLASSES = 1000  # ImageNet's, for every classification network of torchvision
 
 
@@ -70,7 +72,8 @@ def tag(name: str) -> str:
     return _weights(name).name
 
 
-def preprocessing(name: str) -> Preprocessing:
+def preprocessing(name: str, net: nn.Module) -> Preprocessing:
+    """The preset of the name's pretrained weights."""
     preset = _weights(name).transforms()
     (size,), (resize,) = preset.crop_size, preset.resize_size
     return Preprocessing(

@@ -12,8 +12,16 @@ from torch import nn
 from ..errors import ResodeError, UsageError, unknown
 from ..network.parts import Preprocessing
 
+ARGUMENTS = frozenset({"num_classes"})
+WEIGHTS = "own"
 
-def preprocessing(net: nn.Module) -> Preprocessing:
+
+def preprocessing(name: str, net: nn.Module) -> Preprocessing:
+    """As `preprocessing_of` the network."""
+    return preprocessing_of(net)
+
+
+def preprocessing_of(net: nn.Module) -> Preprocessing:
     """What the network's `default_cfg` or `pretrained_cfg` says, a dictionary as timm's; else ImageNet's."""
     config = getattr(net, "pretrained_cfg", None) or getattr(net, "default_cfg", None)
     if not isinstance(config, dict):
@@ -30,8 +38,11 @@ def preprocessing(net: nn.Module) -> Preprocessing:
     )
 
 
-def build(name: str, *, num_classes: int | None = None) -> nn.Module:
-    """Import the file and call the function, with `num_classes` where it was asked for."""
+def build(name: str, *, pretrained: bool = False, num_classes: int | None = None) -> nn.Module:
+    """Import the file and call the function, with `num_classes` where it was asked for.
+
+    pretrained: not asked for; whether the function loads weights is its own affair.
+    """
     file, _, function_name = name.rpartition(":")
     path = Path(file)
     if not path.is_file():

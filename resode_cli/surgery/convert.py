@@ -25,7 +25,7 @@ from ..sources.registry import source_of
 # Largest difference of logits, relative to their largest magnitude, that rounding explains where a
 # step is not computed as the block itself (smooth activations). Random deep networks amplify
 # rounding, so this is far above one unit in the last place and far below any wrong formula.
-ROUNDING = 1e-3
+LOGITS_AGREE = 1e-3
 VERIFIED = 4  # random images
 SEVERAL = 2  # of them, for gradients and further seeds
 SEEDS = 8
@@ -72,7 +72,7 @@ def convert(
     Every step gets h = T/N with T = N, so Euler steps of exact residual functions are the source's
     blocks. Raises ResodeError if they then do not agree, or if there is no residual step.
     """
-    check_rule(scheme, form)
+    check_scheme_and_form(scheme, form)
     if not isinstance(source, Source):
         source = source_of(source)
     net = source.net.eval()
@@ -96,7 +96,7 @@ def convert(
     kind = "random images" if example is None else "images given"
     result = compare_logits(before, after, batch=f"{kind}, {batch.shape[-2]}×{batch.shape[-1]}", kept=not changed)
     scale = before.abs().max().item()
-    if not changed and not result.max_difference <= ROUNDING * max(scale, 1.0):
+    if not changed and not result.max_difference <= LOGITS_AGREE * max(scale, 1.0):
         raise ResodeError(
             f"the converted network does not agree with {source.spec}:"
             f" logits differ by {result.max_difference:.3g} (largest logit {scale:.3g}); nothing was written"
@@ -168,7 +168,7 @@ def _check_in_training(expected: _Training, model: OdeResNet, batch: Tensor, sou
         for a, b in zip(outputs, found.outputs[seed], strict=True):
             scale = max(float(a.abs().max()), 1.0)
             difference = float((a - b).abs().max())
-            if not difference <= ROUNDING * scale:
+            if not difference <= LOGITS_AGREE * scale:
                 raise ResodeError(
                     f"in train mode the converted network does not agree with {source}: what they return differs by"
                     f" {difference:.3g} (largest value {scale:.3g}), with equal random numbers; something outside its"
@@ -197,7 +197,7 @@ def _check_gradients(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]
             )
 
 
-def check_rule(scheme: str, form: str) -> None:
+def check_scheme_and_form(scheme: str, form: str) -> None:
     """Raises UsageError for a forward rule or form that does not exist."""
     if scheme not in SCHEMES:
         raise unknown("scheme", scheme, SCHEMES)

@@ -22,14 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ResodeError, UsageError
-from ..network.parts import BlockRule
+from ..network.parts import BlockSplit
 from ..network.sharing import norm_names, share_layers
 from ..network.stage import BlockSpec, OdeStage, StageSpec
 
 DEPTH_WEIGHTS = ("replicate", "linear", "tied", "tied+norms", "free")
 
 
-def weights_at(stage: OdeStage, blocks: int) -> OdeStage:
+def linear_in_depth(stage: OdeStage, blocks: int) -> OdeStage:
     """Weights linear in depth, for `blocks` steps; the knots are the present weights, one per run of equal ones.
 
     A stage that is linear already keeps its knots. T stays.
@@ -46,7 +46,7 @@ def weights_at(stage: OdeStage, blocks: int) -> OdeStage:
     if not any(blends):
         blends = []
     return rebuilt(
-        stage, replace(spec, schedule=tuple(schedule), blends=tuple(blends)), list(knots.blocks), knots.rules
+        stage, replace(spec, schedule=tuple(schedule), blends=tuple(blends)), list(knots.blocks), knots.splits
     )
 
 
@@ -62,7 +62,7 @@ def _with_own_blocks(stage: OdeStage) -> OdeStage:
     modules = [copy.deepcopy(module) for module in step_blocks(stage)]
     blocks = named([spec.blocks[b].origin for b in spec.schedule])
     own = replace(spec, blocks=blocks, schedule=tuple(range(spec.depth)), blends=())
-    return rebuilt(stage, own, modules, [stage.rules[b] for b in spec.schedule])
+    return rebuilt(stage, own, modules, [stage.splits[b] for b in spec.schedule])
 
 
 def step_blocks(stage: OdeStage) -> list[nn.Module]:
@@ -104,7 +104,7 @@ def tied_with_norms(stage: OdeStage, shared: nn.Module, steps: Sequence[nn.Modul
     blocks = named([spec.blocks[b].origin for b in spec.schedule])
     blocks = (blocks[0], *(replace(block, shares=blocks[0].name) for block in blocks[1:]))
     own = replace(spec, blocks=blocks, schedule=tuple(range(spec.depth)), blends=())
-    return rebuilt(stage, own, modules, [stage.rules[b] for b in spec.schedule])
+    return rebuilt(stage, own, modules, [stage.splits[b] for b in spec.schedule])
 
 
 def _with_layers_of(shared: nn.Module, step: nn.Module) -> nn.Module:
@@ -141,9 +141,9 @@ def named(origins: Sequence[str]) -> tuple[BlockSpec, ...]:
     return tuple(blocks)
 
 
-def rebuilt(stage: OdeStage, spec: StageSpec, modules: Sequence[nn.Module], rules: Sequence[BlockRule]) -> OdeStage:
+def rebuilt(stage: OdeStage, spec: StageSpec, modules: Sequence[nn.Module], splits: Sequence[BlockSplit]) -> OdeStage:
     """A stage of other steps with the same transition, adjoint and mode."""
     transition = dict(zip(spec.transition, stage.transition, strict=True))
-    new = OdeStage(spec, transition=transition, blocks=modules, rules=rules)
+    new = OdeStage(spec, transition=transition, blocks=modules, splits=splits)
     new.adjoint = stage.adjoint
     return new.train(stage.training)

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..errors import UsageError, unknown
 from ..network.stage import BlockSpec, OdeStage
-from .depth_weights import DEPTH_WEIGHTS, mean_block, named, rebuilt, step_blocks, tied_with_norms, weights_at
+from .depth_weights import DEPTH_WEIGHTS, linear_in_depth, mean_block, named, rebuilt, step_blocks, tied_with_norms
 
 MODES = ("replicate", "interpolate", "identity")
 RULES = ("mean", "first", "middle", "last")
@@ -40,7 +40,7 @@ def tie(stage: OdeStage, *, rule: str = "mean", norms: bool = False) -> OdeStage
     name = "mean" if chosen is None else spec.blocks[b].name
     blocks = (BlockSpec(name, spec.blocks[b].origin),)
     tied = replace(spec, blocks=blocks, schedule=(0,) * spec.depth, blends=())
-    return rebuilt(stage, tied, [module], [stage.rules[b]])
+    return rebuilt(stage, tied, [module], [stage.splits[b]])
 
 
 def untie(stage: OdeStage) -> OdeStage:
@@ -56,10 +56,10 @@ def untie(stage: OdeStage) -> OdeStage:
         for b in spec.schedule:
             modules.append(copy.deepcopy(stage.blocks[b]) if b in used else stage.blocks[b])
             used.add(b)
-    rules = [stage.rules[b] for b in spec.schedule]
+    splits = [stage.splits[b] for b in spec.schedule]
     blocks = named([spec.blocks[b].origin for b in spec.schedule])
     untied = replace(spec, blocks=blocks, schedule=tuple(range(spec.depth)), blends=())
-    return rebuilt(stage, untied, modules, rules)
+    return rebuilt(stage, untied, modules, splits)
 
 
 def deepen(stage: OdeStage, blocks: int, *, mode: str = "replicate", depth_weights: str | None = None) -> OdeStage:
@@ -101,7 +101,7 @@ def deepen(stage: OdeStage, blocks: int, *, mode: str = "replicate", depth_weigh
     if mode == "interpolate" and depth_weights == "replicate":
         raise UsageError("--mode interpolate gives every step other weights; --depth-weights replicate shares them")
     linear = mode == "interpolate" or depth_weights == "linear" or (depth_weights is None and bool(spec.blends))
-    deep = weights_at(stage, blocks) if linear else _replicated(stage, blocks)
+    deep = linear_in_depth(stage, blocks) if linear else _replicated(stage, blocks)
     if depth_weights in ("tied", "tied+norms"):
         return tie(deep, norms=depth_weights == "tied+norms")
     if depth_weights == "free" or (mode == "interpolate" and depth_weights is None and blocks > spec.depth):
@@ -117,7 +117,7 @@ def _replicated(stage: OdeStage, blocks: int) -> OdeStage:
         stage = untie(stage)
         spec = stage.spec
     schedule = tuple(spec.schedule[n * spec.depth // blocks] for n in range(blocks))
-    return rebuilt(stage, replace(spec, schedule=schedule), list(stage.blocks), stage.rules)
+    return rebuilt(stage, replace(spec, schedule=schedule), list(stage.blocks), stage.splits)
 
 
 def _with_identities(stage: OdeStage, blocks: int) -> OdeStage:
@@ -126,7 +126,7 @@ def _with_identities(stage: OdeStage, blocks: int) -> OdeStage:
         raise UsageError(
             f"--mode identity keeps the function under the Euler rule only; stage {spec.name} uses {spec.scheme}"
         )
-    modules, rules, specs, schedule = list(stage.blocks), list(stage.rules), list(spec.blocks), []
+    modules, splits, specs, schedule = list(stage.blocks), list(stage.splits), list(spec.blocks), []
     previous = -1
     taken = {block.name for block in spec.blocks} | set(spec.transition)
     for n in range(blocks):
@@ -141,11 +141,11 @@ def _with_identities(stage: OdeStage, blocks: int) -> OdeStage:
         taken.add(name)
         schedule.append(len(modules))
         modules.append(_zeroed(stage, b))
-        rules.append(stage.rules[b])
+        splits.append(stage.splits[b])
         specs.append(BlockSpec(name, origin))
     horizon = spec.horizon * blocks / spec.depth
     spec = replace(spec, blocks=tuple(specs), schedule=tuple(schedule), horizon=horizon)
-    return rebuilt(stage, spec, modules, rules)
+    return rebuilt(stage, spec, modules, splits)
 
 
 def _zeroed(stage: OdeStage, b: int) -> nn.Module:

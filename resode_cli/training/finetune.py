@@ -15,7 +15,7 @@ from torch import Tensor
 from ..data import Batch, ImageData, batches
 from ..errors import ResodeError
 from ..files import model_file
-from ..gradients.choose import Calibration
+from ..gradients.choose import ChosenAdjoints
 from ..machine.locks import FolderLock
 from ..measuring.evaluate import Evaluation, evaluate
 from ..network.model import OdeResNet, check_finite, freeze_batch_norm
@@ -29,7 +29,7 @@ from .results import Callbacks, FinetuneResult, Progress, peak_bytes
 from .resuming import run_fingerprint, saved_files, teacher_fingerprint, with_stage_names
 from .run_folder import StepRecord
 from .settings import Settings
-from .starting import calibration_batch, switch_scheme, train_only
+from .starting import choice_batch, switch_scheme, train_only
 from .teacher import Teacher
 
 MOST_SKIPPED = 10  # steps in a row
@@ -138,7 +138,7 @@ class _Run:
             deferred=self.callbacks.deferred,
         )
         self.optimizer_state = OptimizerState(self.loop.optimizer, model)
-        self.calibration: Calibration | None = None
+        self.calibration: ChosenAdjoints | None = None
         self.guard = Guard(
             model,
             settings,
@@ -146,10 +146,10 @@ class _Run:
             autocast=self.loop.autocast,
             prepare=self._train_mode,
             on_message=self.callbacks.on_message,
-            on_calibration=self._calibrated,
+            on_choice=self._calibrated,
             state=GuardState(**self.progress.guard),
         )
-        self.guard.start(lambda: calibration_batch(train, settings, device))
+        self.guard.start(lambda: choice_batch(train, settings, device))
         if resume is not None:
             resume.restore(self.optimizer_state, self.loop.scaler, device)
 
@@ -161,11 +161,11 @@ class _Run:
                 "switch-scheme", scheme=self.settings.adjoint_choice().required_scheme, **switched
             )
 
-    def _calibrated(self, calibration: Calibration) -> None:
+    def _calibrated(self, calibration: ChosenAdjoints) -> None:
         self.calibration = calibration
         chosen = {c.stage: {"adjoint": c.adjoint.label, "error": c.error} for c in calibration.choices}
         self.model.info = self.model.info.with_command("calibrate", step=self.progress.step, stages=chosen)
-        self.callbacks.on_calibration(calibration)
+        self.callbacks.on_choice(calibration)
 
     def _train_mode(self) -> None:
         self.model.train()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ResodeError
-from ..gradients.choose import Calibration, calibrate
+from ..gradients.choose import ChosenAdjoints, choose_adjoints
 from ..machine.memory import free_bytes
 from ..network.model import OdeResNet
 from ..ode import Adjoint
@@ -55,12 +55,12 @@ class Guard:
         autocast: Callable[[], AbstractContextManager[Any]],
         prepare: Callable[[], None],
         on_message: Callable[[str], None],
-        on_calibration: Callable[[Calibration], None],
+        on_choice: Callable[[ChosenAdjoints], None],
         state: GuardState | None,
     ) -> None:
         self.model, self.settings, self.device = model, settings, device
         self.autocast, self.prepare = autocast, prepare
-        self.on_message, self.on_calibration = on_message, on_calibration
+        self.on_message, self.on_choice = on_message, on_choice
         self.choice = settings.adjoint_choice()
         self.state = state or GuardState()
         self.stage_names = [name for name, stage in model.stages.items() if stage.spec.depth]
@@ -154,7 +154,7 @@ class Guard:
     def _calibrate(self, images: Tensor, labels: Tensor, *, step: int) -> None:
         self.prepare()
         budget = self.settings.memory_budget
-        calibration = calibrate(
+        calibration = choose_adjoints(
             self.model,
             images,
             labels,
@@ -164,7 +164,7 @@ class Guard:
             methods=self.choice.methods,
             autocast=self.autocast,
         )
-        self.on_calibration(calibration)
+        self.on_choice(calibration)
         self.state.allowed = {}
         for choice in calibration.choices:
             if choice.own_drift is not None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..gradients.choose import Calibration
+from ..gradients.choose import ChosenAdjoints
 from ..measuring.evaluate import Evaluation
 from .run_folder import StepRecord
 
@@ -37,7 +37,7 @@ class FinetuneResult:
     switched: dict[str, float] | None = None
     moved_to_anchors: tuple[str, ...] = ()
     recalibrations: int = 0
-    calibration: Calibration | None = None
+    calibration: ChosenAdjoints | None = None
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Callbacks:
 
     on_step: Callable[[StepRecord], None] = lambda record: None
     on_message: Callable[[str], None] = lambda message: None
-    on_calibration: Callable[[Calibration], None] = lambda calibration: None
+    on_choice: Callable[[ChosenAdjoints], None] = lambda calibration: None
     should_stop: Callable[[], bool] = lambda: False
     deferred: Callable[[], AbstractContextManager[None]] = nullcontext
 

@@ -14,7 +14,7 @@ from .settings import Settings
 COMPARED = CALIBRATED = 32  # images
 
 
-def calibration_batch(train: ImageData, settings: Settings, device: torch.device) -> tuple[Tensor, Tensor]:
+def choice_batch(train: ImageData, settings: Settings, device: torch.device) -> tuple[Tensor, Tensor]:
     """Training images, evenly spaced: neighbours in a folder are of one class."""
     count = min(CALIBRATED, settings.batch_size, len(train))
     order = [i * len(train) // count for i in range(count)]

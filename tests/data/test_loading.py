@@ -13,7 +13,7 @@ import timm
 import timm.data
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from resode_cli.data import ImageData, batches, open_data, transform
 from resode_cli.data.workers import WorkerDied
@@ -108,7 +108,7 @@ def test_images_are_those_of_timms_own_evaluation(name: str, mode: str):
 @pytest.mark.parametrize("name", ["resnet18", "resnet50.IMAGENET1K_V1", "resnet50.IMAGENET1K_V2", "regnet_y_400mf"])
 def test_images_are_those_of_torchvisions_own_evaluation(name: str):
     preset = torchvision_models._weights(name).transforms()
-    found = transform(torchvision_models.preprocessing(name), augment=False)(photograph())
+    found = transform(torchvision_models.preprocessing(name, nn.Identity()), augment=False)(photograph())
     torch.testing.assert_close(found, preset(photograph()), rtol=1e-5, atol=1e-5)
 
 

@@ -11,7 +11,7 @@ from resode_cli.errors import ResodeError
 from resode_cli.gradients import probe
 from resode_cli.gradients.candidates import Candidate, by_preference, candidates, planned_evaluations
 from resode_cli.gradients.check_grad import StageAdjoints, check_gradients
-from resode_cli.gradients.choose import calibrate
+from resode_cli.gradients.choose import choose_adjoints
 from resode_cli.gradients.probe import StageBytes
 from resode_cli.network.model import OdeResNet, freeze_batch_norm
 from resode_cli.ode import Adjoint
@@ -38,7 +38,7 @@ def chosen(model: OdeResNet, images, labels, *, tolerance: float, budget: int = 
     model.train()
     freeze_batch_norm(model)
     images = images.to(next(model.parameters()).dtype)
-    return calibrate(model, images, labels, tolerance=tolerance, budget=budget, batch_size=len(images), **options)
+    return choose_adjoints(model, images, labels, tolerance=tolerance, budget=budget, batch_size=len(images), **options)
 
 
 def measured(model: OdeResNet, calibration, images, labels) -> dict[str, float]:
@@ -132,7 +132,7 @@ def test_the_model_and_the_generators_are_left_as_they_were(deep, images, labels
     deep.train()  # batch statistics: every evaluation would move them
     state = {k: v.clone() for k, v in deep.state_dict().items()}
     random = torch.get_rng_state()
-    calibrate(deep, images.double(), labels, tolerance=0.02, budget=PLENTY, batch_size=4)
+    choose_adjoints(deep, images.double(), labels, tolerance=0.02, budget=PLENTY, batch_size=4)
     assert all(torch.equal(state[k], v) for k, v in deep.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random)
     assert all(p.grad is None for p in deep.parameters())

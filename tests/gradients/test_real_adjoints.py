@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from resode_cli.data import batches, open_data
-from resode_cli.gradients.check_grad import StageAdjoints, StageGradient, calibrated, check_gradients
+from resode_cli.gradients.check_grad import StageAdjoints, StageGradient, check_gradients, choose_as_measured
 from resode_cli.network.model import OdeResNet
 from resode_cli.ode import Adjoint
 from resode_cli.sources.registry import open_source
@@ -59,7 +59,7 @@ def test_at_100_steps(adjoint, error, evaluations, states, rows):
 
 def test_auto_gives_anchors_to_the_native_network(native, cifar10):
     model = copy.deepcopy(native)
-    calibration = calibrated(model, *batch(model, cifar10, "train"), tolerance=0.02, budget=2**33)
+    calibration = choose_as_measured(model, *batch(model, cifar10, "train"), tolerance=0.02, budget=2**33)
     assert {choice.adjoint.method for choice in calibration.choices} == {"checkpoint"}
     assert all("cannot converge" in choice.reason for choice in calibration.choices)
     chosen = StageAdjoints("auto", calibration.adjoints)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from resode_cli.errors import ResodeError, UsageError
 from resode_cli.files import model_file
 from resode_cli.network.model import OdeResNet
-from resode_cli.network.reading import read_rule
+from resode_cli.network.reading import read_split
 from resode_cli.network.stage import BlockSpec, OdeStage, StageSpec
 from resode_cli.ode import SCHEMES, Adjoint
 from resode_cli.surgery.rewrite import deepen, untie
@@ -95,7 +95,7 @@ def make_stage(block: nn.Module, *, horizon: int = 1) -> OdeStage:
     """Two steps of one block."""
     distinct = BlockSpec("0", "0")
     spec = StageSpec("layer1", "layer1", (), ("0",), (distinct,), (0, 0), Fraction(horizon))
-    return OdeStage(spec, transition={}, blocks=[block], rules=[read_rule(block)]).double().train()
+    return OdeStage(spec, transition={}, blocks=[block], splits=[read_split(block)]).double().train()
 
 
 def gradients(stage: nn.Module, adjoint: Adjoint, x: Tensor) -> dict[str, Tensor]:

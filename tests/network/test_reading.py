@@ -185,7 +185,7 @@ def state() -> Tensor:
 
 
 def residual(block: nn.Module) -> BlockResidual:
-    rule = read(block).rule
+    rule = read(block).split
     assert rule is not None
     return BlockResidual(block, rule.branch, rule.activation)
 
@@ -245,7 +245,7 @@ def test_a_branch_follows_the_block_that_it_is_given():
 def test_blocks_of_equal_code_share_their_branch_and_others_do_not():
     first, second, third = Functions(), Functions(), Functions()
     third.scale = 0.25  # the code reads it
-    a, b, c, d = (read(block).rule for block in (first, second, third, Methods()))
+    a, b, c, d = (read(block).split for block in (first, second, third, Methods()))
     assert a == b == c != d
     x = torch.randn(2, WIDTH)
     twice = residual(first).branch(third, x)
@@ -257,7 +257,7 @@ def test_blocks_of_equal_code_share_their_branch_and_others_do_not():
 @pytest.mark.parametrize("kind", [Functions, OwnDropout, Mish])
 def test_rules_can_be_pickled(kind):
     block = kind().eval()
-    rule, x = read(block).rule, torch.randn(2, WIDTH)
+    rule, x = read(block).split, torch.randn(2, WIDTH)
     again = pickle.loads(pickle.dumps(rule))
     assert again == rule and torch.equal(again.branch(block, x), rule.branch(block, x))
 
@@ -320,7 +320,7 @@ class Pair(Block):
 )
 def test_what_is_no_step_is_named_with_the_reason(kind, reason):
     reading = read(kind())
-    assert reading.rule is None
+    assert reading.split is None
     with pytest.raises(AssertionError, match=reason):
         raise AssertionError(reading.reason)
 
@@ -338,7 +338,7 @@ class TwoStates(Block):
 @pytest.mark.parametrize("kind", [Decides, TwoStates, Assigns])
 def test_a_forward_that_cannot_be_traced_is_unclear(kind):
     reading = read(kind())
-    assert reading.rule is None and reading.unclear
+    assert reading.split is None and reading.unclear
 
 
 def test_a_branch_that_writes_to_its_own_buffers_does_so_when_it_runs_and_not_when_it_is_read():

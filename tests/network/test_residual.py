@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resode_cli.errors import UsageError
-from resode_cli.network.reading import read_rule
+from resode_cli.network.reading import read_split
 from resode_cli.network.residual import ACTIVATIONS, BlockResidual, activation_name, check_form
 from resode_cli.sources.cifar import CifarBlock
 
@@ -133,7 +133,7 @@ def test_the_unit_step_is_the_block_to_the_last_bit(activation):
 def test_the_unit_step_of_a_convolutional_block_is_its_forward():
     torch.manual_seed(0)
     block = CifarBlock(8, 8, stride=1, shortcut="A")
-    rule, x = read_rule(block), torch.randn(4, 8, 9, 9)
+    rule, x = read_split(block), torch.randn(4, 8, 9, 9)
     assert torch.equal(BlockResidual(block, rule.branch, rule.activation).step(x, 1.0), block(x))
 
 

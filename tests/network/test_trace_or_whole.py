@@ -136,7 +136,7 @@ def test_a_forward_that_a_trace_says_too_little_of_is_called(kind, training):
     block = kind().train(training)
     states = random.getstate(), torch.get_rng_state(), str(numpy.random.get_state())
     reading = read(block)
-    assert reading.rule is None and reading.unclear
+    assert reading.split is None and reading.unclear
     assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])
     assert str(numpy.random.get_state()) == states[2]
 
@@ -227,7 +227,7 @@ def test_verifying_leaves_the_network_as_it_was():
 def test_a_number_is_read_as_it_is_and_the_code_stays(form):
     model, _ = resode_cli.convert(rows_of(Block(), Block()), example=grey(), form=form)
     (stage,) = model.stages.values()
-    branch, x = stage.rules[0].branch, torch.randn(2, WIDTH)
+    branch, x = stage.splits[0].branch, torch.randn(2, WIDTH)
     for scale in (0.0, 3.0, 0.5):
         stage.blocks[0].scale = scale
         r = stage.residuals()[0]
@@ -364,8 +364,8 @@ def test_an_exported_program_is_of_the_blocks_as_they_are():
 def test_timms_blocks_are_read_and_follow_its_drop_path():
     net = timm.create_model("resnet18", num_classes=5, drop_path_rate=0.3).double()
     model, _ = resode_cli.convert(copy.deepcopy(net), example=torch.randn(2, 3, 32, 32).double())
-    assert {rule.activation for stage in model.stages.values() for rule in stage.rules} == {"relu"}
-    rules = [stage.rules for stage in model.stages.values()]
+    assert {rule.activation for stage in model.stages.values() for rule in stage.splits} == {"relu"}
+    rules = [stage.splits for stage in model.stages.values()]
     for each in (net, model):
         for module in each.modules():
             if hasattr(module, "drop_prob"):
@@ -380,5 +380,5 @@ def test_timms_blocks_are_read_and_follow_its_drop_path():
     assert all(
         a is b
         for stage, old in zip(model.stages.values(), rules, strict=True)
-        for a, b in zip(stage.rules, old, strict=True)
+        for a, b in zip(stage.splits, old, strict=True)
     )

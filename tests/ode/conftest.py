@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resode_cli.network.reading import read_rule
+from resode_cli.network.reading import read_split
 from resode_cli.network.stage import BlockSpec, OdeStage, StageSpec
 from resode_cli.ode import SCHEMES, Adjoint, Field, Monitor, Residual, solve
 from resode_cli.sources.cifar import CifarBlock
@@ -183,8 +183,8 @@ def make_stage() -> StageMaker:
             horizon=Fraction(horizon),
             scheme=scheme,
         )
-        rules = [read_rule(block) for block in blocks]
-        return OdeStage(spec, transition={}, blocks=list(blocks), rules=rules).to(dtype).train()
+        rules = [read_split(block) for block in blocks]
+        return OdeStage(spec, transition={}, blocks=list(blocks), splits=rules).to(dtype).train()
 
     return make
 

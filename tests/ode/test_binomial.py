@@ -92,7 +92,7 @@ def test_the_plan_runs_the_least_again_and_never_holds_more(depth, snapshots):
     again, most, with_current = simulate(plan)
     assert again == after_forward(depth, snapshots)
     assert most <= snapshots
-    assert plan.largest_states == with_current <= snapshots + 1
+    assert plan.most_states_held == with_current <= snapshots + 1
     assert plan.states_kept == len(plan.anchors) == min(depth, snapshots)
     assert plan.exact
 
@@ -100,14 +100,14 @@ def test_the_plan_runs_the_least_again_and_never_holds_more(depth, snapshots):
 @pytest.mark.parametrize("every", [1, 2, 3, 5, 20])
 def test_largest_states_of_a_spacing(every):
     plan = Adjoint("checkpoint", every).plan(13, "euler")
-    assert plan.largest_states == simulate(plan)[2]
+    assert plan.most_states_held == simulate(plan)[2]
     assert plan.states_kept == len(plan.anchors)
 
 
 @pytest.mark.parametrize("snapshots", [1, 12])
 def test_no_steps_hold_nothing(snapshots):
     plan = Adjoint("checkpoint", snapshots=snapshots).plan(0, "euler")
-    assert (plan.anchors, plan.depth, plan.states_kept, plan.largest_states) == ((), 0, 0, 0)
+    assert (plan.anchors, plan.depth, plan.states_kept, plan.most_states_held) == ((), 0, 0, 0)
 
 
 @pytest.mark.parametrize("scheme", ["euler", "heun"])

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from resode_cli.network.reading import read_rule
+from resode_cli.network.reading import read_split
 from resode_cli.network.stage import BlockSpec, OdeStage, StageSpec
 from resode_cli.ode import Adjoint
 from resode_cli.sources.cifar import CifarBlock
@@ -36,7 +36,7 @@ class Net(nn.Module):
         block = CifarBlock(4, 4, stride=1, shortcut="A")
         spec = StageSpec("layer1", "layer1", (), ("0",), (BlockSpec("0", "0"),), (0,) * 6, Fraction(1))
         self.stem = nn.Conv2d(3, 4, 3, padding=1)
-        self.stage = OdeStage(spec, transition={}, blocks=[block], rules=[read_rule(block)])
+        self.stage = OdeStage(spec, transition={}, blocks=[block], splits=[read_split(block)])
         self.stage.use_adjoint(ADJOINTS[method])
         self.head = nn.Linear(4, 2)
         self.double().eval()  # frozen: batch statistics of half a batch are others

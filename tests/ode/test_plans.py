@@ -57,7 +57,7 @@ def test_checkpoint_runs_each_segment_again_from_its_top():
 )
 def test_reversing_methods_hold_nothing_by_default(method, prediction, carry):
     plan = Adjoint(method).plan(5, "euler")
-    assert (plan.anchors, plan.depth, plan.exact, plan.states_kept, plan.largest_states) == ((), 5, False, 2, 2)
+    assert (plan.anchors, plan.depth, plan.exact, plan.states_kept, plan.most_states_held) == ((), 5, False, 2, 2)
     assert predictions(plan) == [prediction] * 5
     assert {step.carry for step in plan.steps} == {carry}
     assert plan.extrapolates == (method == "multistep")
@@ -67,7 +67,7 @@ def test_reversing_methods_hold_nothing_by_default(method, prediction, carry):
 def test_corrections_are_of_the_steps_that_are_reconstructed(method, scheme):
     plan = Adjoint(method, 3, 2).plan(8, scheme)
     assert [step.corrections for step in plan.steps] == [0, 2, 2, 0, 2, 2, 0, 2]
-    assert plan.states_kept == plan.largest_states == 4  # x_0, x_3, x_6 and x_N
+    assert plan.states_kept == plan.most_states_held == 4  # x_0, x_3, x_6 and x_N
 
 
 def test_heun_steps_back_by_its_own_rule():

@@ -19,10 +19,10 @@ from resode_cli.bench.run import BenchReport, BenchRow
 from resode_cli.commands.output import Output, _Console
 from resode_cli.commands.progress import fitting, training
 from resode_cli.gradients.check_grad import GradientReport, MethodGradients, StageGradient, SweepRow
-from resode_cli.gradients.choose import Calibration, StageChoice
+from resode_cli.gradients.choose import ChosenAdjoints, StageChoice
 from resode_cli.ode import Adjoint
 from resode_cli.reports.bench import bench_table
-from resode_cli.reports.choice import calibration_table
+from resode_cli.reports.choice import choice_table
 from resode_cli.reports.fit import block_table, cost_table, figures_table
 from resode_cli.reports.report import StageRow, gradient_table, stage_table, sweep_table
 from resode_cli.reports.tables import plain_table
@@ -86,7 +86,7 @@ def calibration() -> Table:
         )
         for name in STAGES
     )
-    return calibration_table(Calibration(choices, 0.05, 16, 64, 10**9, 10**10, 2 * 10**9))
+    return choice_table(ChosenAdjoints(choices, 0.05, 16, 64, 10**9, 10**10, 2 * 10**9))
 
 
 def stages() -> Table:

@@ -15,7 +15,7 @@ from resode_cli.network.model import OdeResNet
 from resode_cli.network.residual import BlendedResidual
 from resode_cli.network.stage import OdeStage
 from resode_cli.ode import Adjoint
-from resode_cli.surgery.batch_norm import recalibrate
+from resode_cli.surgery.batch_norm import measure_batch_norm
 from resode_cli.surgery.rewrite import deepen, tie, untie
 
 KINDS = {"replicate": "runs", "linear": "linear", "tied": "tied", "tied+norms": "tied+norms", "free": "untied"}
@@ -215,7 +215,7 @@ def recalibrated(model: OdeResNet, batches: list[Batch]) -> tuple[OdeResNet, Ode
     for name, stage in free.stages.items():
         free.replace_stage(name, untie(stage))
     for one in (model, free):
-        recalibrate(one, batches)
+        measure_batch_norm(one, batches)
     return model, free
 
 

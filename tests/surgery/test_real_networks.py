@@ -14,10 +14,13 @@ from resode_cli.data import Batch, batches, open_data
 from resode_cli.gradients.check_grad import StageGradient, check_gradients
 from resode_cli.measuring.evaluate import evaluate
 from resode_cli.network.model import OdeResNet
+from resode_cli.network.parts import Preprocessing
 from resode_cli.ode import Adjoint
-from resode_cli.sources.registry import CIFAR_PREPROCESSING, open_source
+from resode_cli.sources.registry import open_source
 from resode_cli.surgery.convert import convert
 from resode_cli.surgery.rewrite import deepen, untie
+
+WHOLE = Preprocessing(size=32, crop_fraction=1.0)
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
@@ -74,12 +77,12 @@ def flush_denormals() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def all_images(cifar10: Path) -> list[Batch]:
-    return list(batches(open_data(str(cifar10), CIFAR_PREPROCESSING, "test"), 100))
+    return list(batches(open_data(str(cifar10), WHOLE, "test"), 100))
 
 
 @pytest.fixture(scope="module")
 def some_images(cifar10: Path) -> list[Batch]:
-    return list(batches(open_data(str(cifar10), CIFAR_PREPROCESSING, "test", images=1000), 100))
+    return list(batches(open_data(str(cifar10), WHOLE, "test", images=1000), 100))
 
 
 def converted(source: str, weights: Path) -> tuple[nn.Module, OdeResNet]:

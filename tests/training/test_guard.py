@@ -54,7 +54,7 @@ def scale_last_norms(model: OdeResNet, factor: float) -> None:
 def test_auto_is_the_default_and_its_decision_is_stored(model, tmp_path):
     assert Settings().adjoint == "auto" and Settings().on_drift == "anchors"
     told = []
-    result = train(model, tmp_path / "run", SETTINGS, callbacks=Callbacks(on_calibration=told.append))
+    result = train(model, tmp_path / "run", SETTINGS, callbacks=Callbacks(on_choice=told.append))
     assert len(told) == 1 and {c.stage for c in told[0].choices} == {"layer1", "layer2", "layer3"}
     assert result.adjoints == {c.stage: c.adjoint.label for c in told[0].choices}
     stored = run_folder.load_state(tmp_path / "run").progress["guard"]["adjoints"]
@@ -68,7 +68,7 @@ def test_a_resumed_run_goes_on_with_the_stored_decision(model, tmp_path, monkeyp
     seen = []
     stop = Callbacks(on_step=seen.append, should_stop=lambda: len(seen) >= 3)
     train(model_file.load(tmp_path / "m.safetensors"), tmp_path / "parts", SETTINGS, callbacks=stop)
-    monkeypatch.setattr(guard, "calibrate", lambda *args, **kwargs: pytest.fail("calibrated again"))
+    monkeypatch.setattr(guard, "choose_adjoints", lambda *args, **kwargs: pytest.fail("calibrated again"))
     state = run_folder.load_state(tmp_path / "parts")
     train(state.model, tmp_path / "parts", SETTINGS, resume=state)
     whole, parts = (model_file.load(tmp_path / n / "last.safetensors").state_dict() for n in ("whole", "parts"))
@@ -124,7 +124,7 @@ def test_drift_past_what_was_calibrated_calibrates_again_and_then_anchors(model,
         if record.step in (2, 3):
             scale_last_norms(model, 60.0)
 
-    callbacks = Callbacks(on_step=spoil, on_message=messages.append, on_calibration=told.append)
+    callbacks = Callbacks(on_step=spoil, on_message=messages.append, on_choice=told.append)
     settings = replace(SETTINGS, lr=1e-5, clip_grad=1.0)
     result = train(model, tmp_path / "run", settings, callbacks=callbacks)
     assert {c.adjoint.method for c in told[0].choices} == {"multistep"}

@@ -12,7 +12,7 @@ from block_classes import CORE, OTHERS, Architecture
 from checks import converted, draw, steps_of_the_source
 from torch import Tensor, nn
 
-from resode_cli.network.reading import read_rule
+from resode_cli.network.reading import read_split
 from resode_cli.network.residual import GENERIC
 from resode_cli.ode import Adjoint
 from resode_cli.sources.find_stages import find_stages
@@ -30,7 +30,7 @@ def test_each_block_is_read_with_its_branch_where_its_activation_allows(architec
     parts = find_stages(net, draw(architecture.size, images=1)).stages
     blocks = [net.get_submodule(f"{part.container}.{name}") for part in parts for name in part.blocks]
     without_formula = architecture.arguments.get("act_layer") in ("leaky_relu", "mish")
-    assert blocks and {read_rule(block).activation == GENERIC for block in blocks} == {without_formula}
+    assert blocks and {read_split(block).activation == GENERIC for block in blocks} == {without_formula}
 
 
 @pytest.mark.parametrize("architecture", [*CORE, *OTHERS], ids=str)
