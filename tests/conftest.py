@@ -63,6 +63,12 @@ def trust(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(model_file, "origin_of", lambda origin, source, **_: ask(origin, source, trust_source=True))
 
 
+def _heed_signals() -> None:
+    """What runs in the background ignores SIGINT, and under nohup SIGHUP; its children would too."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Start `resode ARGUMENTS` in `tmp_path`, in a process group of its own, with `stderr` to read.
@@ -81,7 +87,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored by what runs in the background
+            preexec_fn=_heed_signals,
         )
         processes.append(process)
         deadline = time.monotonic() + 120
