@@ -140,10 +140,10 @@ def bench_command(
 
 def _methods(adjoint: str, anchors: str | None, corrections: int, snapshots: int | None) -> list[Adjoint]:
     """The adjoints of a list such as 'multistep,pc:anchors=10'."""
-    from ..gradients.adjoint_choice import choose_adjoints
+    from ..gradients.adjoint_choice import parse_adjoints
 
     methods: list[Adjoint] = []
-    for choice in choose_adjoints(adjoint, anchors=anchors, corrections=corrections, snapshots=snapshots):
+    for choice in parse_adjoints(adjoint, anchors=anchors, corrections=corrections, snapshots=snapshots):
         if choice.fixed is None:
             raise UsageError(
                 f"--adjoint {choice.label}: bench times fixed methods; `resode check-grad` says what auto would choose"

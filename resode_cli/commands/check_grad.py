@@ -76,7 +76,7 @@ def check_grad_command(
 ) -> None:
     """Measure how far each adjoint method's gradients are from true backprop, stage by stage."""
     start()
-    from ..gradients.adjoint_choice import choose_adjoints
+    from ..gradients.adjoint_choice import parse_adjoints
     from ..gradients.check_grad import StageAdjoints, SweepRow, check_gradients, choose_as_measured, sweep_depths
     from ..machine.memory import free_bytes
     from ..measuring.forecast import forecast_gradients
@@ -87,7 +87,7 @@ def check_grad_command(
     from ..reports.report import gradient_json, gradient_table, sweep_json, sweep_table
 
     output = Output(json_mode=json)
-    choices = choose_adjoints(
+    choices = parse_adjoints(
         adjoint, anchors=backward.anchors, corrections=backward.corrections, snapshots=backward.snapshots
     )
     check_auto(given, chooses=any(choice.fixed is None for choice in choices))

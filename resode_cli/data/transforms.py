@@ -63,7 +63,7 @@ def _covering(size: tuple[int, int], preprocessing: Preprocessing) -> Any:
 
 def _central(preprocessing: Preprocessing, interpolation: InterpolationMode) -> list[Any]:
     size = preprocessing.height, preprocessing.width
-    # As timm does it; 1e-6: 224 / (224/232) is 232.
+    # Not timm.data.create_transform itself, which does the same but rounds down: 224 / (224/354) is 353 there.
     height, width = (math.floor(side / preprocessing.crop_fraction + 1e-6) for side in size)
     if preprocessing.crop_mode == "border":
         from timm.data.transforms import CenterCropOrPad, ResizeKeepRatio

@@ -35,7 +35,7 @@ class AdjointChoice:
         return None if self.name == AUTO else required_scheme(self.name)
 
 
-def choose_adjoint(
+def parse_adjoint(
     name: str, *, anchors: str | None = None, corrections: int = 0, snapshots: int | None = None
 ) -> AdjointChoice:
     """One adjoint from what a user wrote; anchors: a number, 'auto', 'none' or None for the method's own.
@@ -61,7 +61,7 @@ def choose_adjoint(
     return AdjointChoice(name, Adjoint(name, spacing, corrections, snapshots))
 
 
-def choose_adjoints(
+def parse_adjoints(
     text: str, *, anchors: str | None = None, corrections: int = 0, snapshots: int | None = None
 ) -> list[AdjointChoice]:
     """A comma-separated list, each entry with settings of its own after colons, as in 'auto,pc:anchors=10'.
@@ -90,7 +90,7 @@ def choose_adjoints(
             takes["anchors"] = False
         taken |= {key for key, does in takes.items() if does}
         found.append(
-            choose_adjoint(
+            parse_adjoint(
                 name,
                 anchors=own.get("anchors", anchors if takes["anchors"] else None),
                 corrections=_count(own, "corrections", corrections if takes["corrections"] else 0) or 0,

@@ -51,6 +51,7 @@ def evaluate(
                     continue
                 logits = model(batch.images.to(device)).float()
                 labels = batch.labels.to(device)
+                # timm.utils.accuracy gives percentages of a batch; the predictions are wanted too.
                 best = logits.topk(min(5, logits.shape[1]), dim=1).indices
                 hits = best == labels[:, None]
                 top1 += int(hits[:, 0].sum())

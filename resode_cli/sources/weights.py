@@ -18,7 +18,8 @@ from .weight_files import StateDict, WeightFile
 
 # Entries under which training programs put a network's weights. The first of them that fits is taken, and said.
 WRAPPERS = ("", "state_dict", "model", "model_ema", "state_dict_ema", "model_state_dict", "net")
-# What torch puts between the names of a module that it wraps where it stands.
+# What torch puts between the names of a module that it wraps where it stands, be it inside the network: timm's
+# clean_state_dict looks at the beginning of a name alone.
 TRANSPARENT = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 COUNTER = "num_batches_tracked"
 

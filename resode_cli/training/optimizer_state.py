@@ -1,6 +1,7 @@
 """The state of an optimizer as tensors and JSON, by the names of the parameters: what a resumed run puts back.
 
-No pickle: what neither is a tensor nor fits JSON is refused, before a run begins.
+No pickle: what neither is a tensor nor fits JSON is refused, before a run begins. That is what this does beyond
+torch.distributed.checkpoint.state_dict, which names states alike, but restores them by way of an extra step.
 """
 
 from __future__ import annotations

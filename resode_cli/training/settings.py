@@ -139,11 +139,9 @@ class Settings:
             self.adjoint_choice()  # which is a mistake if there is no such; it needs torch, and help does not
 
     def adjoint_choice(self) -> AdjointChoice:
-        from ..gradients.adjoint_choice import choose_adjoint
+        from ..gradients.adjoint_choice import parse_adjoint
 
-        return choose_adjoint(
-            self.adjoint, anchors=self.anchors, corrections=self.corrections, snapshots=self.snapshots
-        )
+        return parse_adjoint(self.adjoint, anchors=self.anchors, corrections=self.corrections, snapshots=self.snapshots)
 
     def per_epoch(self, images: int) -> int:
         """Steps per epoch: full batches only, but one at least."""

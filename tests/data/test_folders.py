@@ -35,7 +35,8 @@ def test_the_embedded_digits_have_their_sizes(split: str, size: int):
     data = open_data("digits", PLAIN, split)
     assert len(data) == size and data.class_names == tuple("0123456789")
     assert set(labels(data)) == set(range(10))
-    image, _ = data[0]
+    image = data[0][0]
+    assert isinstance(image, torch.Tensor)
     assert image.shape == (3, 16, 16) and image.dtype == torch.float32
 
 
@@ -243,7 +244,7 @@ def test_a_download_that_fails_is_one_line(error: Exception, name: str, make_fol
     if ":" in name:
         make_folder("cifar10")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(named.datasets, "CIFAR10", fail)
+    monkeypatch.setattr(named.datasets, "CIFAR10", fail)  # type: ignore[attr-defined]
     with pytest.raises(ResodeError, match=f"cifar10 is not in .* cannot be downloaded .{error}.; connect"):
         open_data(name, PLAIN, "train", root=tmp_path)
 

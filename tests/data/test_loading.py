@@ -117,7 +117,8 @@ def test_images_of_every_mode_become_three_channels(mode: str, tmp_path):
     folder = tmp_path / "modes" / "test" / "a"
     folder.mkdir(parents=True)
     noise(16).convert(mode).save(folder / "0.png")
-    image, _ = open_data(str(tmp_path / "modes"), PLAIN, "test")[0]
+    image = open_data(str(tmp_path / "modes"), PLAIN, "test")[0][0]
+    assert isinstance(image, Tensor)
     assert image.shape == (3, 16, 16)
 
 

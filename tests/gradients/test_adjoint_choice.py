@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from resode_cli.errors import UsageError
-from resode_cli.gradients.adjoint_choice import choose_adjoint, choose_adjoints
+from resode_cli.gradients.adjoint_choice import parse_adjoint, parse_adjoints
 from resode_cli.machine import memory as memory_budget
 from resode_cli.ode import Adjoint
 
 
 def test_each_method_of_a_list_may_have_settings_of_its_own():
     text = "auto,multistep:anchors=20,pc:anchors=none:corrections=2,checkpoint:snapshots=12,euler:anchors=auto"
-    auto, multistep, pc, checkpoint, euler = choose_adjoints(text)
+    auto, multistep, pc, checkpoint, euler = parse_adjoints(text)
     assert (auto.fixed, auto.methods) == (None, None)
     assert multistep.fixed == Adjoint("multistep", 20)
     assert pc.fixed == Adjoint("pc", corrections=2)
@@ -24,7 +24,7 @@ def test_each_method_of_a_list_may_have_settings_of_its_own():
 
 
 def test_keywords_hold_for_the_methods_that_take_them():
-    found = choose_adjoints("backprop,checkpoint,pc,euler:anchors=3", anchors="10", corrections=1)
+    found = parse_adjoints("backprop,checkpoint,pc,euler:anchors=3", anchors="10", corrections=1)
     assert [choice.fixed for choice in found] == [
         Adjoint("backprop"),
         Adjoint("checkpoint", 10),
@@ -51,12 +51,12 @@ def test_keywords_hold_for_the_methods_that_take_them():
 )
 def test_mistakes_are_answered(text, settings, words):
     with pytest.raises(UsageError, match=words):
-        choose_adjoints(text, **settings)
+        parse_adjoints(text, **settings)
 
 
 def test_auto_by_itself_refuses_what_it_chooses():
     with pytest.raises(UsageError, match="chooses its own"):
-        choose_adjoint("auto", corrections=1)
+        parse_adjoint("auto", corrections=1)
 
 
 def test_a_containers_limit_counts(tmp_path: Path, monkeypatch):

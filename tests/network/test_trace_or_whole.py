@@ -267,8 +267,8 @@ def test_rewritten_stages_follow_their_blocks_too(rewrite, change):
     factor = {"scale": 2.0, "times": 0.5 * 3}[change[0]]
     for n in range(stage.spec.depth):
         b, w = stage.spec.schedule[n], stage.spec.blends[n] if stage.spec.blends else 0.0
-        layers = [stage.blocks[min(k, len(stage.blocks) - 1)].layer(x) for k in (b, b + 1)]
-        expected = F.relu(x + factor * torch.lerp(*layers, w)) - x
+        first, second = [stage.blocks[min(k, len(stage.blocks) - 1)].layer(x) for k in (b, b + 1)]
+        expected = F.relu(x + factor * torch.lerp(first, second, w)) - x
         torch.testing.assert_close(stage.field().residuals[stage.field().schedule[n]](x), expected)
 
 

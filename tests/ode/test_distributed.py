@@ -79,7 +79,7 @@ def worker(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("ddp")
-    torch.multiprocessing.spawn(worker, args=(str(path),), nprocs=WORLD)
+    torch.multiprocessing.spawn(worker, args=(str(path),), nprocs=WORLD)  # type: ignore[attr-defined]
     return path
 
 

@@ -60,7 +60,7 @@ class OwnGenerator(Block):
 class ListedGenerators(Block):
     def __init__(self) -> None:
         super().__init__()
-        self.generators = [np.random.default_rng(0), random.Random(1), np.random.RandomState(2)]
+        self.generators: list[Any] = [np.random.default_rng(0), random.Random(1), np.random.RandomState(2)]
 
     def forward(self, x: Tensor) -> Tensor:
         scale = self.generators[0].random() + self.generators[1].random() + self.generators[2].rand()

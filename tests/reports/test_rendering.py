@@ -257,4 +257,5 @@ def test_a_line_can_be_copied_whole(monkeypatch: Any) -> None:
         console.width = 60
     output.show(line)
     output.note(line)
-    assert line.strip() in output.main.file.getvalue() and line.strip() in output.aside.file.getvalue()
+    for console in (output.main, output.aside):
+        assert isinstance(console.file, io.StringIO) and line.strip() in console.file.getvalue()

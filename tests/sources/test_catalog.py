@@ -20,7 +20,8 @@ REMAKE = "run `python tests/zoo/survey.py`"
 
 
 def every() -> dict[str, catalog.Row | catalog.Refusal]:
-    return {row.source: row for row in [*catalog.rows(), *catalog.refusals()]}
+    found: list[catalog.Row | catalog.Refusal] = [*catalog.rows(), *catalog.refusals()]
+    return {row.source: row for row in found}
 
 
 def test_it_has_every_architecture_of_the_installed_versions():

@@ -152,7 +152,9 @@ def test_a_repository_of_the_hub_is_asked_for_its_own_weights_alone(monkeypatch)
         "timm.models.load_model_config_from_hf", lambda name: (dict(config), "resnet18", dict(ARGUMENTS))
     )
     monkeypatch.setattr(
-        timm_models.timm, "create_model", lambda name, **arguments: given.append(arguments) or CifarResNet(2)
+        timm_models.timm,  # type: ignore[attr-defined]
+        "create_model",
+        lambda name, **arguments: given.append(arguments) or CifarResNet(2),  # type: ignore[attr-defined]
     )
     open_source("hf-hub:someone/net")
     for arguments in given:

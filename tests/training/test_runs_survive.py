@@ -127,14 +127,14 @@ def burst_at(step: int, monkeypatch: pytest.MonkeyPatch, *, last: int | None = N
     from resode_cli.training import finetune
 
     count = [0]
-    ordinary = finetune.Objective.__call__
+    ordinary = finetune.Objective.__call__  # type: ignore[attr-defined]
 
     def call(self: Any, *arguments: Any) -> Any:
         count[0] += 1
         loss, logits = ordinary(self, *arguments)
         return (_Burst.apply(loss) if step <= count[0] <= (last or step) else loss), logits
 
-    monkeypatch.setattr(finetune.Objective, "__call__", call)
+    monkeypatch.setattr(finetune.Objective, "__call__", call)  # type: ignore[attr-defined]
 
 
 def test_a_gradient_that_is_no_number_is_not_stepped(here: Path, monkeypatch: Any, capsys: Any) -> None:
@@ -337,7 +337,7 @@ def test_a_command_with_nothing_to_save_stops_at_once(number: int, code: int, st
 def test_a_run_that_has_heeded_a_signal_is_not_stopped_again(here: Path, monkeypatch: Any, capsys: Any) -> None:
     """The signal comes in an evaluation; what the run does to end well outlasts the wait for a swallowed signal."""
     monkeypatch.setattr(interrupt, "LOST", 0.1)
-    evaluate, peak_bytes = finetune.evaluate, finetune.peak_bytes
+    evaluate, peak_bytes = finetune.evaluate, finetune.peak_bytes  # type: ignore[attr-defined]
 
     def stopped(*arguments: Any, **settings: Any) -> Any:
         if (here / "new" / "state.safetensors").exists():
