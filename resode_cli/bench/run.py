@@ -37,9 +37,9 @@ class BenchRow:
 
     depth: steps of the deepest stage.
     seconds: the median. ratio_to_backprop: the median of the ratios, each within one round.
-    peak_bytes: by which memory grows at most during the step: allocated on a GPU; on a CPU resident, in a
+    peak_bytes: how much memory grows at most during the step: allocated on a GPU; on a CPU resident, in a
         fresh process. peak_allocated: on a GPU, all that was allocated then.
-    bytes_kept: by the whole graph between the passes, parameters aside.
+    bytes_kept: what the whole graph keeps between the passes, parameters aside.
     evaluations_per_step: of the increment Φ in the backward pass, the taped one included; 0 for backprop.
     relative_error: ‖g − ĝ‖ / ‖g‖ of all parameters' gradients as one vector, against `error_against`:
         backprop, or where that ran out of memory torch checkpoint, which is as exact.

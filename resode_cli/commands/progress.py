@@ -65,7 +65,7 @@ def known(figures: Mapping[str, float]) -> list[float]:
 def training(output: Output, total: int, done: int) -> Iterator[Callable[[StepRecord], None]]:
     """A bar over training steps with loss, accuracy, speed, peak memory and what the monitor says.
 
-    drift: of each stage; correction and contraction: the largest of all stages. See `ode.Monitor`.
+    drift: each stage's; correction and contraction: the largest of all stages. See `ode.Monitor`.
     """
     quiet = not output.aside.is_terminal
     progress = Progress(

@@ -44,7 +44,8 @@ def assumed_note(names: Sequence[str]) -> str:
 def joined(names: Mapping[str, Collection[str]], where: str) -> list[str]:
     """The classes of several splits in order; a split may lack some of them.
 
-    names: of each split. where: what the splits are of. Raises ResodeError where each of two splits has a class
+    names: each split's class names. where: the data set that the splits belong to.
+    Raises ResodeError where each of two splits has a class
     that the other lacks: one of them is misspelled, and nothing says which.
     """
     splits = list(names)

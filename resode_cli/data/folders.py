@@ -41,7 +41,7 @@ class ImageFiles:
 class Found:
     """One split of a data set.
 
-    samples: (image, number) pairs. names: what each number means. classes: of the whole data set, in their order.
+    samples: (image, number) pairs. names: what each number means. classes: all classes of the data set, in their order.
     present: the numbers that some image has. partial: classes that are not in every split.
     where: the split in a few words. notes: what the user should know.
     """

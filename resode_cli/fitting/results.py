@@ -11,7 +11,7 @@ from ..network.model import OdeResNet
 
 @dataclass(frozen=True)
 class HeldOutErrors:
-    """On held-out images. distillation: the loss of `logits`; agreement: of the top-1 with the teacher's.
+    """On held-out images. distillation: the loss of `logits`; agreement: fraction of images with the teacher's top-1.
 
     states: √e_k by stage, k = 0 … D; empty where the teacher's states are not known. penalty: weighted.
     """
@@ -53,7 +53,7 @@ class FitResult:
 
 @dataclass(frozen=True)
 class PhaseCost:
-    """What a phase will take: seconds, and bytes beside the images. adjoint: of its backward pass, exact either way."""
+    """What a phase will take: seconds, and bytes beside the images. adjoint: its exact backward method."""
 
     phase: str
     depths: dict[str, int]

@@ -71,7 +71,7 @@ class FitPlan:
         return torch.cat([self.teacher.logits(part.to(device)).cpu() for part in torch.split(images, 64)])
 
     def record(self, data: str) -> dict[str, Any]:
-        """For the model's history. data: as the user named it."""
+        """For the model's history. data: what the user called it."""
         return {"data": data, "teacher": self.teacher.name, **asdict(self.settings)}
 
 

@@ -27,11 +27,11 @@ class StageGradient:
     """One method on one stage. ĝ: its gradient, g: backprop's, both of the steps' parameters.
 
     stage: a stage's name, or 'stem' for the parameters before the first stage. adjoint: what it ran under.
-    relative_error: ‖g − ĝ‖ / ‖g‖. cosine: of the angle between them.
+    relative_error: ‖g − ĝ‖ / ‖g‖. cosine: that of the angle between them.
     transition_error: the same relative error for the transition's parameters; None without any.
     drift: ‖x̃ − x‖ / ‖x‖ of reconstructed states; None where nothing is reconstructed.
     evaluations_per_step: of the increment Φ in the backward pass, the taped one included; 0 for backprop.
-    bytes_kept: by the stage's steps between forward and backward, parameters aside.
+    bytes_kept: what the stage's steps keep between forward and backward, parameters aside.
     states_kept: the same in states, from the plan; None for backprop.
     """
 

@@ -19,6 +19,7 @@ from ..errors import ResodeError
 from ..network.model import OdeResNet
 from ..network.stage import OdeStage
 from ..ode import Adjoint, RandomState
+from ..quantities import size
 from .candidates import Candidate, by_preference, candidates, rule_factor
 from .probe import Probe, StageBytes
 
@@ -31,8 +32,9 @@ class StageChoice:
     """What was chosen for one stage, and the figures that it rests on.
 
     error: relative error of the gradient of the stage's steps, in the whole network, on the batch used.
-    own_error: of the stage alone, its output's adjoint being exact: the larger of parameters and input.
-    own_drift: of what was chosen; None if it is exact.
+    own_error: relative error of the stage alone, given its output's exact adjoint: the larger one of parameters and
+        input.
+    own_drift: drift of what was chosen; None if it is exact.
     free_drift, contraction: of the best reversal without anchors; None if none was tried.
     tried: the adjoints measured, with their own errors.
     bytes_held: by the stage at a time at most, for the batch size planned for.
@@ -236,7 +238,7 @@ class _Chooser:
                 caps[name] = max(picked[name].states - excess, picked[name].states // 2, least)
                 return
         raise ResodeError(
-            f"memory budget of {budget / 2**20:.0f} MiB: a training step takes at least {total / 2**20:.0f} MiB;"
+            f"memory budget of {size(budget)}: a training step takes at least {size(total)};"
             " raise --memory-budget or lower --batch-size"
         )
 

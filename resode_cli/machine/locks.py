@@ -31,7 +31,7 @@ class Locked(ResodeError):
 class Lock:
     """Held inside a `with` block, or between `acquire` and `release`.
 
-    path: of the lock file. subject: what it stands for, in an error. on_message gets a remark where the file system has
+    path: the lock file. subject: what it stands for, in an error. on_message gets a remark where the file system has
     no locks; the block then runs without one.
     Raises Locked where another process holds it, UsageError where the folder cannot be made or written to.
     """

@@ -8,7 +8,7 @@ SIGNALS = [number for name in ("SIGINT", "SIGTERM", "SIGHUP") if (number := geta
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal that asks the command to stop, heeded where nothing is lost by it. number: of the signal.
+    """A signal that asks the command to stop, heeded where nothing is lost by it. number: the signal's.
 
     heeded: whoever catches it sets it; else the signal is taken for swallowed, and raised again.
     """

@@ -1,4 +1,4 @@
-"""What became of a network: its size, its cost, its distance from the one it came from, how well it runs backwards."""
+"""Compare a rewritten network with its reference: size, cost, distance of logits, and how well it runs backwards."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ GRADIENT_IMAGES = 32
 class NetworkFigures:
     """agreement: fraction of images with the reference's top-1. logit_distance: mean of ‖z − z'‖ / ‖z'‖ over images.
 
-    evaluations: of residual branches per image. gradient_errors: by method and stage, without anchors; empty
-    if not asked for, infinite where a gradient is not finite.
+    evaluations: residual branches evaluated per image. gradient_errors: relative errors by method and stage, without
+    anchors; empty if not asked for, infinite where a gradient is not finite.
     """
 
     name: str

@@ -45,7 +45,7 @@ class StageParts:
 class Preprocessing:
     """From an image to the network's input. Mean and std per channel, of values in [0, 1]; size in pixels.
 
-    size: of both sides, or (height, width) where they differ.
+    size: the length of both sides, or (height, width) where they differ.
     mean, std: as many as the network takes channels: three for RGB, one for grey.
     crop_mode: how an image becomes square before the central crop: 'center' keeps its proportions and cuts the
         longer side, 'squash' does not keep them, 'border' pads the shorter side with the mean colour.

@@ -52,7 +52,7 @@ class _Place(NamedTuple):
 class _Part(NamedTuple):
     """What counts of the module at a place, beside its class.
 
-    names: of the children and tensors that it holds, None where its own call decides about them.
+    names: the names of the children and tensors that it holds, None where its own call decides about them.
     values: attributes, as `as_seen` sees them; of a number that the code reads itself the type alone.
     erased: whether the traced code leaves the module out: it follows the addition, or is an identity.
     size: how many attributes the block itself has.
@@ -70,7 +70,8 @@ class Premises:
     """What was found when a block was read. It may hold of another block too, a copy for instance.
 
     names: what the functions that were looked at name, which decides what counts of an object.
-    outside: entries of dictionaries: of classes, and of the modules in which functions stand; cells: of closures.
+    outside: entries of dictionaries, those of classes and of the modules in which functions stand.
+    cells: closures' cells.
     """
 
     places: tuple[_Place, ...]
@@ -223,7 +224,7 @@ def _content(cell: CellType) -> Any:
 class _Search:
     """The functions that a block's forward may call, what they name, and what these names stand for.
 
-    names: identifiers in their code. outside: entries of dictionaries that they read. cells: of their closures.
+    names: identifiers in their code. outside: entries of dictionaries that they read. cells: their closures' cells.
     """
 
     def __init__(self, block: nn.Module, modules: list[nn.Module]) -> None:

@@ -47,7 +47,7 @@ class StageSpec:
     horizon: T; a fraction, so that T/N is the same number however it was reached.
     blends: where weights are linear in depth, the share w_n in which step n has the weights of block
         schedule[n] + 1; those of block schedule[n] make up the rest. Else empty.
-    scheme: forward rule. form: of the residual functions.
+    scheme: forward rule. form: form of the residual functions.
     further: names of the arguments that the blocks take beside the state, each the same for all of them; such
         blocks are steps taken as a whole.
     """

@@ -23,7 +23,7 @@ class Monitor:
     contraction: h ‖Φ(a) − Φ(b)‖ / ‖a − b‖ for two states at which the sweep evaluated the same Φ: the
         largest, on the first images. From 1 on, the fixed-point iteration need not converge.
     evaluations: branch evaluations of the backward sweep.
-    state_bytes: of one state, in the last forward pass.
+    state_bytes: size of one state in the last forward pass.
     repetition: the last sweep's comparison of its evaluations with the forward pass; see `check`.
     kept: bytes that the graph holds for the backward pass, parameters aside; counted if `count_kept`.
     """

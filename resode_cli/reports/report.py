@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StageRow:
-    """One line of the stage table. parameters: of the distinct residual blocks."""
+    """One line of the stage table. parameters: how many the distinct residual blocks have."""
 
     stage: str
     transition: tuple[str, ...]

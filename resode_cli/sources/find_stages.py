@@ -46,8 +46,8 @@ _AFTER_ADDITION: tuple[Callable[[Tensor], Tensor], ...] = (
 class Found:
     """What is in a network.
 
-    stages: in order.
-    left_out: of blocks that look like residual steps and are none, one of each kind, and why.
+    stages: the stages in their order.
+    left_out: blocks that look like residual steps and are none, one of each kind, and why.
     """
 
     stages: list[StageParts]

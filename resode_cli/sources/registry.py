@@ -59,7 +59,7 @@ def open_source(
     """Build the source network and load its weights.
 
     weights: a file; it takes the place of the library's pretrained weights.
-    prefix: of the network's names in that file, where several would do.
+    prefix: what precedes the network's names in that file, where several would do.
     stem: 'cifar' for a 3×3 stem of stride 1 without pooling, on timm's and torchvision's networks.
     shortcut: 'A' or 'B', of the CIFAR networks.
     preprocessing: fields of Preprocessing that differ from the source's own. A size of up to 64 pixels

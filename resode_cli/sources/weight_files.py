@@ -151,7 +151,7 @@ def _check_archive(path: Path) -> None:
 class _StandIns:
     """What the objects of a pickle become that are neither tensors nor plain values.
 
-    forms: by name, what a class's objects are built as: an object at first, a dictionary or a list where the pickle
+    forms: what a class's objects are built as, by its name: an object at first, a dictionary or a list where the pickle
         fills them like one.
     """
 

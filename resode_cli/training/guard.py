@@ -21,7 +21,7 @@ from .settings import Settings
 
 # After a calibration asked for by the monitor: a stage that drifts again within so many steps gets exact anchors.
 PATIENCE = 20
-# A drift so many times the calibrated one is still chance, whatever the error measured then would allow.
+# Drift varies from batch to batch: so many times the calibrated one is tolerated, whatever error was measured then.
 CHANCE = 1.5
 # Of the free memory, what a stage that moves to anchors may take: other stages may follow.
 SHARE = 0.5

@@ -26,7 +26,8 @@ def resumed(
 ) -> tuple[Settings, list[str]]:
     """The settings of a run that goes on, and what to say of those that are others from now on.
 
-    chosen: of this command; given: the flags, by parameter, that the user wrote. saved, model: of the run.
+    chosen: this command's settings; given: the flags, by parameter, that the user wrote. saved, model: the run's
+    settings and its model.
     Raises UsageError for one that may not change.
     """
     named = set(given)

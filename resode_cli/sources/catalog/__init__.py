@@ -21,7 +21,7 @@ class Row:
     """One architecture.
 
     source: as `convert` takes it. family: the library's module that defines it. steps: residual steps of each
-    stage, in the order in which they run. tags: of pretrained weights, to be put after the source and a dot.
+    stage, in the order in which they run. tags: names of pretrained weights, to be put after the source and a dot.
     """
 
     source: str
