@@ -63,7 +63,12 @@ def converted(name: str, randomise) -> OdeResNet:
     return convert(opened(name, randomise))[0]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+LONG_FAMILIES = ("timm:inception_resnet_v2", "timm:swin_tiny_patch4_window7_224")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in LONG_FAMILIES else ()) for name in FAMILIES]
+)
 def test_convert_and_export_give_the_source_back_tensor_for_tensor(name: str, randomise):
     source = opened(name, randomise, FAMILIES[name])
     before = {key: value.clone() for key, value in source.net.state_dict().items()}
@@ -139,7 +144,10 @@ MODELS = {
 }
 
 
-@pytest.fixture(params=MODELS)
+LONG_MODELS = ("resnetv2_50", "regnety_004")  # more than five seconds a format
+
+
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow if name in LONG_MODELS else ()) for name in MODELS])
 def any_model(request, randomise) -> OdeResNet:
     return MODELS[request.param](randomise)
 
