@@ -98,7 +98,7 @@ def test_a_smaller_budget_is_kept_to(deep, images, labels):
 
 
 def test_too_small_a_budget_is_refused(deep, images, labels):
-    with pytest.raises(ResodeError, match="takes at least .* MiB; raise --memory-budget"):
+    with pytest.raises(ResodeError, match="takes at least .* [KM]iB; raise --memory-budget"):
         chosen(deep, images, labels, tolerance=0.02, budget=1000)
 
 
