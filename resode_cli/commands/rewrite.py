@@ -87,8 +87,6 @@ class Rewrite:
             kept = "" if self.unfinished == self.out else f"; {self.out} is as it was"
             self.output.note(f"interrupted; {self.unfinished} holds what was fitted so far{kept}")
             raise typer.Exit(exit_code(stop.number or signal.SIGINT))
-        if self.unfinished != self.out:
-            self.unfinished.unlink(missing_ok=True)
         self._report(result, plan.teacher.name)
 
     def whole(self, change: Callable[[OdeResNet], None]) -> RewriteResult:
@@ -127,6 +125,8 @@ class Rewrite:
         model_file.write(model.with_info(info), self.out if done else self.unfinished)
         self.saved = not done
         if done:
+            if self.unfinished != self.out:
+                self.unfinished.unlink(missing_ok=True)
             self.model.info = info
             self.output.note(f"wrote {self.out}")  # before it is measured, which may be interrupted
 

@@ -92,17 +92,19 @@ class ImageData(Dataset[tuple[Tensor, int] | str]):
 
         Of images that are no files: their place, and -1.
         """
-        names = [self._file(index) for index in self.indices]
+        names = [os.path.split(self._file(index)) for index in self.indices]
+        folders = {folder for folder, _ in names}
         try:
-            root = os.path.commonpath(names)
+            root = os.path.commonpath(folders)
+            within = {folder: os.path.relpath(folder, root) if root else folder for folder in folders}
         except ValueError:  # none, or some under / and some not
-            root = ""
-        for name in names:
+            within = {folder: folder for folder in folders}
+        for folder, name in names:
             try:
-                size = Path(name).stat().st_size
+                size = os.stat(os.path.join(folder, name)).st_size
             except (OSError, ValueError):
                 size = -1
-            yield os.path.relpath(name, root) if root else name, size
+            yield os.path.join(within[folder], name), size
 
     def first_bytes(self, i: int, count: int) -> bytes:
         """The beginning of an image's file; nothing where it is no file, or cannot be read."""
