@@ -129,7 +129,7 @@ def check_grad_command(
             calibrations.append(calibration)
             methods.append(StageAdjoints(choice.label, calibration.adjoints))
             output.show(choice_table(calibration))
-    fixed = [m for m in methods if isinstance(m, Adjoint) and m.method != "backprop"]
+    fixed = [m for m in methods if isinstance(m, Adjoint) and m.replays]
     if depths is not None and len(fixed) < len(methods):
         output.note("the sweep leaves out what is chosen for one depth (auto) and the reference (backprop)")
     with output.aside.status("measuring") as status:

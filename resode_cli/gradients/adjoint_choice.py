@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import UsageError, unknown
-from ..ode import METHODS, REVERSALS, Adjoint, required_scheme
+from ..ode import METHODS, Adjoint, required_scheme, settings_of
 
 AUTO = "auto"
 NONE = "none"
@@ -49,13 +49,13 @@ def parse_adjoint(
         if spacing is not None or corrections or snapshots is not None:
             raise UsageError("adjoint 'auto' chooses its own anchors, corrections and snapshots")
         return AdjointChoice(name, None)
-    if anchors == NONE and name == "checkpoint":
-        raise UsageError("checkpoint runs forward from held states and needs some: give --anchors K or --snapshots S")
+    if anchors == NONE and "snapshots" in settings_of(name):
+        raise UsageError(f"{name} runs forward from held states and needs some: give --anchors K or --snapshots S")
     if spacing == AUTO:
         if corrections or snapshots is not None:
             raise UsageError("with anchors 'auto', corrections and snapshots are chosen too")
-        if name == "backprop":
-            raise UsageError("backprop holds every activation and takes no anchors")
+        if "anchors" not in settings_of(name):
+            raise UsageError(f"{name} holds every activation and takes no anchors")
         return AdjointChoice(name, None, (name,))
     assert spacing is None or isinstance(spacing, int)
     return AdjointChoice(name, Adjoint(name, spacing, corrections, snapshots))
@@ -81,10 +81,11 @@ def parse_adjoints(
             if not equals:
                 raise UsageError(f"adjoint {entry.strip()!r}: write {key}=NUMBER")
             own[key] = value
+        known = settings_of(name)
         takes = {
-            "anchors": name in (*REVERSALS, "checkpoint") and not {"snapshots", "anchors"} & own.keys(),
-            "corrections": name in REVERSALS and "corrections" not in own and own.get("anchors") != AUTO,
-            "snapshots": name == "checkpoint" and not {"snapshots", "anchors"} & own.keys(),
+            "anchors": "anchors" in known and not {"snapshots", "anchors"} & own.keys(),
+            "corrections": "corrections" in known and "corrections" not in own and own.get("anchors") != AUTO,
+            "snapshots": "snapshots" in known and not {"snapshots", "anchors"} & own.keys(),
         }
         if takes["snapshots"] and snapshots is not None:
             takes["anchors"] = False

@@ -92,7 +92,7 @@ def forecast_gradients(model: OdeResNet, images: Tensor, methods: Sequence[Adjoi
         model.use_adjoint(adjoints)
         model.train(training)
     scale = len(images) / len(few)
-    backward = sum(1 if m.method == "backprop" else 1 + (REPLAYED + m.corrections) / GRADIENT for m in methods)
+    backward = sum(1 + (REPLAYED + m.corrections) / GRADIENT if m.replays else 1 for m in methods)
     return Forecast(seconds * scale * (1 + backward), int(count() * scale) + 3 * _weights(model))
 
 

@@ -230,7 +230,7 @@ class OdeStage(nn.Module):
         if self.spec.blends:
             residuals, schedule = self._blended(blocks), tuple(range(self.spec.depth))
         if self.compilation is not None:
-            replayed = self.adjoint.method != "backprop"
+            replayed = self.adjoint.replays
             # Compiled code keeps the hooks that it was compiled with, so blocks that have any run as they are.
             residuals = tuple(
                 r if has_hooks(r.module) else CompiledResidual(r, self.compilation, replayed=replayed)

@@ -4,7 +4,7 @@ from .adjoint import solve
 from .field import Evaluator, Field, Residual
 from .generators import RandomState
 from .memory import kept_bytes, peak_kept_bytes
-from .methods import METHODS, REVERSALS, Adjoint, required_scheme
+from .methods import METHODS, REVERSALS, Adjoint, required_scheme, settings_of
 from .monitor import Monitor
 from .plans import Carry, Plan, Prediction, StepPlan
 from .reentry import fixed_buffers, version
@@ -32,6 +32,7 @@ __all__ = [
     "kept_bytes",
     "peak_kept_bytes",
     "required_scheme",
+    "settings_of",
     "solve",
     "trajectory",
     "version",

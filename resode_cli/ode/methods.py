@@ -34,6 +34,13 @@ REVERSALS = {
 METHODS = ("backprop", "checkpoint", *REVERSALS)
 
 
+def settings_of(method: str) -> frozenset[str]:
+    """Which fields of `Adjoint` a method takes."""
+    if method in REVERSALS:
+        return frozenset({"anchors", "corrections"})
+    return frozenset({"anchors", "snapshots"}) if method == "checkpoint" else frozenset()
+
+
 def required_scheme(method: str) -> str | None:
     """The forward rule a method is tied to, if any: reverse Heun retraces Heun steps only."""
     step = REVERSALS.get(method)
@@ -71,6 +78,11 @@ class Adjoint:
             raise UsageError(f"{self.snapshots} snapshots: must be 1 or more")
         if self.snapshots is not None and self.anchors is not None:
             raise UsageError("checkpoint takes either anchors (a spacing) or snapshots (a number), not both")
+
+    @property
+    def replays(self) -> bool:
+        """Whether the backward pass evaluates branches again: all do but backprop, which keeps what they computed."""
+        return self.method != "backprop"
 
     @property
     def label(self) -> str:
