@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -21,11 +22,13 @@ from ..errors import ResodeError, join
 from ..machine.signals import SIGNALS
 
 STUCK = 300  # seconds without a batch; slow network disks take tens of them
+LOOKED_AFTER = 5  # seconds after which the processes are looked after: a signal may come just before a wait begins
 PR_SET_PDEATHSIG = 1
 
 _alive: set[BaseProcess] = set()
 _ending: set[BaseProcess] = set()
 _waiting = 0  # how many loops wait for a batch just now
+_starting = 0  # how many loaders are being made just now
 
 
 class WorkerDied(ResodeError):
@@ -34,14 +37,16 @@ class WorkerDied(ResodeError):
 
 def read_in_workers(loader: DataLoader[Any]) -> Iterator[Any]:
     """What a loader with workers gives. Raises WorkerDied, only while the caller waits for a batch."""
-    global _waiting
+    global _waiting, _starting
     before = set(multiprocessing.active_children())
     mine: set[BaseProcess] = set()
     try:
         with _signals_held_back():
+            _starting += 1
             try:
                 source = iter(loader)
             finally:
+                _starting -= 1
                 mine = set(multiprocessing.active_children()) - before
                 _alive.update(mine)
                 _take_over_deaths()
@@ -51,7 +56,7 @@ def read_in_workers(loader: DataLoader[Any]) -> Iterator[Any]:
             _waiting += 1
             try:
                 _check(mine)
-                batch = next(source, None)
+                batch = _next(source, mine)
             except RuntimeError as error:
                 _explain(error, mine)
                 raise
@@ -74,6 +79,18 @@ def read_in_workers(loader: DataLoader[Any]) -> Iterator[Any]:
         _ending.difference_update(mine)
 
 
+def _next(source: Iterator[Any], workers: set[BaseProcess]) -> Any:
+    """The next batch, however often the loader's own wait for it ends; None at the end."""
+    until = time.monotonic() + STUCK
+    while True:
+        try:
+            return next(source, None)
+        except RuntimeError as error:
+            if "timed out" not in str(error) or time.monotonic() > until:
+                raise
+            _check(workers)
+
+
 def ignore_stops(parent: int, worker: int) -> None:
     """What a worker does first."""
     for number in SIGNALS:
@@ -86,7 +103,11 @@ def loader_arguments(workers: int) -> dict[str, Any]:
     """Of a DataLoader, beside its data."""
     if not workers:
         return {}
-    return {"num_workers": workers, "timeout": STUCK, "worker_init_fn": partial(ignore_stops, os.getpid())}
+    return {
+        "num_workers": workers,
+        "timeout": min(STUCK, LOOKED_AFTER),
+        "worker_init_fn": partial(ignore_stops, os.getpid()),
+    }
 
 
 @contextmanager
@@ -95,7 +116,8 @@ def _signals_held_back() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    # SIGCHLD too: torch raises an error at the death of a worker, and a loader that is half made cannot be ended.
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, [*SIGNALS, signal.SIGCHLD])
     try:
         yield
     finally:
@@ -156,7 +178,7 @@ class _OnDeath:
         dead = {worker.pid: worker.exitcode for worker in list(_alive) if worker.exitcode}
         if dead and _waiting:
             raise _death(dead)
-        if not dead and not _ending and callable(self.otherwise):
+        if not dead and not _ending and not _starting and callable(self.otherwise):
             self.otherwise(number, frame)
 
 
