@@ -69,7 +69,9 @@ WORKERS = Range(0, 1024)
 SEED = Range(-(2**63), 2**63 - 1)  # what a generator of torch takes, with room for the number of an epoch
 
 
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+UNITS = {"": 1, "B": 1}
+UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 MEANT_AS_MORE, MOST = 2**20, 2**60  # bytes; nobody means a number below a MiB as bytes, and no machine has an EiB
 
 
@@ -85,7 +87,7 @@ def parse_bytes(text: str) -> int:
         raise UsageError(f"memory budget {text!r}: that is {count:g} bytes; add the unit, as in {match[1]}GiB")
     if not 1 <= count <= MOST:
         raise UsageError(f"memory budget {text!r}: write a size such as 8GiB or 512MiB")
-    return int(count)
+    return round(count)
 
 
 def number(value: float | None) -> str:
@@ -97,11 +99,11 @@ def number(value: float | None) -> str:
 
 def size(count: float) -> str:
     """Bytes in binary units."""
-    for unit in ("B", "KiB", "MiB"):
+    for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.3g} {unit}" if count < 999.5 else f"{count:.0f} {unit}"
         count /= 1024
-    return f"{count:.3g} GiB"
+    return f"{count:.3g} TiB"
 
 
 def duration(seconds: float) -> str:

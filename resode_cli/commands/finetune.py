@@ -76,9 +76,10 @@ def finetune_command(
         check_model,
         check_resumable,
         ends_early,
+        forget_lost_best,
         loaded_checksum,
-        lost_best,
         resumed,
+        unknown_contents,
     )
     from ..training.teacher import open_teacher
     from .progress import training
@@ -100,7 +101,7 @@ def finetune_command(
     if state is not None:
         settings, changes = resumed(settings, given.all, state.settings, state.model)
         _check_teacher(settings, given)
-        output.notes([check_model(model, out, state), lost_best(state, out), *changes])
+        output.notes([check_model(model, out, state), forget_lost_best(state, out), *changes])
     loaded = state.model if state is not None else origin.load(model)
     train = reading.open(data, loaded, "train", augment=settings.augment, seed=settings.seed)
     test, *at_end = (reading.open(data, loaded, split, images=test_images) for split in held_out_splits(data))
@@ -116,7 +117,8 @@ def finetune_command(
     )
     if state is not None:
         check_resumable(state, train, test, settings, learned_from)
-        output.notes([ends_early(settings, given.all, len(train)), f"resuming at step {state.progress['step']}"])
+        early = ends_early(settings, given.all, len(train))
+        output.notes([unknown_contents(state), early, f"resuming at step {state.progress['step']}"])
     done = state.progress["step"] if state is not None else 0
     total = settings.steps(len(train))
     with working() as stop, training(output, total, done) as on_step:

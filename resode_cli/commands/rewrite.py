@@ -87,6 +87,9 @@ class Rewrite:
             kept = "" if self.unfinished == self.out else f"; {self.out} is as it was"
             self.output.note(f"interrupted; {self.unfinished} holds what was fitted so far{kept}")
             raise typer.Exit(exit_code(stop.number or signal.SIGINT))
+        if stop.number is not None:  # it came while the last phase was judged and saved
+            self.output.note(f"interrupted; {self.out} is whole, and was not measured")
+            raise typer.Exit(exit_code(stop.number))
         self._report(result, plan.teacher.name)
 
     def whole(self, change: Callable[[OdeResNet], None]) -> RewriteResult:
@@ -121,7 +124,7 @@ class Rewrite:
             settings = {**settings, "fit": {**settings["fit"], "interrupted": not done}}
         info = self.model.info.with_command(self.command, **settings)
         if self.was_finite:
-            check_finite(model, f"{self.command} made weights that are no numbers ({{}}), so nothing was written")
+            check_finite(model, f"{self.command} made weights that are no numbers ({{}}); they are not written")
         model_file.write(model.with_info(info), self.out if done else self.unfinished)
         self.saved = not done
         if done:

@@ -105,7 +105,7 @@ def loader_arguments(workers: int) -> dict[str, Any]:
         return {}
     return {
         "num_workers": workers,
-        "timeout": min(STUCK, LOOKED_AFTER),
+        "timeout": LOOKED_AFTER,
         "worker_init_fn": partial(ignore_stops, os.getpid()),
     }
 

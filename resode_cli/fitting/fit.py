@@ -244,12 +244,12 @@ class _Fit:
             clip_grad=settings.clip_grad,
             adjoint="backprop",
         )
-        counter, patience = Progress(), Patience()
+        progress, patience = Progress(), Patience()
         loop = Loop(
             self.model,
             training,
             self.device,
-            counter,
+            progress,
             total=total,
             should_stop=self.callbacks.should_stop,
             deferred=self.callbacks.deferred,
@@ -263,15 +263,15 @@ class _Fit:
 
         def stepped(found: tuple[float, dict[str, list[float]]]) -> None:
             self.stepped = True
-            self.callbacks.on_step(FitStep(phase, counter.step, total, *found))
+            self.callbacks.on_step(FitStep(phase, progress.step, total, *found))
 
         def between(found: tuple[float, dict[str, list[float]]]) -> str | None:
             # Before, the rate is high, and a loss that stays where it is says nothing.
-            return "early" if counter.step > total // 2 and patience.exhausted(found[0]) else None
+            return "early" if progress.step > total // 2 and patience.exhausted(found[0]) else None
 
         ended = loop.run(self._stream(), take, stepped, between)
         self.interrupted = ended == INTERRUPTED
-        return counter.step, ended
+        return progress.step, ended
 
     def _train_mode(self) -> None:
         """Dropout stays off: what is fitted is the function that is used."""

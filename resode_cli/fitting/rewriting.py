@@ -141,7 +141,7 @@ def rewrite_and_fit(
 ) -> RewriteResult:
     """Change stages in place, and fit the result to the network that they came from, on held-out images of the fit.
 
-    An interrupted fit has no last column: its model is saved as it is.
+    An interrupted fit has no last column: its model is saved as it is. Nor has one that a signal met at its very end.
     """
 
     def ended(phase: PhaseResult, so_far: OdeResNet) -> None:
@@ -177,7 +177,7 @@ def rewrite_and_fit(
     with callbacks.fit.deferred():
         verified = _verified(model, noise, before)
         callbacks.save(model, verified, not result.interrupted)
-    if not result.interrupted:
+    if not result.interrupted and not callbacks.fit.should_stop():
         columns.append(_column("fitted", model, images, reference, measuring, callbacks))
     return RewriteResult(tuple(columns), verified, True, result)
 

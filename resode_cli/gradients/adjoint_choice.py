@@ -80,6 +80,8 @@ def parse_adjoints(
                 raise unknown("setting of an adjoint", key, SETTINGS)
             if not equals:
                 raise UsageError(f"adjoint {entry.strip()!r}: write {key}=NUMBER")
+            if key in own:
+                raise UsageError(f"adjoint {entry.strip()!r}: {key} is given twice")
             own[key] = value
         known = settings_of(name)
         takes = {

@@ -105,7 +105,7 @@ USERS_OWN = ("file", "module")  # networks that code of the user's builds
 class SourceSpec:
     """Where a network came from: enough to build it again.
 
-    library: one of `sources.library.MODULES`, or 'module' for a network made in Python.
+    library: one of `sources.libraries.MODULES`, or 'module' for a network made in Python.
     name: architecture, 'FILE.py:FUNCTION', or the class of a module.
     tag: pretrained tag, if the library's own weights were loaded.
     arguments: what the builder was called with.

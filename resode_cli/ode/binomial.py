@@ -46,7 +46,7 @@ def forward_placement(depth: int, snapshots: int) -> tuple[int, ...]:
     snapshots − 1, …, 1 from the bottom. Every P is convex in its length, so one more step always goes
     where it costs least.
     """
-    slots = list(range(snapshots, 0, -1))[:depth]
+    slots = list(range(snapshots, max(snapshots - depth, 0), -1))
     lengths = [1] * len(slots)
     queue = [(_marginal(1, s), i) for i, s in enumerate(slots)]
     heapq.heapify(queue)

@@ -17,7 +17,7 @@ from ..errors import ResodeError, UsageError, unknown
 from ..machine.memory import check_room
 from ..network.parts import Preprocessing, Source, SourceSpec
 from . import saved_models, user_file
-from .library import MODULES, library_of
+from .libraries import MODULES, library_of
 from .weights import describe_not_finite, load_weights, state_sha256
 
 SAVED = ("hf-hub", "local-dir")  # networks of timm in a place of their own

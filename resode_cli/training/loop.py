@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,18 +14,13 @@ from ..errors import ResodeError
 from ..machine.signals import Stopped
 from ..network.model import autocast_dtype
 from .optimization import create_optimizer, create_scheduler
+from .results import Progress
 from .settings import Settings
 
 Taken = TypeVar("Taken")
 
 DONE, INTERRUPTED = "done", "interrupted"
 SEEDS_APART = 7919  # between the seeds of two epochs
-
-
-class Counter(Protocol):
-    """What counts the steps of a run."""
-
-    step: int
 
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
@@ -57,7 +52,7 @@ class Loop:
     """The steps of one optimizer over batches of images.
 
     A step sets the learning rate, lets the caller compute a gradient, and counts. The caller calls `update` where the
-    gradient is one to follow. counter: counts the steps, up to `total`; a resumed run has counted some.
+    gradient is one to follow. progress: counts the steps, up to `total`; a resumed run has counted some.
 
     Signals (`deferred`, `should_stop`): a step is never cut in two. A signal that comes while a batch is waited for,
     or between steps, ends the loop at once.
@@ -68,14 +63,14 @@ class Loop:
         model: nn.Module,
         settings: Settings,
         device: torch.device,
-        counter: Counter,
+        progress: Progress,
         *,
         total: int,
         should_stop: Callable[[], bool],
         deferred: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self.model, self.settings, self.device = model, settings, device
-        self.counter, self.total = counter, total
+        self.progress, self.total = progress, total
         self.should_stop, self.deferred = should_stop, deferred
         self.halfway = False  # through a step or a save
         self.optimizer = create_optimizer(model, settings)
@@ -94,24 +89,24 @@ class Loop:
         take: computes the gradient on a batch, and calls `update`. stepped: hears of it, before a signal may come.
         between: what is to be done before the next step; it may be cut short by a signal.
         """
-        first = self.counter.step
+        first = self.progress.step
         with closing(source) as stream:
             try:
                 for batch in stream:
                     with self.undisturbed():
-                        self.scheduler.step_update(self.counter.step)
+                        self.scheduler.step_update(self.progress.step)
                         self.optimizer.zero_grad(set_to_none=True)
                         taken = take(batch)
-                        self.counter.step += 1
+                        self.progress.step += 1
                         stepped(taken)
                     if self.should_stop():
                         return INTERRUPTED
                     if ended := between(taken):
                         return ended
-                    if self.counter.step == self.total:
+                    if self.progress.step == self.total:
                         return DONE
             except Stopped as stopped:
-                if self.counter.step == first:
+                if self.progress.step == first:
                     raise
                 stopped.heeded = True  # or it would come again while the run ends
                 return INTERRUPTED

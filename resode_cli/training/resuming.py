@@ -155,8 +155,16 @@ def check_teacher(state: State, teacher: Teacher | None) -> None:
     raise UsageError(f"--teacher {teacher.name}: the run began {what}; start a new run for another")
 
 
-def lost_best(state: State, folder: Path) -> str | None:
-    """What to say where the best model is no longer there; the run forgets it, and the next one is the best."""
+def unknown_contents(state: State) -> str | None:
+    """What to say of a run whose record of the images knows nothing of what is in them."""
+    known = all("contents" in was for split in ("train", "test") if (was := state.fingerprint.get(split)))
+    if known:
+        return None
+    return "an older resode saved this run: of its images, only the number and the classes could be compared"
+
+
+def forget_lost_best(state: State, folder: Path) -> str | None:
+    """What to say of a best model that is no longer there; the run forgets it, and the next one is the best."""
     if state.progress["best_top1"] < 0 or (folder / BEST).is_file():
         return None
     state.progress["best_top1"] = NONE_YET

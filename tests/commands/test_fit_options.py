@@ -218,3 +218,21 @@ def test_a_fit_whose_weights_become_no_numbers_writes_nothing(net: Path, picture
     assert main([*command, "--fit-lr", "1e38", "-o", str(out)]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and "unexpected" not in error and not out.exists()
+
+
+def test_a_signal_at_the_very_end_of_a_fit_leaves_a_whole_file(
+    net: Path, pictures: Path, tmp_path, monkeypatch, capsys
+):
+    """It is only noted while the last phase is judged and saved, and ends the command once the file stands."""
+    out = tmp_path / "deep.safetensors"
+
+    def signalled(phase: Any) -> str:
+        if phase.phase == "refine":
+            signal.raise_signal(signal.SIGTERM)
+        return phase.phase
+
+    monkeypatch.setattr("resode_cli.reports.fit.phase_line", signalled)
+    command = ["deepen", str(net), "--trust-source", "--blocks", "6", "--fit", str(pictures), *QUICK]
+    assert main([*command, "--no-gradients", "-o", str(out)]) == 143
+    assert "is whole, and was not measured" in " ".join(capsys.readouterr().err.split())
+    assert not load(out, trust_source=True).info.history[-1]["fit"]["interrupted"]

@@ -223,3 +223,30 @@ def test_a_worker_that_dies_as_it_starts_is_missed_at_once(make_folder, monkeypa
         with pytest.raises(WorkerDied, match="died"):
             list(batches(data, 2, workers=2))
     assert time.monotonic() - began < 30
+
+
+class Slow(ImageData):
+    """Every image takes its time."""
+
+    seconds = 0.0
+
+    def __getitem__(self, i: int):
+        time.sleep(self.seconds)
+        return super().__getitem__(i)
+
+
+@pytest.mark.parametrize(("seconds", "stuck"), [(0.7, False), (20.0, True)])
+def test_slow_images_are_waited_for_and_stuck_ones_are_one_line(seconds, stuck, make_folder, monkeypatch):
+    """A wait that is longer than the loader's own goes on, and loses no batch; past the limit it ends."""
+    monkeypatch.setattr("resode_cli.data.workers.LOOKED_AFTER", 0.3)
+    monkeypatch.setattr("resode_cli.data.workers.STUCK", 3)
+    data = open_data(str(make_folder(each=1)), PLAIN, "test")
+    slow = Slow(data.name, data.samples, data.class_names, transform=data.transform)
+    slow.seconds = seconds
+    if stuck:
+        with pytest.raises(WorkerDied, match="no image was read in 3 seconds"):
+            list(batches(slow, 1, workers=1))
+        return
+    found = list(batches(slow, 1, workers=1))
+    expected = list(batches(data, 1))
+    assert len(found) == 3 and all(torch.equal(a.images, b.images) for a, b in zip(found, expected, strict=True))

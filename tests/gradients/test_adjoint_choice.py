@@ -40,6 +40,7 @@ def test_keywords_hold_for_the_methods_that_take_them():
         ("pc:anchor=3", {}, "did you mean anchors"),
         ("pc:anchors=x", {}, "write a number of steps, 'auto' or 'none'"),
         ("pc:anchors=0", {}, "1 or more"),
+        ("pc:anchors=3:anchors=4", {}, "anchors is given twice"),
         ("auto:anchors=3", {}, "chooses its own"),
         ("checkpoint:anchors=none", {}, "needs some"),
         ("checkpoint:anchors=3:snapshots=2", {}, "not both"),

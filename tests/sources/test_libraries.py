@@ -16,7 +16,7 @@ from resode_cli.app import main
 from resode_cli.errors import UsageError
 from resode_cli.network.parts import Preprocessing
 from resode_cli.sources.cifar import CifarResNet
-from resode_cli.sources.library import MODULES, library_of
+from resode_cli.sources.libraries import MODULES, library_of
 from resode_cli.sources.registry import open_source
 from resode_cli.surgery.convert import convert
 
