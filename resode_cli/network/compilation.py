@@ -73,8 +73,6 @@ class CompiledResidual(Residual):
     fallback_random too), so that the masks of the forward pass cannot be replayed.
     """
 
-    recordable = False  # it would be another graph, which keeps what it saves
-
     def __init__(self, plain: Residual, compilation: Compilation, *, replayed: bool) -> None:
         self.plain, self.compilation, self.replayed = plain, compilation, replayed
         self.module = plain.module
@@ -86,11 +84,9 @@ class CompiledResidual(Residual):
         return self._run(self.compilation.step, x, h)
 
     def _run(self, compiled: Callable[..., Tensor], x: Tensor, *h: float) -> Tensor:
-        if torch.is_grad_enabled():
-            return self._guarded(compiled, x, *h)
         before = RandomState.now(x.device) if self.replayed else None
         # Detached: a stage's first state may require a gradient, the others do not, and that would be two graphs.
-        result = self._guarded(compiled, x.detach(), *h)
+        result = self._guarded(compiled, x if torch.is_grad_enabled() else x.detach(), *h)
         if before is not None and not before.equals(RandomState.now(x.device)):
             raise ResodeError(
                 f"block {type(self.module).__name__} draws random numbers, which a compiled block cannot draw again"

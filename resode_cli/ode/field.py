@@ -27,7 +27,6 @@ class Residual(ABC):
     """One distinct block's residual function r_b(x), a map of a state to a tensor of the same shape."""
 
     module: nn.Module
-    recordable = True  # whether its forward pass may be recorded, to see what its gradient depends on
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
@@ -102,7 +101,7 @@ class Evaluator:
         self.used[block] = None
         if self.recording:
             return self._record(n, x, key, lambda state: run(residual, state))
-        if self.replaying and residual.recordable:
+        if self.replaying:
             plain = run
 
             def run(residual: Residual, x: Tensor) -> Tensor:
@@ -131,7 +130,7 @@ class Evaluator:
             self.held[block] = generators_in(self.field.residuals[block].module.modules())
         before = RandomState.now(x.device, self.held[block])
         # An exported program holds tensors alone; what compiles a whole model has graphs of its own.
-        watched = self.field.residuals[block].recordable and not torch.compiler.is_compiling()
+        watched = not torch.compiler.is_compiling()
         result = recorded_bare(run, x, own, name=f"{self.field.describe(n)} of step {n}") if watched else run(x)
         host = self.host.drawn()
         if host is not None or not before.equals(RandomState.now(x.device, self.held[block])):
