@@ -59,6 +59,8 @@ COUNT = Range(1, LARGEST_COUNT)
 COUNT_OR_NONE = Range(0, LARGEST_COUNT)
 FINITE = Range(-math.inf)
 POSITIVE = Range(0, above=True)
+TEMPERATURE = Range(0.001, 1000)  # beyond, a softmax is one class or none, and the square of τ is no number
+CORRECTIONS = Range(0, 1000)
 NOT_NEGATIVE = Range(0)
 FRACTION = Range(0, 1)
 DECAYING = Range(0, 1, below=True)  # the factor of a running average

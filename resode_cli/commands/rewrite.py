@@ -80,7 +80,7 @@ class Rewrite:
                 result = rewrite_and_fit(self.model, picked, change, plan, self._measuring(), self._callbacks(fit=fit))
             except BaseException:
                 if self.saved:
-                    self.output.note(f"{self.unfinished} holds what was fitted up to the last phase that ended")
+                    self.output.note(f"{self.unfinished} holds what was fitted so far")
                 raise
         show_fit(self.output, plan, result)
         if result.fit is not None and result.fit.interrupted:

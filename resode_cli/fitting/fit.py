@@ -15,11 +15,13 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..data import Batch, ImageData, batches
+from ..data.workers import WorkerDied
 from ..errors import ResodeError
 from ..machine.memory import free_bytes
 from ..machine.signals import Stopped
@@ -90,6 +92,7 @@ class _Fit:
         self.depth_weights = depth_weights
         self.interrupted = self.recalibrated = False
         self.stepped = False  # whether there is anything to keep
+        self.died: WorkerDied | None = None  # what ended a phase before its time
         self.results: list[PhaseResult] = []
         self.seen = 0  # batches drawn so far
         needed = set(TO_STATES) & set(settings.phases) or settings.states or settings.contract
@@ -219,6 +222,8 @@ class _Fit:
             result = PhaseResult(phase, depths, steps, time.perf_counter() - began, before, after, ended)
             self.results.append(result)
             self.callbacks.on_phase(result, self._finished())
+        if self.died is not None:
+            raise self.died
 
     def _settled(self, phase: str, figures: HeldOutErrors) -> bool:
         if self.settings.smooth or self.settings.contract:
@@ -269,7 +274,11 @@ class _Fit:
             # Before, the rate is high, and a loss that stays where it is says nothing.
             return "early" if progress.step > total // 2 and patience.exhausted(found[0]) else None
 
-        ended = loop.run(self._stream(), take, stepped, between)
+        try:
+            ended = loop.run(self._stream(), take, stepped, between)
+        except WorkerDied as died:  # its steps are kept as a signal's are; what follows reads images in this process
+            self.died, self.settings = died, replace(settings, workers=0)
+            return progress.step, INTERRUPTED
         self.interrupted = ended == INTERRUPTED
         return progress.step, ended
 

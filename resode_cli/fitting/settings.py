@@ -7,7 +7,7 @@ from functools import partial
 
 from ..errors import UsageError
 from ..options import check_options, option
-from ..quantities import COUNT, COUNT_OR_NONE, NOT_NEGATIVE, POSITIVE, SEED, WORKERS
+from ..quantities import COUNT, COUNT_OR_NONE, NOT_NEGATIVE, POSITIVE, SEED, TEMPERATURE, WORKERS
 
 TO_STATES, END_TO_END = ("blocks", "stages"), ("logits", "refine")
 PHASES = TO_STATES + END_TO_END
@@ -62,7 +62,7 @@ class FitSettings:
         1.2e-4, "Peak learning rate in 'logits' and 'refine'.", range=POSITIVE, flags=("--fit-logits-lr",)
     )
     clip_grad: float = fitted(5.0, "Largest norm of the gradient.", range=POSITIVE, flags=("--fit-clip-grad",))
-    temperature: float = fitted(2.0, "Temperature of the logits that are distilled.", range=POSITIVE)
+    temperature: float = fitted(2.0, "Temperature of the logits that are distilled.", range=TEMPERATURE)
     states: float = fitted(
         0.0, "Weight of the states beside the logits, end to end.", range=NOT_NEGATIVE, flags=("--fit-states",)
     )

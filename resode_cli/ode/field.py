@@ -83,7 +83,6 @@ class Evaluator:
     used: dict[int, None] = dataclasses.field(default_factory=dict)  # distinct blocks evaluated since last cleared
     held: dict[int, list[Any]] = dataclasses.field(default_factory=dict)  # generators that a block's modules hold
     host: HostWatch | None = None
-    parameters: set[int] = dataclasses.field(default_factory=set)  # that get a gradient, by id; while recording
 
     def value(self, n: int, x: Tensor, key: EvaluationKey) -> Tensor:
         """r_n(x)."""
@@ -126,7 +125,7 @@ class Evaluator:
         block = self.field.schedule[n]
         own = None  # a block is looked at once
         if block not in self.held:
-            own = self.parameters = self.parameters or {id(p) for p in self.field.parameters()}
+            own = {id(p) for p in self.field.residuals[block].module.parameters()}
             self.held[block] = generators_in(self.field.residuals[block].module.modules())
         before = RandomState.now(x.device, self.held[block])
         # An exported program holds tensors alone; what compiles a whole model has graphs of its own.

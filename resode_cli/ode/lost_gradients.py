@@ -47,6 +47,13 @@ def recorded_bare(run: Callable[[Tensor], Tensor], x: Tensor, own: Collection[in
             if WRITES not in str(error):
                 raise
             raise ResodeError(f"{name} writes to its input; make that operation out of place") from error
+    if leaf._backward_hooks:
+        raise ResodeError(
+            f"{name} puts a hook on its state: it would see a part of the state's gradient only; put the hook on a"
+            " tensor of the block's own, or use the adjoint method 'backprop' for the stage"
+        )
+    # For what saves no tensor on its way from the state: the state itself, a sum of it.
+    leaf.register_hook(refuse)  # type: ignore[no-untyped-call]
     foreign = None if own is None else foreign_leaf(result, leaf, own)
     if foreign is not None:
         raise ResodeError(

@@ -70,7 +70,8 @@ def deepen(stage: OdeStage, blocks: int, *, mode: str = "replicate", depth_weigh
     interpolate: every step gets weights of its own, linear in depth between the steps' weights at
         their midpoints (n + ½)/N; T stays.
     identity: steps whose last norm (or last convolution) is zero are inserted; h stays, so T grows
-        with N and the function stays exactly the same.
+        with N and the function stays exactly the same; after a block that ends in a ReLU, for states that are not
+        negative, as the stem and the transitions of a ResNet give them.
 
     depth_weights: how the steps share weights afterwards, with the first two modes; None: as they
     come out of the mode, but linear in depth stays linear.
@@ -126,6 +127,9 @@ def _with_identities(stage: OdeStage, blocks: int) -> OdeStage:
         raise UsageError(
             f"--mode identity keeps the function under the Euler rule only; stage {spec.name} uses {spec.scheme}"
         )
+    if spec.blends:  # a step is repeated as a block of its own
+        stage = untie(stage)
+        spec = stage.spec
     modules, splits, specs, schedule = list(stage.blocks), list(stage.splits), list(spec.blocks), []
     previous = -1
     taken = {block.name for block in spec.blocks} | set(spec.transition)

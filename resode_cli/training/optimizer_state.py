@@ -131,6 +131,8 @@ def check_optimizer(settings: Settings) -> None:
             raise
         except Exception as error:  # whatever an optimizer lacks: a GPU, a package, a second derivative
             reason = (str(error) or type(error).__name__).splitlines()[0]
+            if "overflow" in reason:
+                raise UsageError(f"--lr {settings.lr:g} is too large to be a step's size ({reason})") from error
             raise UsageError(
                 f"--optimizer {settings.optimizer} cannot be used here ({reason}); choose another"
             ) from error

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..options import check_options, option
 from ..quantities import (
+    CORRECTIONS,
     COUNT,
     COUNT_OR_NONE,
     DECAYING,
@@ -15,6 +16,7 @@ from ..quantities import (
     NOT_NEGATIVE,
     POSITIVE,
     SEED,
+    TEMPERATURE,
     WORKERS,
     parse_bytes,
 )
@@ -59,7 +61,7 @@ class Settings:
         "Hold every K-th state; 'auto': as many as --grad-tol needs; 'none'. Default: the method's own.",
         resume="stays",
     )
-    corrections: int = backward(0, "Extra evaluations per reversed step.", range=COUNT_OR_NONE, resume="stays")
+    corrections: int = backward(0, "Extra evaluations per reversed step.", range=CORRECTIONS, resume="stays")
     snapshots: int | None = backward(
         None, "For checkpoint: hold this many states, optimally placed.", range=COUNT, resume="stays"
     )
@@ -128,7 +130,7 @@ class Settings:
     channels_last: bool = machine(False, "Keep images and states in that memory format.")
     teacher: str | None = teaching(None, "Model file or SOURCE to learn from.")
     distill: float = teaching(0.5, "Weight of the teacher's logits; the labels have the rest.", range=FRACTION)
-    temperature: float = teaching(2.0, "Temperature of the logits that are distilled.", range=POSITIVE)
+    temperature: float = teaching(2.0, "Temperature of the logits that are distilled.", range=TEMPERATURE)
     teacher_states: float = teaching(0.0, "Weight of the outputs of the teacher's stages.", range=NOT_NEGATIVE)
 
     def __post_init__(self) -> None:

@@ -187,7 +187,7 @@ def test_a_fit_that_fails_says_what_its_file_holds(own_input, net: Path, picture
     assert main([*command, "-o", str(out)]) == 1
     written = tmp_path / "net.unfinished.safetensors" if own_input else out
     error = capsys.readouterr().err
-    assert f"{written} holds what was fitted up to the last phase that ended" in " ".join(error.split())
+    assert f"{written} holds what was fitted so far" in " ".join(error.split())
     assert load(written, trust_source=True).info.history[-1]["fit"]["interrupted"]
     assert not own_input or net.read_bytes() == before
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from resode_cli.errors import ResodeError
+from resode_cli.errors import NonFiniteWarning, ResodeError
 from resode_cli.files.model_file import load, save
 from resode_cli.network.model import OdeResNet
 from resode_cli.sources.registry import open_source
@@ -62,6 +62,17 @@ class Doubled(nn.BatchNorm2d):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return 2 * super().forward(input)
+
+
+def test_a_logit_that_is_no_number_hides_no_change(model: OdeResNet, tmp_path: Path) -> None:
+    with torch.no_grad():
+        model.net.linear.bias[0] = torch.nan
+    with pytest.warns(NonFiniteWarning):
+        save(model, tmp_path / "as-it-is.safetensors")
+        load(tmp_path / "as-it-is.safetensors")
+    model.net.conv1.padding_mode = "circular"
+    with pytest.raises(ResodeError, match="another function"):
+        save(model, tmp_path / "m.safetensors")
 
 
 @pytest.mark.parametrize("name", CHANGES)

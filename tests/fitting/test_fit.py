@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from resode_cli.data import open_data
+from resode_cli.data import Batch, open_data
+from resode_cli.data.workers import WorkerDied
 from resode_cli.errors import ResodeError, UsageError
 from resode_cli.files import model_file
+from resode_cli.fitting import fit as fit_module
 from resode_cli.fitting.fit import fit
 from resode_cli.fitting.images import FitData, held_out
 from resode_cli.fitting.penalties import contraction, roughness
@@ -21,6 +24,7 @@ from resode_cli.fitting.results import FitCallbacks, FitResult, PhaseCost, Phase
 from resode_cli.fitting.settings import FitSettings
 from resode_cli.network.model import OdeResNet
 from resode_cli.surgery.rewrite import deepen, tie
+from resode_cli.training.loop import training_batches
 from resode_cli.training.optimization import create_optimizer
 from resode_cli.training.settings import Settings
 from resode_cli.training.teacher import Teacher, own_teacher
@@ -376,3 +380,26 @@ def test_unlabelled_images_may_lie_anywhere(tmp_path: Path, tiny: OdeResNet, nes
         (folder / f"{i}.png").write_bytes(picture.read_bytes())
     data = open_data(str(tmp_path / "loose"), tiny.info.preprocessing, "train", labelled=False)
     assert len(data) == 3 and data[0][0].shape == (3, 16, 16)
+
+
+# What ends a phase before its time
+
+
+def test_a_worker_that_dies_in_a_phase_loses_no_step_of_it(pair, pictures: FitData, monkeypatch):
+    """Five steps of twelve are done: they are judged, handed on to be written, and only then it fails."""
+    student, teacher = pair
+    before, source, ended = state(student), training_batches, []
+
+    def dying(*arguments: Any, **settings: Any) -> Iterator[Batch]:
+        for place, batch in enumerate(source(*arguments, **settings)):
+            if place == 5:
+                raise WorkerDied("a process that reads images died")
+            yield batch
+
+    monkeypatch.setattr(fit_module, "training_batches", dying)
+    callbacks = FitCallbacks(on_phase=lambda result, model: ended.append((result, state(model))))
+    with pytest.raises(WorkerDied):
+        run(student, teacher, pictures, replace(FAST, bn="keep"), callbacks=callbacks)
+    ((result, kept),) = ended
+    assert (result.phase, result.steps, result.ended) == ("blocks", 5, "interrupted")
+    assert result.after.state_error < result.before.state_error and not same(kept, before)

@@ -57,6 +57,12 @@ class Weights(Plain):
         self.box = self.conv.weight.square()
 
 
+class State(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        self.box = x
+        return x + torch.tanh(self.conv(x))
+
+
 class Outside(Plain):
     def keep(self, out: Tensor) -> None:
         OUTSIDE.append(out)
@@ -76,6 +82,7 @@ TAKE = {
     Listed: lambda block: block.box[0],
     Named: lambda block: block.box["out"],
     Weights: lambda block: block.box,
+    State: lambda block: block.box,
     Outside: lambda block: OUTSIDE[-1],
 }
 

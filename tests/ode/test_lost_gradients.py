@@ -199,3 +199,48 @@ def test_buffers_move_once_in_eval_mode_too(adjoint: Adjoint, training: bool) ->
         found.append([b for block in blocks for b in block.buffers()])
     for expected, got in zip(*found, strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+class Sees(Block):
+    """Does something with its state that saves no tensor for a backward pass."""
+
+    def __init__(self, see: Callable[[Sees, Tensor], object]) -> None:
+        super().__init__()
+        self.see = see
+        self.kept = torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.see(self, x)
+        return super().forward(x)
+
+
+SEES = {
+    "the state": lambda block, x: setattr(block, "kept", x),
+    "a mean": lambda block, x: setattr(block, "kept", x.mean()),
+    "a shifted sum": lambda block, x: setattr(block, "kept", (x + block.layer.bias).sum()),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kept", SEES)
+def test_what_is_kept_without_any_saved_activation_is_an_error_too(kept: str, method: str) -> None:
+    blocks = blocks_of(lambda: Sees(SEES[kept]))
+    out = run(blocks, method, state())
+    with pytest.raises(ResodeError, match=r"block Sees of step \d keeps a tensor while it runs"):
+        (out.sum() + blocks[2].kept.sum()).backward()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_hook_on_the_gradient_of_the_state_is_an_error(method: str) -> None:
+    blocks = blocks_of(lambda: Sees(lambda block, x: x.register_hook(lambda g: 2 * g)))
+    with pytest.raises(ResodeError, match="block Sees of step 0 puts a hook on its state"):
+        run(blocks, method, state())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_parameter_of_another_block_of_the_stage_is_foreign(method: str) -> None:
+    blocks = blocks_of(Block)
+    first, second = blocks[:2]
+    second.layer.register_forward_hook(lambda module, args, out: out * first.layer.bias)
+    with pytest.raises(ResodeError, match="block Block of step 1 reads a trained tensor that is no"):
+        run(blocks, method, state())

@@ -233,6 +233,14 @@ def test_identity_steps_change_no_logit(before: int, blocks: int, tiny: OdeResNe
     assert all(stage.spec.depth == blocks for stage in tiny.stages.values())
 
 
+def test_identity_steps_beside_weights_linear_in_depth_change_no_logit(tiny: OdeResNet, images):
+    on_every_stage(tiny, lambda s: deepen(s, 5, depth_weights="linear"))
+    expected = logits(tiny, images)
+    on_every_stage(tiny, lambda s: deepen(s, 9, mode="identity"))
+    torch.testing.assert_close(logits(tiny, images), expected)
+    assert all(stage.spec.depth == 9 and not stage.spec.blends for stage in tiny.stages.values())
+
+
 def test_identity_keeps_the_step_size_so_the_horizon_grows(stage: OdeStage):
     deep = deepen(deepen(stage, 5), 7, mode="identity")
     assert deep.spec.horizon == Fraction(3) * 7 / 5
