@@ -40,6 +40,7 @@ LINEAR = "linear"
 GENERIC = "generic"  # the branch is not known apart from the block
 
 
+_LIBRARIES = frozenset({"torch", "torchvision", "timm"})
 _ACTIVATION_CLASSES = {
     "relu": "relu",
     "silu": "silu",
@@ -69,8 +70,8 @@ def activation_name(module: nn.Module | None) -> str:
     """The name of an activation module in ACTIVATIONS, 'linear' for none, else 'generic'."""
     if module is None or is_identity(module):
         return LINEAR
-    # timm has its own classes of the same names; so do users, whose classes may learn or keep something.
-    if not is_stateless(module):
+    # timm has its own classes of the same names; so do users, whose classes may do anything, and something else later.
+    if not is_stateless(module) or type(module).__module__.partition(".")[0] not in _LIBRARIES:
         return GENERIC
     name = type(module).__name__.lower()
     if name == "gelu":

@@ -76,6 +76,8 @@ class Repetition:
         """Take the taped evaluation of step n, at a state of the forward pass, into account."""
         self.limit = tolerance(state)
         images = len(state)
+        if not images:
+            return
         truth, x, step = (t.view(images, -1) for t in (self.passed[n], sample(state), sample(increment).mul_(h)))
         norm = partial(torch.linalg.vector_norm, dim=1)
         size = norm(truth) + norm(x) + norm(step)

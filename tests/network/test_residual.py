@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import timm.layers
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -151,7 +152,7 @@ def test_a_shorter_step_scales_the_residual(activation, form):
 
 
 class Swish(nn.Module):
-    """timm has its own class of this name."""
+    """A user's class, which may do anything. timm has its own of this name."""
 
 
 class LeakyRelu(nn.ReLU):
@@ -166,7 +167,8 @@ class LeakyRelu(nn.ReLU):
         (nn.ReLU(), "relu"),
         (nn.ReLU(inplace=True), "relu"),
         (nn.SiLU(), "silu"),
-        (Swish(), "silu"),
+        (Swish(), "generic"),
+        (timm.layers.Swish(), "silu"),
         (nn.GELU(), "gelu"),
         (nn.GELU("tanh"), "gelu_tanh"),
         (nn.Hardswish(), "hardswish"),

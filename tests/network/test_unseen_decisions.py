@@ -209,6 +209,43 @@ def test_layers_that_learn_go_on_learning_whatever_their_name(kind: type[nn.Modu
             torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-5)
 
 
+class Beta(nn.Module):
+    """Swish with a setting of its own, under a name that is known with another formula."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.beta = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.beta * x)
+
+
+class Capped(Beta):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clamp(0, self.beta)
+
+
+Beta.__name__, Capped.__name__ = "Swish", "ReLU"
+
+
+@pytest.mark.parametrize("kind", [Beta, Capped])
+def test_an_activation_of_the_users_own_is_called_whatever_its_name(kind: type[nn.Module]) -> None:
+    class After(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act = kind()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(x + self.g(x))
+
+    net, model = pair(After)
+    assert_alike(net, model)
+    for each in (net, model):
+        for block in blocks_of(each):
+            block.act.beta = 0.3
+    assert_alike(net, model)
+
+
 class Meter(nn.Module):
     def __init__(self) -> None:
         super().__init__()

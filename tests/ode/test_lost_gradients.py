@@ -244,3 +244,11 @@ def test_a_parameter_of_another_block_of_the_stage_is_foreign(method: str) -> No
     second.layer.register_forward_hook(lambda module, args, out: out * first.layer.bias)
     with pytest.raises(ResodeError, match="block Block of step 1 reads a trained tensor that is no"):
         run(blocks, method, state())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_batch_without_images_passes(method: str) -> None:
+    x = torch.zeros(0, WIDTH, dtype=torch.float64, requires_grad=True)
+    run(blocks := blocks_of(Block), method, x).sum().backward()  # type: ignore[no-untyped-call]
+    assert x.grad is not None and x.grad.shape == x.shape
+    assert all(not p.grad.any() for block in blocks for p in block.parameters() if p.grad is not None)

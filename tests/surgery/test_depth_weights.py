@@ -303,3 +303,11 @@ def test_linear_weights_cannot_be_compiled(stage: OdeStage, tiny: OdeResNet):
     tiny.compile_branches()
     with pytest.raises(UsageError, match="stage layer1 .* cannot be compiled"):
         tiny.replace_stage("layer1", linear(stage, 6))
+
+
+def test_a_layer_under_two_names_is_not_blended(stage: OdeStage):
+    for block in stage.blocks:
+        block.alias = block.bn1
+    with pytest.raises(UsageError, match="holds a tensor under two names"):
+        deepen(stage, 5, depth_weights="linear")
+    assert deepen(stage, 6).spec.depth == 6
