@@ -35,6 +35,10 @@ class WorkerDied(ResodeError):
     """A process that reads images was killed, or reads nothing any more."""
 
 
+class WorkersStuck(WorkerDied):
+    """No process gives an image any more: whoever reads from there next waits too."""
+
+
 def read_in_workers(loader: DataLoader[Any]) -> Iterator[Any]:
     """What a loader with workers gives. Raises WorkerDied, only while the caller waits for a batch."""
     global _waiting, _starting
@@ -152,7 +156,7 @@ def _explain(error: RuntimeError, workers: set[BaseProcess]) -> None:
     _check(workers)
     text = str(error)
     if "timed out" in text:
-        raise WorkerDied(f"no image was read in {STUCK} seconds: the disk or a file is stuck") from error
+        raise WorkersStuck(f"no image was read in {STUCK} seconds: the disk or a file is stuck") from error
     if "DataLoader worker" in text:
         raise WorkerDied(f"a process that reads images died: {text}") from error
 

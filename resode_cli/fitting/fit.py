@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..data import Batch, ImageData, batches
-from ..data.workers import WorkerDied
+from ..data.workers import WorkerDied, WorkersStuck
 from ..errors import ResodeError
 from ..machine.memory import free_bytes
 from ..machine.signals import Stopped
@@ -276,6 +276,8 @@ class _Fit:
 
         try:
             ended = loop.run(self._stream(), take, stepped, between)
+        except WorkersStuck:  # the phase cannot be judged: this process would wait for the same file
+            raise
         except WorkerDied as died:  # its steps are kept as a signal's are; what follows reads images in this process
             self.died, self.settings = died, replace(settings, workers=0)
             return progress.step, INTERRUPTED

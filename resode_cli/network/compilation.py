@@ -69,8 +69,8 @@ class CompiledResidual(Residual):
     """A residual function that runs compiled.
 
     replayed: whether the backward pass evaluates r again. Then a block may not draw random numbers: the
-    graph without a tape and the one with it draw them in different orders (inductor does, with
-    fallback_random too), so that the masks of the forward pass cannot be replayed.
+    graph of a step and the one of r draw them in different orders (inductor does, with fallback_random too), so that
+    the masks of the forward pass cannot be replayed.
     """
 
     def __init__(self, plain: Residual, compilation: Compilation, *, replayed: bool) -> None:

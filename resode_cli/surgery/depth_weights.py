@@ -32,30 +32,33 @@ DEPTH_WEIGHTS = ("replicate", "linear", "tied", "tied+norms", "free")
 def linear_in_depth(stage: OdeStage, blocks: int) -> OdeStage:
     """Weights linear in depth, for `blocks` steps; the knots are the present weights, one per run of equal ones.
 
-    A stage that is linear already keeps its knots. T stays. Raises UsageError for a block that holds a tensor under two
-    names, which a blend would have to write twice.
+    A stage that is linear already keeps its knots. T stays.
     """
-    for spec, block in zip(stage.spec.blocks, stage.blocks, strict=True):
-        tensors = tensors_of(block)
-        if len(distinct(tensors.items())) < len(tensors):
-            raise UsageError(
-                f"block {spec.name} of stage {stage.spec.name} holds a tensor under two names, which weights linear in"
-                " depth cannot blend; use --depth-weights replicate or tied"
-            )
     knots = stage if stage.spec.blends or _in_even_runs(stage) else _with_own_blocks(stage)
-    coarse = knots.spec
+    spec = knots.spec
     schedule, blends = [], []
     for n in range(blocks):
         # The midpoint of step n of N in units of knots, relative to their midpoints.
-        place = Fraction(2 * n + 1, 2 * blocks) * len(coarse.blocks) - Fraction(1, 2)
-        place = min(max(place, Fraction(0)), Fraction(len(coarse.blocks) - 1))
+        place = Fraction(2 * n + 1, 2 * blocks) * len(spec.blocks) - Fraction(1, 2)
+        place = min(max(place, Fraction(0)), Fraction(len(spec.blocks) - 1))
         schedule.append(int(place))
         blends.append(float(place - int(place)))
     if not any(blends):
         blends = []
     return rebuilt(
-        stage, replace(coarse, schedule=tuple(schedule), blends=tuple(blends)), list(knots.blocks), knots.splits
+        stage, replace(spec, schedule=tuple(schedule), blends=tuple(blends)), list(knots.blocks), knots.splits
     )
+
+
+def check_blends(stage: OdeStage) -> None:
+    """Raises UsageError for blended blocks that hold a tensor under two names: a blend would have to write it twice."""
+    for spec, block in zip(stage.spec.blocks, stage.blocks, strict=True):
+        tensors = tensors_of(block)
+        if stage.spec.blends and len(distinct(tensors.items())) < len(tensors):
+            raise UsageError(
+                f"block {spec.name} of stage {stage.spec.name} holds a tensor under two names, which weights linear in"
+                " depth cannot blend; use --depth-weights free, replicate or tied"
+            )
 
 
 def _in_even_runs(stage: OdeStage) -> bool:

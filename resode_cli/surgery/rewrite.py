@@ -13,7 +13,16 @@ from torch import nn
 
 from ..errors import UsageError, unknown
 from ..network.stage import BlockSpec, OdeStage
-from .depth_weights import DEPTH_WEIGHTS, linear_in_depth, mean_block, named, rebuilt, step_blocks, tied_with_norms
+from .depth_weights import (
+    DEPTH_WEIGHTS,
+    check_blends,
+    linear_in_depth,
+    mean_block,
+    named,
+    rebuilt,
+    step_blocks,
+    tied_with_norms,
+)
 
 MODES = ("replicate", "interpolate", "identity")
 RULES = ("mean", "first", "middle", "last")
@@ -107,6 +116,7 @@ def deepen(stage: OdeStage, blocks: int, *, mode: str = "replicate", depth_weigh
         return tie(deep, norms=depth_weights == "tied+norms")
     if depth_weights == "free" or (mode == "interpolate" and depth_weights is None and blocks > spec.depth):
         return untie(deep)
+    check_blends(deep)
     return deep
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from resode_cli.data import Batch, open_data
-from resode_cli.data.workers import WorkerDied
+from resode_cli.data.workers import WorkerDied, WorkersStuck
 from resode_cli.errors import ResodeError, UsageError
 from resode_cli.files import model_file
 from resode_cli.fitting import fit as fit_module
@@ -382,24 +382,25 @@ def test_unlabelled_images_may_lie_anywhere(tmp_path: Path, tiny: OdeResNet, nes
     assert len(data) == 3 and data[0][0].shape == (3, 16, 16)
 
 
-# What ends a phase before its time
-
-
-def test_a_worker_that_dies_in_a_phase_loses_no_step_of_it(pair, pictures: FitData, monkeypatch):
-    """Five steps of twelve are done: they are judged, handed on to be written, and only then it fails."""
+@pytest.mark.parametrize("death", [WorkerDied, WorkersStuck])
+def test_a_worker_that_dies_in_a_phase_loses_no_step_of_it(death, pair, pictures: FitData, monkeypatch):
+    """Five steps of twelve are judged and handed on before it fails; where images are stuck, no one can judge."""
     student, teacher = pair
     before, source, ended = state(student), training_batches, []
 
     def dying(*arguments: Any, **settings: Any) -> Iterator[Batch]:
         for place, batch in enumerate(source(*arguments, **settings)):
             if place == 5:
-                raise WorkerDied("a process that reads images died")
+                raise death("a process that reads images died")
             yield batch
 
     monkeypatch.setattr(fit_module, "training_batches", dying)
     callbacks = FitCallbacks(on_phase=lambda result, model: ended.append((result, state(model))))
-    with pytest.raises(WorkerDied):
+    with pytest.raises(death):
         run(student, teacher, pictures, replace(FAST, bn="keep"), callbacks=callbacks)
+    if death is WorkersStuck:
+        assert not ended
+        return
     ((result, kept),) = ended
     assert (result.phase, result.steps, result.ended) == ("blocks", 5, "interrupted")
     assert result.after.state_error < result.before.state_error and not same(kept, before)

@@ -117,7 +117,7 @@ def assert_same(found, expected) -> None:
 
 
 def test_one_compilation_serves_forty_blocks(build_tiny):
-    """The steps on the tape; the steps off it and the taped evaluations; and a reversal's evaluations."""
+    """The steps on the tape; the recorded steps and the taped evaluations; and a reversal's evaluations."""
     stage = untie(deepen(build_tiny("make_long").stages["layer1"], 40)).train()
     assert len(stage.blocks) == 40
     stage.compile_branch(backend=(counter := Counter()))

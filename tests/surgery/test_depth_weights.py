@@ -310,4 +310,8 @@ def test_a_layer_under_two_names_is_not_blended(stage: OdeStage):
         block.alias = block.bn1
     with pytest.raises(UsageError, match="holds a tensor under two names"):
         deepen(stage, 5, depth_weights="linear")
-    assert deepen(stage, 6).spec.depth == 6
+    x = torch.rand(2, 4, 6, 6, dtype=torch.float64)
+    deep = deepen(stage, 5, mode="interpolate").eval()
+    for block in stage.blocks:
+        del block.alias
+    torch.testing.assert_close(deep(x), deepen(stage, 5, mode="interpolate").eval()(x))

@@ -128,6 +128,11 @@ def test_a_rate_that_breaks_the_weights_leaves_no_save_of_them(here: Path, capsy
     assert not list(Path("new").glob("*.safetensors"))
 
 
+def test_a_rate_that_no_float_holds_is_named_and_not_its_optimizer(here: Path, capsys: Any) -> None:
+    assert main(run("-o", "new", "--lr", "1e308", steps=1)) == 2
+    assert "error: --lr 1e+308 is too large" in capsys.readouterr().err
+
+
 def test_weights_that_are_no_numbers_are_not_trained(here: Path, capsys: Any) -> None:
     model = model_file.load("m.safetensors")
     with torch.no_grad():
