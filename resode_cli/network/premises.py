@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from .plain_code import check_function, check_modules
 from .seen_values import (
     ABSENT,
     BY_IDENTITY,
@@ -25,6 +26,7 @@ from .seen_values import (
     LIBRARIES,
     PLAIN,
     STATEFUL,
+    TRUSTED,
     Restless,
     as_seen,
     is_as_seen,
@@ -98,7 +100,8 @@ class Premises:
                 if erased and not runs_its_class(modules[place]):
                     return False
                 for name, seen in values:
-                    if own[name] is not seen and not is_as_seen(own[name], seen, self.names):
+                    value = own.get(name, ABSENT)
+                    if value is not seen and not is_as_seen(value, seen, self.names):
                         return False
         except KeyError:
             return False
@@ -164,8 +167,9 @@ def premises_of(
     if any(_holds_twice(module) for path, module in paths.items() if path not in closed):
         raise Restless("it holds a tensor under two names")  # of which a trace knows one
     counting = {path: module for path, module in paths.items() if path not in aliases}
+    check_modules(counting.values())
     try:
-        search = _Search(block, [module for path, module in counting.items() if path not in called])
+        search = _Search(block, [m for path, m in counting.items() if path not in called], counting.values())
         parts = [
             _Part(
                 list(paths).index(path),
@@ -177,7 +181,7 @@ def premises_of(
             for path, module in counting.items()
         ]
         tables = [*search.outside.values(), *((kind.__dict__, "forward") for kind in _forwards(block, erased))]
-        outside = tuple((table, name, as_seen(table[name], search.names)) for table, name in tables)
+        outside = tuple((table, name, as_seen(table.get(name, ABSENT), search.names)) for table, name in tables)
         cells = tuple((cell, as_seen(_content(cell), search.names)) for cell in search.cells)
     except RecursionError as error:
         raise Restless("what it looks at holds itself") from error
@@ -195,6 +199,9 @@ def _values(module: nn.Module, names: set[str], live: set[str], *, is_block: boo
         elif is_block:  # named nowhere, but its name may have been put together
             with suppress(Restless):
                 yield name, as_seen(own[name], names)
+    for base in type(module).__mro__:
+        if root(base) not in LIBRARIES:  # what an attribute of the module's own would stand before
+            yield from ((name, ABSENT) for name in names & base.__dict__.keys() - own.keys())
 
 
 def _forwards(block: nn.Module, erased: Iterable[str]) -> set[type]:
@@ -227,8 +234,12 @@ class _Search:
     names: identifiers in their code. outside: entries of dictionaries that they read. cells: their closures' cells.
     """
 
-    def __init__(self, block: nn.Module, modules: list[nn.Module]) -> None:
-        """modules: those of the block whose methods its forward may call, the block among them."""
+    def __init__(self, block: nn.Module, modules: list[nn.Module], in_reach: Iterable[nn.Module]) -> None:
+        """modules: those of the block whose methods its forward may call, the block among them.
+
+        in_reach: those of which it may look at an attribute.
+        """
+        self._in_reach = tuple(in_reach)
         self.names: set[str] = {"forward"}
         self.outside: dict[tuple[int, str], tuple[Mapping[str, Any], str]] = {}
         self.cells: list[CellType] = []
@@ -245,18 +256,19 @@ class _Search:
                     self._meet(holder.__dict__[name])
 
     def _note_methods(self, kind: type, names: set[str]) -> None:
-        for base in kind.__mro__:
-            if base is nn.Module or root(base) in LIBRARIES:
-                continue
-            for name in names & base.__dict__.keys():
-                if name == "__call__" or not name.startswith("__"):
+        """Note what classes say to the names, those too that say nothing yet and come before others that do."""
+        found: set[str] = set()
+        for base in reversed(kind.__mro__):
+            found |= {name for name in names & base.__dict__.keys() if name == "__call__" or not name.startswith("__")}
+            if base is not nn.Module and root(base) not in LIBRARIES:
+                for name in found:
                     self._note(base.__dict__, name, base)
 
     def _note(self, table: Mapping[str, Any], name: str, owner: object) -> None:
         key = (id(owner), name)
         if key not in self.outside:
             self.outside[key] = (table, name)
-            self._meet(table[name])
+            self._meet(table.get(name))
 
     def _meet(self, value: Any) -> None:
         """Look at a value that a function may use."""
@@ -299,6 +311,8 @@ class _Search:
                     self._read_class(content, _names_in(function.__code__))
         if root(function) in LIBRARIES:
             return
+        if root(function) not in TRUSTED:
+            check_function(function, self._in_reach)
         named = _names_in(function.__code__)
         self.names |= named
         for name in named & function.__globals__.keys():

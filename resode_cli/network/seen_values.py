@@ -37,6 +37,8 @@ COLLECTIONS = (tuple, list, set, frozenset, deque)
 STATEFUL = (random.Random, torch.Generator, ContextVar, Iterator, type(os.environ))
 # Their functions are not looked into.
 LIBRARIES = frozenset({"torch", "numpy", "builtins"}) | sys.stdlib_module_names
+# Theirs are known: what they look at beside tensors is found by its names.
+TRUSTED = LIBRARIES | {"timm", "torchvision"}
 ABSENT = object()
 
 

@@ -153,7 +153,7 @@ def _asked_by_torch() -> bool:
     return str(sys._getframe(2).f_globals.get("__name__", "")).partition(".")[0] == "torch"
 
 
-class _Number(fx.Proxy):
+class _Number(_Symbol):
     """Stands for a number of the module's own, and says so to what asks isinstance(x, float)."""
 
     __class__ = property(lambda _: float)  # type: ignore[assignment]

@@ -169,16 +169,17 @@ class _Search:
     def _passes_zero_test(self, block: nn.Module) -> bool:
         if not self.seen.of(block).keeps_shape:
             return False
-        probe = copy.deepcopy(block).eval()
+        zeros = {name: torch.zeros_like(p) for name, p in block.named_parameters()}
+        # A norm without parameters is no identity.
+        zeros |= {n: torch.full_like(b, 2.0) for n, b in block.named_buffers() if n.endswith("running_var")}
         x = self._random_state(block)
-        with torch.no_grad():
-            for parameter in probe.parameters():
-                parameter.zero_()
-            for module in probe.modules():
-                if isinstance(variance := getattr(module, "running_var", None), Tensor):
-                    variance.fill_(2.0)  # a norm without parameters is no identity
+        with as_before(block), torch.no_grad():
             try:
-                result = probe(x.clone(), **self.seen.of(block).further)
+                probe = copy.deepcopy(block)  # what it keeps in lists is not put back
+            except Exception:  # such as for a tensor with a history
+                probe = block
+            try:
+                result = torch.func.functional_call(probe.eval(), zeros, x.clone(), self.seen.of(block).further)
             except (RuntimeError, ValueError, AssertionError, ArithmeticError):  # it cannot do with zeros
                 if x.is_meta:
                     raise
