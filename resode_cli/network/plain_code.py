@@ -42,7 +42,7 @@ _NAMESPACES = (torch, torch.nn, torch.nn.functional, torch.jit, torch.special, t
 _METHODS = (FunctionType, staticmethod, classmethod, property)
 _CONSTANT = (torch.dtype, torch.memory_format, torch.layout)
 _ALWAYS_ALIKE = (
-    *(torch.jit.is_scripting, torch.jit.is_tracing),  # never where a trace is used
+    *(torch.jit.is_scripting, torch.jit.is_tracing),  # type: ignore[attr-defined]  # never where a trace is used
     *(torch.arange, torch.zeros, torch.ones, torch.full, torch.eye, torch.linspace),
 )
 # Special methods that have no say in what a forward does.
@@ -64,7 +64,7 @@ def is_plain(value: Any) -> bool:
 def check_modules(modules: Iterable[nn.Module]) -> None:
     """Raises Restless where a user's class of modules answers for itself, by a special method."""
     for kind in {type(module) for module in modules}:
-        if odd := _special_methods(kind):
+        if odd := _special_methods(kind):  # type: ignore[arg-type]
             raise Restless(f"{kind.__name__} has a method {odd} of its own")
 
 
@@ -152,8 +152,9 @@ def _check_attribute(name: str, modules: tuple[nn.Module, ...]) -> None:
         for holder in holders:
             if name in holder:
                 known = True
-                if not (is_plain(holder[name]) or (holder is not own and isinstance(holder[name], _METHODS))):
-                    raise Restless(f"it looks at {name}, a {type(holder[name]).__name__}")
+                value = holder[name]
+                if not (is_plain(value) or _is_traced(value) or (holder is not own and isinstance(value, _METHODS))):
+                    raise Restless(f"it looks at {name}, a {type(value).__name__}")
         known = known or any(name in b.__dict__ for b in type(module).__mro__ if b not in (nn.Module, object))
     if not known:
         raise Restless(f"it looks at {name}")
