@@ -12,7 +12,7 @@ import dis
 import math
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -87,7 +87,7 @@ def check_function(function: FunctionType, modules: Iterable[nn.Module]) -> None
     if function.__dict__:
         raise Restless(f"{function.__name__} has attributes")
     for cell in function.__closure__ or ():
-        content = _content(cell)
+        content = content_of(cell)
         own_class = isinstance(content, type) and issubclass(content, nn.Module)  # what super() needs
         if not (own_class or is_plain(content) or isinstance(content, FunctionType)):
             raise Restless(f"{function.__name__} has a {type(content).__name__} in its closure")
@@ -103,7 +103,8 @@ def check_function(function: FunctionType, modules: Iterable[nn.Module]) -> None
                 _check_global(function, *chain)
 
 
-def _content(cell: Any) -> Any:
+def content_of(cell: CellType) -> Any:
+    """What a closure's cell holds, ABSENT for nothing."""
     try:
         return cell.cell_contents
     except ValueError:  # empty

@@ -3,40 +3,35 @@
 A forward is traced once, and the traced code runs in its place. While it was traced Python had a say: by the block's
 own attributes, the classes of its children, the functions that forward calls and the globals that they name. Which
 of them it looked at is taken from the code of these functions. Whatever they name counts: that may be too much, and
-then a block is read again for nothing, but what they look at is among it.
+then a block is read again for nothing, but what they look at is among it. That holds for plain code; for a function
+of the user's that is not plain (plain_code.py) nothing can be told.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
+from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
-from .plain_code import check_function, check_modules
+from .plain_code import check_function, check_modules, content_of
 from .seen_values import (
     ABSENT,
-    BY_IDENTITY,
     COLLECTIONS,
     LIBRARIES,
-    PLAIN,
-    STATEFUL,
     TRUSTED,
     Restless,
     as_seen,
     is_as_seen,
-    is_namespace,
     root,
 )
 
 _modules_of_torch = nn.modules.module
 _OWN = frozenset(nn.Module().__dict__)  # what torch itself keeps in a module
-_CLOCKS = frozenset({"time", "datetime", "secrets", "uuid"})
 
 
 class _Place(NamedTuple):
@@ -108,7 +103,7 @@ class Premises:
         for table, name, seen in self.outside:
             if not is_as_seen(table.get(name, ABSENT), seen, self.names):
                 return False
-        return all(is_as_seen(_content(cell), seen, self.names) for cell, seen in self.cells)
+        return all(is_as_seen(content_of(cell), seen, self.names) for cell, seen in self.cells)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Premises:
         return self
@@ -182,7 +177,7 @@ def premises_of(
         ]
         tables = [*search.outside.values(), *((kind.__dict__, "forward") for kind in _forwards(block, erased))]
         outside = tuple((table, name, as_seen(table.get(name, ABSENT), search.names)) for table, name in tables)
-        cells = tuple((cell, as_seen(_content(cell), search.names)) for cell in search.cells)
+        cells = tuple((cell, as_seen(content_of(cell), search.names)) for cell in search.cells)
     except RecursionError as error:
         raise Restless("what it looks at holds itself") from error
     parts = [part for part in parts if part[1:] != (None, (), False, None)]
@@ -221,13 +216,6 @@ def _holds_twice(module: nn.Module) -> bool:
     return len(set(tensors)) < len(tensors)
 
 
-def _content(cell: CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # empty
-        return ABSENT
-
-
 class _Search:
     """The functions that a block's forward may call, what they name, and what these names stand for.
 
@@ -244,16 +232,14 @@ class _Search:
         self.outside: dict[tuple[int, str], tuple[Mapping[str, Any], str]] = {}
         self.cells: list[CellType] = []
         self._functions: set[int] = set()
-        self._holders: list[Any] = list(modules)
-        self._known = {id(module) for module in block.modules()}
         self._note_methods(type(block), {"forward"})
         looked_at = -1
-        while looked_at != (now := len(self.names) + len(self._holders)):
+        while looked_at != (now := len(self.names)):
             looked_at = now
-            for holder in list(self._holders):
-                self._note_methods(type(holder), self.names)
-                for name in self.names & getattr(holder, "__dict__", {}).keys() - _OWN:
-                    self._meet(holder.__dict__[name])
+            for module in modules:
+                self._note_methods(type(module), self.names)
+                for name in self.names & module.__dict__.keys() - _OWN:
+                    self._meet(module.__dict__[name])
 
     def _note_methods(self, kind: type, names: set[str]) -> None:
         """Note what classes say to the names, those too that say nothing yet and come before others that do."""
@@ -272,7 +258,7 @@ class _Search:
 
     def _meet(self, value: Any) -> None:
         """Look at a value that a function may use."""
-        if isinstance(value, (staticmethod, classmethod, MethodType)):
+        if isinstance(value, (staticmethod, classmethod)):
             value = value.__func__
         if isinstance(value, property):
             for accessor in (value.fget, value.fset):
@@ -282,65 +268,27 @@ class _Search:
                 self._meet(part)
         elif isinstance(value, FunctionType):
             self._read(value)
-        elif isinstance(value, BuiltinFunctionType):
-            if value.__module__ in _CLOCKS:
-                raise Restless(f"it calls {value.__name__}")
-        elif isinstance(value, Mapping) and not isinstance(value, STATEFUL):
-            for element in value.values():
-                self._meet(element)
-        elif isinstance(value, COLLECTIONS):
+        elif type(value) in COLLECTIONS:
             for element in value:
                 self._meet(element)
-        elif not isinstance(value, (*PLAIN, *BY_IDENTITY, *STATEFUL, Tensor)) and id(value) not in self._known:
-            self._known.add(id(value))
-            if root(type(value)) not in LIBRARIES:
-                self._holders.append(value)
-                self._note_methods(type(value), {"__call__"})
 
     def _read(self, function: FunctionType) -> None:
-        if id(function) in self._functions:
+        if id(function) in self._functions or root(function) in LIBRARIES:
             return
         self._functions.add(id(function))
-        self._meet(getattr(function, "__wrapped__", None))
-        for cell in function.__closure__ or ():
-            content = _content(cell)
-            if not isinstance(content, nn.Module) and content is not ABSENT:
-                self.cells.append(cell)
-                self._meet(content)
-                if isinstance(content, type):
-                    self._read_class(content, _names_in(function.__code__))
-        if root(function) in LIBRARIES:
-            return
         if root(function) not in TRUSTED:
             check_function(function, self._in_reach)
+        self._meet(getattr(function, "__wrapped__", None))
+        for cell in function.__closure__ or ():
+            content = content_of(cell)
+            if not isinstance(content, (nn.Module, type)) and content is not ABSENT:
+                self.cells.append(cell)
+                self._meet(content)
         named = _names_in(function.__code__)
         self.names |= named
         for name in named & function.__globals__.keys():
-            value = function.__globals__[name]
-            if isinstance(value, ModuleType):
-                self._read_module(value, named)
-            elif isinstance(value, type):
-                self._read_class(value, named)
-            else:
+            if not isinstance(function.__globals__[name], (ModuleType, type)):
                 self._note(function.__globals__, name, function.__globals__)
-
-    def _read_class(self, kind: type, named: frozenset[str]) -> None:
-        """A class whose attributes are settings."""
-        for base in kind.__mro__:
-            if not is_namespace(base):
-                continue
-            for name in named & base.__dict__.keys():
-                if not isinstance(base.__dict__[name], (type, *BY_IDENTITY)):
-                    self._note(base.__dict__, name, base)
-
-    def _read_module(self, module: ModuleType, named: frozenset[str]) -> None:
-        if module.__name__ in _CLOCKS or (module is os and named & {"environ", "getenv"}):
-            raise Restless(f"it looks at {module.__name__}")
-        if module.__name__.partition(".")[0] in LIBRARIES:
-            return
-        for name in named & vars(module).keys():
-            if not isinstance(vars(module)[name], (ModuleType, type)):
-                self._note(vars(module), name, vars(module))
 
 
 @lru_cache(maxsize=4096)
