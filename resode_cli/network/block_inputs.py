@@ -12,11 +12,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 
-def further_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """By name, all arguments of a module's call but the first, and but those that have their default values."""
+def further_arguments(
+    block: nn.Module | inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """By name, all arguments of a module's call but the first, and but those that have their default values.
+
+    block: the module, or the signature of its forward.
+    """
     if len(args) < 2 and not kwargs:
         return {}
-    signature = inspect.signature(module.forward)
+    signature = inspect.signature(block.forward) if isinstance(block, nn.Module) else block
     _, *others = signature.bind(*args, **kwargs).arguments.items()
     defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
     return {name: value for name, value in others if tensors_in(value) or value != defaults[name]}

@@ -14,11 +14,13 @@ from torch import Size, Tensor, nn
 
 from ..errors import ResodeError, UsageError, first_few, unknown
 from ..ode import Adjoint
+from .between import Emptied, OnePiece, check_state, networks_forward
 from .parts import BlockSplit, Preprocessing, SourceSpec
 from .reading import is_plain_sequence, read_split, runs_its_children, whole
 from .residual import GENERIC
+from .seen_values import TRUSTED, root
 from .sharing import distinct, share_layers
-from .stage import OdeStage, OnePiece, StageSpec
+from .stage import OdeStage, StageSpec
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,12 @@ class OdeResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        return self.net(x)
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore
+            return self.net(x)
+        with networks_forward():
+            result: Tensor = self.net(x)
+        check_state(next(iter(self.paths), ""), result)
+        return result
 
     @property
     def stages(self) -> dict[str, OdeStage]:
@@ -98,6 +105,7 @@ class OdeResNet(nn.Module):
             stage.compile_branch(**compilation.options)
         if stage is not self.stages[name]:
             take_hooks(stage, self.stages[name])
+            stage.is_first, stage.emptied = self.stages[name].is_first, self.stages[name].emptied
         self.net = _with_submodule(self.net, self.paths[name], stage)
 
     def use_adjoint(self, adjoint: Adjoint | Mapping[str, Adjoint]) -> None:
@@ -244,7 +252,12 @@ def assemble(net: nn.Module, specs: Sequence[StageSpec], info: ModelInfo) -> Ode
         stage = _build_stage(spec, children)
         first, *others = (*spec.transition, *dict.fromkeys(spec.source_blocks))
         is_whole = {first, *others} == set(children) and not isinstance(container, nn.ModuleList)
-        if is_whole and runs_its_children(container):
+        known = is_plain_sequence(container) or root(type(container)) in TRUSTED
+        emptied = [
+            Emptied(spec.name, i, children[name], last=i == len(others)) for i, name in enumerate(others, start=1)
+        ]
+        stage.emptied = tuple(emptied)
+        if is_whole and known and runs_its_children(container):
             paths[spec.name] = spec.container
             take_hooks(stage, container)
             net = _with_submodule(net, spec.container, stage)
@@ -252,8 +265,9 @@ def assemble(net: nn.Module, specs: Sequence[StageSpec], info: ModelInfo) -> Ode
         # The stage takes the first one's place. The others stay, emptied, for what counts or indexes them.
         paths[spec.name] = f"{spec.container}.{first}".lstrip(".")
         container.register_module(first, stage)
-        for name in others:
-            container.register_module(name, _Emptied())
+        stage.is_first = True
+        for name, module in zip(others, stage.emptied, strict=True):
+            container.register_module(name, module)
         if hasattr(net, "group_matcher"):
             net.__dict__["group_matcher"] = partial(_refuse_groups, spec.name)
         if others and is_plain_sequence(container):
@@ -269,13 +283,6 @@ def take_hooks(module: nn.Module, other: nn.Module) -> None:
     for name, hooks in other.__dict__.items():
         if name in module.__dict__ and "_hook" in name and (hooks or not module.__dict__[name]):
             module.__dict__[name] = hooks
-
-
-class _Emptied(nn.Identity):
-    """In a block's place: hands the state on, whatever the block was called with beside it."""
-
-    def forward(self, input: Tensor, *_: object, **__: object) -> Tensor:
-        return input
 
 
 def _owner(net: nn.Module, container: str) -> nn.Module:

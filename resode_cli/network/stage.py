@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import ResodeError, UsageError, first_few
 from ..ode import SCHEMES, Adjoint, Evaluator, Field, Monitor, Residual, solve, trajectory
+from .between import Emptied, OnePiece, check_state, stand_in_for
 from .block_inputs import WithArguments, further_arguments, tensors_in
 from .compilation import Compilation, CompiledResidual
 from .parts import BlockSplit
@@ -96,14 +97,6 @@ class Tap:
     see: Callable[[int, Tensor], Tensor]
 
 
-class OnePiece(ResodeError, TypeError):
-    """What a stage cannot do. A TypeError too, so that `list(stage)`, which asks for a length, goes on without."""
-
-    def __init__(self, stage: str, what: str) -> None:
-        reason = "its steps run as one, and states between them are no features (`OdeStage.tap` sees them)"
-        super().__init__(f"stage {stage} {what}: {reason}")
-
-
 class OdeStage(nn.Module):
     """x_0 = transition(x); x_{n+1} = x_n + h Φ_n(x_n), n = 0 … N-1; returns x_N.
 
@@ -125,6 +118,7 @@ class OdeStage(nn.Module):
     compilation: the compiled residual functions, if the steps run compiled.
     further: what the blocks were called with beside the state, the last time that the stage ran: for looks at
         the stage by itself, as `stage(x, **stage.further)`.
+    is_first: whether the stage stands in the place of the first of its blocks, and `emptied` in those of the others.
     tap: sees states as they pass; without a tap the steps are one run of the engine, with one they are
         cut into runs where it looks.
     """
@@ -149,6 +143,18 @@ class OdeStage(nn.Module):
         self.compilation: Compilation | None = None
         self.tap: Tap | None = None
         self.further: dict[str, Any] = {}
+        self.is_first = False
+        self.emptied: tuple[Emptied, ...] = ()  # no children of the stage
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The stage's result, or what stands for it until the last of the emptied blocks that follow."""
+        if torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)
+        check_state(self.spec.name, (args, kwargs))
+        result = super().__call__(*args, **kwargs)
+        if not (self.is_first and self.emptied):
+            return result
+        return stand_in_for(self.spec.name, result, self.take(*args, **kwargs))
 
     def _add(self, name: str, module: nn.Module) -> None:
         if hasattr(self, name):
@@ -201,6 +207,11 @@ class OdeStage(nn.Module):
             raise ResodeError(
                 f"stage {self.spec.name} takes {first_few(self.spec.further) or 'nothing'} beside the state,"
                 f" but was given {first_few(list(given)) or 'nothing'}"
+            )
+        if added := self._modules.keys() - {*self.spec.transition, *(block.name for block in self.spec.blocks)}:
+            raise ResodeError(
+                f"stage {self.spec.name} was given {first_few(sorted(added))}, which is none of its blocks, so that it"
+                " would not run; put what is new into a block, or before or after the stage"
             )
         blocks = self.blocks
         if not torch.compiler.is_dynamo_compiling():  # dynamo guards what it sees by itself
@@ -336,8 +347,9 @@ class OdeStage(nn.Module):
         return x
 
     def __iter__(self) -> Iterator[nn.Module]:
-        """One module, the stage: for sources that run a sequence by iterating over it."""
-        yield self
+        """The stage, and what stands in the places of its further blocks: for sources that run them in a loop."""
+        yield _Entrance(self)
+        yield from self.emptied
 
     def __bool__(self) -> bool:
         return True
@@ -361,6 +373,19 @@ class OdeStage(nn.Module):
     def extra_repr(self) -> str:
         spec = self.spec
         return f"steps={spec.depth}, horizon={spec.horizon}, scheme={spec.scheme}, form={spec.form}"
+
+
+class _Entrance(nn.Module):
+    """A stage as the first of the modules that a loop over it gets."""
+
+    def __init__(self, stage: OdeStage) -> None:
+        super().__init__()
+        self._stage = [stage]  # not a child: it has its place already
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        (stage,) = self._stage
+        result: Tensor = stage(*args, **kwargs)
+        return stand_in_for(stage.spec.name, result, stage.take(*args, **kwargs)) if stage.emptied else result
 
 
 def in_channels_last(x: Tensor) -> bool:

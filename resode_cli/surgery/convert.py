@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import ResodeError, unknown
 from ..machine.memory import check_room
+from ..network.between import AnotherLoop
 from ..network.block_inputs import tensors_in
 from ..network.model import ModelInfo, OdeResNet, assemble
 from ..network.parts import Preprocessing, Source, StageParts
@@ -128,6 +129,8 @@ def _in_training(net: nn.Module, batch: Tensor, name: Callable[[str], str] = str
             outputs = {0: tensors_in(repeatable(lambda: net(batch)))}
             for seed in range(1, SEEDS if _draws(net, few) else 1):
                 outputs[seed] = tensors_in(repeatable(lambda: net(few), seed))
+    except AnotherLoop:
+        raise
     except Exception:  # whatever a network of one's own raises
         return None
     return _Training(outputs, _gradients(net, few, name))
@@ -154,6 +157,8 @@ def _gradients(net: nn.Module, images: Tensor, name: Callable[[str], str]) -> di
         with as_before(net), torch.enable_grad():
             net.train()
             found = repeatable(run)
+    except AnotherLoop:
+        raise
     except Exception:
         return None
     return {name(key): g for key, g in zip(named, found, strict=False) if g is not None}

@@ -102,7 +102,7 @@ def test_a_loop_that_does_more_is_kept_or_refused(name: str) -> None:
     try:
         model, _ = convert(source, example=images())
     except ResodeError as error:
-        assert "in train mode" in str(error) or "gradients" in str(error)
+        assert any(words in str(error) for words in ("in train mode", "gradients", "does not run its blocks"))
         return
     found = gradients(model)
     for a, b in zip(expected, found, strict=True):
