@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .fitting.settings import FitSettings
     from .gradients.check_grad import check_gradients
     from .network.model import OdeResNet, freeze_batch_norm
+    from .network.parts import PreprocessingChoice
     from .ode import Adjoint
     from .sources.registry import open_source
     from .surgery.convert import convert
@@ -38,6 +39,7 @@ _HOMES = {
     "FitData": "fitting.images",
     "FitSettings": "fitting.settings",
     "OdeResNet": "network.model",
+    "PreprocessingChoice": "network.parts",
     "ResodeError": "errors",
     "check_gradients": "gradients.check_grad",
     "convert": "surgery.convert",
@@ -58,6 +60,7 @@ __all__ = [
     "FitData",
     "FitSettings",
     "OdeResNet",
+    "PreprocessingChoice",
     "ResodeError",
     "check_gradients",
     "convert",

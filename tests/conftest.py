@@ -19,7 +19,7 @@ from torch import nn
 
 from resode_cli.files import model_file
 from resode_cli.network.model import ModelInfo, OdeResNet
-from resode_cli.network.parts import Preprocessing, Source, SourceSpec
+from resode_cli.network.parts import Preprocessing, PreprocessingChoice, Source, SourceSpec
 from resode_cli.sources.cifar import CifarResNet
 from resode_cli.sources.registry import open_source
 from resode_cli.surgery.convert import convert
@@ -156,7 +156,7 @@ def build_tiny(tiny_file: Path, randomise) -> Callable[..., OdeResNet]:
     """Convert a tiny network from the user's file; arguments are those of `convert`."""
 
     def build(function: str = "make", **arguments) -> OdeResNet:
-        preprocessing = {"size": TINY_SIZE, "crop_fraction": 1.0}
+        preprocessing = PreprocessingChoice(size=TINY_SIZE, crop_fraction=1.0)
         source = open_source(f"{tiny_file}:{function}", pretrained=False, preprocessing=preprocessing)
         randomise(source.net)
         return convert(source, **arguments)[0]

@@ -79,7 +79,7 @@ def convert_command(
     from ..files import model_file
     from ..machine.atomic import check_output
     from ..measuring.forecast import forecast_conversion
-    from ..network.parts import parse_size
+    from ..network.parts import PreprocessingChoice, parse_size
     from ..quantities import duration, finite, size
     from ..reports.report import stage_rows, stage_table, verification_line
     from ..sources.registry import open_source
@@ -88,12 +88,12 @@ def convert_command(
     output = Output(json_mode=json)
     check_output(check_safetensors(out), force=force)
     check_scheme_and_form(scheme, form)  # before anything is downloaded
-    preprocessing: dict[str, object] = {}
-    if input_size is not None:
-        preprocessing |= {"size": parse_size(input_size)}
-    if crop_fraction is not None:
-        preprocessing |= {"crop_fraction": crop_fraction}
-    preprocessing |= {name: _numbers(name, text) for name, text in (("mean", mean), ("std", std)) if text is not None}
+    preprocessing = PreprocessingChoice(
+        size=None if input_size is None else parse_size(input_size),
+        mean=None if mean is None else _numbers("mean", mean),
+        std=None if std is None else _numbers("std", std),
+        crop_fraction=crop_fraction,
+    )
     torch.manual_seed(seed)
     opened = open_source(
         source,
@@ -116,9 +116,7 @@ def convert_command(
         )
     model, verification = convert(opened, scheme=scheme, form="pre" if form == "pre" else "exact")
     verified = verification.record()
-    model.info = model.info.with_command(
-        "convert", source=str(opened.spec), scheme=scheme, form=form, seed=seed, verified=verified
-    )
+    model.record("convert", source=str(opened.spec), scheme=scheme, form=form, seed=seed, verified=verified)
     model_file.write(model, out)
     rows = stage_rows(model)
     output.show(stage_table(rows, title=str(opened.spec)))

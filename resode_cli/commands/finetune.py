@@ -107,7 +107,7 @@ def finetune_command(
     test, *at_end = (reading.open(data, loaded, split, images=test_images) for split in held_out_splits(data))
     for split in (train, test, *at_end):
         output.notes(split.notes)
-    loaded.info = loaded.info.with_classes(train.class_names)  # so that the state of the run has them too
+    loaded.name_classes(train.class_names)  # so that the state of the run has them too
     if at_end:
         output.note(f"{test.split} chooses the best model; {at_end[0].split} is looked at once, at the end")
     learned_from = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -57,10 +57,6 @@ def counting(output: Output, what: str, total: int) -> Iterator[Callable[[int], 
         yield lambda done: progress.update(task, completed=done)
 
 
-def known(figures: Mapping[str, float]) -> list[float]:
-    return [value for value in figures.values() if value == value]
-
-
 @contextmanager
 def training(output: Output, total: int, done: int) -> Iterator[Callable[[StepRecord], None]]:
     """A bar over training steps with loss, accuracy, speed, peak memory and what the monitor says.
@@ -89,11 +85,11 @@ def training(output: Output, total: int, done: int) -> Iterator[Callable[[StepRe
             f"{record.images_per_second:.0f} img/s",
             f"peak {size(record.peak_bytes)}",
         ]
-        if any(known(record.monitor["drift"])):
-            parts.append("drift " + "/".join(number(None if d != d else d) for d in record.monitor["drift"].values()))
+        if any(record.monitor["drift"].values()):
+            parts.append("drift " + "/".join(map(number, record.monitor["drift"].values())))
         for name in ("correction", "contraction"):
-            if any(known(record.monitor[name])):
-                parts.append(f"{name} {number(max(known(record.monitor[name])))}")
+            if values := [value for value in record.monitor[name].values() if value]:
+                parts.append(f"{name} {number(max(values))}")
         figures = in_width(output.aside, f"epoch {record.epoch}", total, parts)
         progress.update(task, completed=record.step, epoch=record.epoch, figures=figures)
         if quiet and (record.step % LINE_EVERY == 0 or record.step == total):

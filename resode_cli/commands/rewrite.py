@@ -130,7 +130,7 @@ class Rewrite:
         if done:
             if self.unfinished != self.out:
                 self.unfinished.unlink(missing_ok=True)
-            self.model.info = info
+            self.model.record(self.command, **settings)
             self.output.note(f"wrote {self.out}")  # before it is measured, which may be interrupted
 
     def _report(self, result: RewriteResult, reference: str) -> None:

@@ -91,11 +91,11 @@ class SweepRow:
     errors: tuple[float, ...]
 
     @property
-    def slope(self) -> float:
-        """Least-squares slope of log error on log depth: minus the order in 1/N. NaN if an error is 0 or infinite."""
+    def slope(self) -> float | None:
+        """Least-squares slope of log error on log depth: minus the order in 1/N. None if an error is 0 or infinite."""
         points = [(math.log(n), math.log(e)) for n, e in zip(self.depths, self.errors, strict=True) if _positive(e)]
         if len(points) < len(self.depths) or len(points) < 2:
-            return math.nan
+            return None
         mean_x = sum(x for x, _ in points) / len(points)
         mean_y = sum(y for _, y in points) / len(points)
         covariance = sum((x - mean_x) * (y - mean_y) for x, y in points)
@@ -128,7 +128,7 @@ def check_gradients(
     schemes = {name: stage.spec.scheme for name, stage in model.stages.items()}
     references: dict[str | None, Gradients] = {}
     results: list[MethodGradients] = []
-    loss = math.nan
+    loss: float | None = None
     for adjoint in methods:
         on_method(_name(adjoint))
         scheme = required_scheme(adjoint.method) if isinstance(adjoint, Adjoint) else None
@@ -141,9 +141,9 @@ def check_gradients(
                 loss = reference_loss if key is None else loss
             model.use_adjoint(adjoint if isinstance(adjoint, Adjoint) else adjoint.stages)
             method_loss, gradients = _gradients(model, images, labels)
-            loss = method_loss if math.isnan(loss) and key is None else loss
+            loss = method_loss if loss is None and key is None else loss
             results.append(_compare(model, _name(adjoint), references[key], gradients, switched))
-    if math.isnan(loss):  # every method switched the forward rule
+    if loss is None:  # every method switched the forward rule
         with torch.no_grad():
             loss = F.cross_entropy(model(images), labels).item()
     return GradientReport(len(images), data, batch_norm, loss, tuple(results))

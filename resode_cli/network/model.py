@@ -64,7 +64,17 @@ class OdeResNet(nn.Module):
 
     def with_info(self, info: ModelInfo) -> OdeResNet:
         """The same network with other things known about it."""
-        return OdeResNet(self.net, self.paths, info, self.built)
+        other = OdeResNet(self.net, self.paths, info, self.built)
+        other.channels_last = self.channels_last
+        return other
+
+    def record(self, command: str, **settings: object) -> None:
+        """Add a command to the model's history."""
+        self.info = self.info.with_command(command, **settings)
+
+    def name_classes(self, names: Sequence[str]) -> None:
+        """Say what its classes are called."""
+        self.info = self.info.with_classes(names)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.channels_last:

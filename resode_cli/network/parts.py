@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
@@ -85,6 +85,37 @@ class Preprocessing:
     def size_text(self) -> str:
         """For people: '224×224', height by width."""
         return f"{self.height}×{self.width}"
+
+
+SMALL = 64  # pixels; images of small networks are used whole, without the central crop of ImageNet's
+
+
+@dataclass(frozen=True)
+class PreprocessingChoice:
+    """What the user says of the preprocessing; the source says the rest. See Preprocessing for the fields."""
+
+    size: int | tuple[int, int] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    interpolation: str | None = None
+    crop_fraction: float | None = None
+    crop_mode: str | None = None
+
+    def applied_to(self, own: Preprocessing) -> Preprocessing:
+        """The source's preprocessing with what is chosen here.
+
+        A size of up to 64 pixels brings a crop fraction of 1 with it, unless that is chosen too.
+        Raises UsageError for a mean or standard deviation of another number of channels.
+        """
+        chosen = {name: value for name, value in vars(self).items() if value is not None}
+        if self.size is not None and max(Preprocessing(self.size).shape[1:]) <= SMALL:
+            chosen.setdefault("crop_fraction", 1.0)
+        for name in ("mean", "std"):
+            if name in chosen and len(chosen[name]) != own.channels:
+                raise UsageError(
+                    f"--{name} has {len(chosen[name])} numbers, but the network takes images of {own.channels} channels"
+                )
+        return replace(own, **chosen)
 
 
 def parse_size(text: str, option: str = "--input-size") -> int | tuple[int, int]:

@@ -72,7 +72,8 @@ def plot_sweep(rows: Sequence[SweepRow], path: Path) -> None:
     figure, panels = plt.subplots(1, len(stages), figsize=size, sharey=True, squeeze=False, layout="constrained")
     for axes, stage in zip(panels[0], stages, strict=True):
         for row in (r for r in rows if r.stage == stage):
-            axes.loglog(row.depths, row.errors, "o-", label=f"{row.method} (slope {row.slope:.1f})")
+            slope = "" if row.slope is None else f" (slope {row.slope:.1f})"
+            axes.loglog(row.depths, row.errors, "o-", label=f"{row.method}{slope}")
         axes.set_xticks(row.depths, [str(depth) for depth in row.depths])
         axes.minorticks_off()
         axes.set_title(stage)

@@ -169,7 +169,7 @@ def sweep_table(rows: Sequence[SweepRow]) -> Table:
         table.add_column(f"N={depth}", justify="right")
     table.add_column("slope", justify="right")
     for row in rows:
-        slope = f"{row.slope:.2f}" if math.isfinite(row.slope) else "–"
+        slope = "–" if row.slope is None else f"{row.slope:.2f}"
         table.add_row(row.method, row.stage, *(number(e) for e in row.errors), slope)
     return table
 

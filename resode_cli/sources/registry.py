@@ -8,14 +8,13 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import ResodeError, UsageError, unknown
 from ..machine.memory import check_room
-from ..network.parts import Preprocessing, Source, SourceSpec
+from ..network.parts import Preprocessing, PreprocessingChoice, Source, SourceSpec
 from . import saved_models, user_file
 from .libraries import MODULES, library_of
 from .weights import describe_not_finite, load_weights, state_sha256
@@ -23,7 +22,7 @@ from .weights import describe_not_finite, load_weights, state_sha256
 SAVED = ("hf-hub", "local-dir")  # networks of timm in a place of their own
 LIBRARIES = (*MODULES, *SAVED)
 RANDOM_NOTE = "no pretrained weights: the network is random"
-SMALL = 64  # pixels; images of small networks are used whole, without the central crop of ImageNet's
+AS_IT_IS = PreprocessingChoice()
 
 
 def parse_source(text: str) -> tuple[str, str]:
@@ -53,7 +52,7 @@ def open_source(
     num_classes: int | None = None,
     stem: str | None = None,
     shortcut: str | None = None,
-    preprocessing: dict[str, Any] | None = None,
+    preprocessing: PreprocessingChoice = AS_IT_IS,
     prefix: str | None = None,
 ) -> Source:
     """Build the source network and load its weights.
@@ -62,8 +61,7 @@ def open_source(
     prefix: what precedes the network's names in that file, where several would do.
     stem: 'cifar' for a 3×3 stem of stride 1 without pooling, on timm's and torchvision's networks.
     shortcut: 'A' or 'B', of the CIFAR networks.
-    preprocessing: fields of Preprocessing that differ from the source's own. A size of up to 64 pixels
-        brings a crop fraction of 1 with it, unless that is given too.
+    preprocessing: what differs from the source's own.
 
     Raises UsageError for a source that does not exist, ResodeError for weights that cannot be had.
     """
@@ -106,14 +104,14 @@ def open_source(
     _check_scripts(net, str(spec))
     known = _preprocessing(spec, net)
     own = channelled(known, net, preprocessing)
-    if library == "file" and known == Preprocessing() and "size" not in (preprocessing or {}):
+    if library == "file" and known == Preprocessing() and preprocessing.size is None:
         notes.append(
             f"images are taken as {own.size_text} with {_whose(own)};"
             " --input-size, --mean and --std, or a default_cfg of the network, say otherwise"
         )
     elif own.channels != known.channels:
         notes += _channel_note(own, preprocessing)
-    return Source(spec, net, _chosen(own, preprocessing), tuple(notes))
+    return Source(spec, net, preprocessing.applied_to(own), tuple(notes))
 
 
 def _open_saved(
@@ -123,7 +121,7 @@ def _open_saved(
     *,
     pretrained: bool,
     weights: Path | None,
-    chosen: dict[str, Any] | None,
+    chosen: PreprocessingChoice,
     prefix: str | None,
 ) -> Source:
     """A network that timm saved. Its spec names the architecture, so that it can be built again without the hub."""
@@ -162,7 +160,7 @@ def _open_saved(
     own = channelled(timm_models.preprocessing_of(saved.config), net, chosen)
     if own.channels not in (len(saved.config.get("mean", ())), 3):
         notes += _channel_note(own, chosen)
-    return Source(built, net, _chosen(own, chosen), tuple(notes))
+    return Source(built, net, chosen.applied_to(own), tuple(notes))
 
 
 def _check_scripts(net: nn.Module, name: str) -> None:
@@ -180,12 +178,12 @@ def _not_finite(net: nn.Module) -> list[str]:
     return [f"warning: {problem}"] if problem else []
 
 
-def channelled(own: Preprocessing, net: nn.Module, given: dict[str, Any] | None = None) -> Preprocessing:
+def channelled(own: Preprocessing, net: nn.Module, given: PreprocessingChoice = AS_IT_IS) -> Preprocessing:
     """The preprocessing for as many channels as the network takes, at the size that the user gave.
 
     Grey images have the mean of the colours' means; of other channels nothing is known.
     """
-    channels = _channels(net, replace(own, size=(given or {}).get("size", own.size)))
+    channels = _channels(net, replace(own, size=given.size or own.size))
     if channels == own.channels:
         return own
     if channels == 1:
@@ -224,21 +222,8 @@ def _head_note(known: int | None, wanted: int | None) -> str:
     return f"the pretrained head has {known} classes: the head starts at random for {wanted}"
 
 
-def _chosen(own: Preprocessing, given: dict[str, Any] | None) -> Preprocessing:
-    """The source's preprocessing with the fields that the user gave."""
-    chosen = dict(given or {})
-    if "size" in chosen and max(Preprocessing(size=chosen["size"]).shape[1:]) <= SMALL:
-        chosen.setdefault("crop_fraction", 1.0)
-    for name in ("mean", "std"):
-        if name in chosen and len(chosen[name]) != own.channels:
-            raise UsageError(
-                f"--{name} has {len(chosen[name])} numbers, but the network takes images of {own.channels} channels"
-            )
-    return replace(own, **chosen)
-
-
-def _channel_note(own: Preprocessing, given: dict[str, Any] | None) -> list[str]:
-    known = given is not None and {"mean", "std"} <= given.keys()
+def _channel_note(own: Preprocessing, given: PreprocessingChoice) -> list[str]:
+    known = given.mean is not None and given.std is not None
     return [] if known else [f"images are taken with {_whose(own)}; --mean and --std say otherwise"]
 
 

@@ -78,7 +78,7 @@ class Taken:
     loss: float
     accuracy: float
     steepest: float
-    monitor: dict[str, dict[str, float]]
+    monitor: run_folder.Figures
 
 
 class _Run:
@@ -157,14 +157,12 @@ class _Run:
         switched = switch_scheme(self.model, self.settings, data, self.device, self.callbacks.on_message)
         if switched is not None:
             self.progress.switched = switched
-            self.model.info = self.model.info.with_command(
-                "switch-scheme", scheme=self.settings.adjoint_choice().required_scheme, **switched
-            )
+            self.model.record("switch-scheme", scheme=self.settings.adjoint_choice().required_scheme, **switched)
 
     def _calibrated(self, calibration: ChosenAdjoints) -> None:
         self.calibration = calibration
         chosen = {c.stage: {"adjoint": c.adjoint.label, "error": c.error} for c in calibration.choices}
-        self.model.info = self.model.info.with_command("calibrate", step=self.progress.step, stages=chosen)
+        self.model.record("calibrate", step=self.progress.step, stages=chosen)
         self.callbacks.on_choice(calibration)
 
     def _train_mode(self) -> None:
@@ -238,8 +236,7 @@ class _Run:
     def _stepped(self, taken: Taken) -> None:
         record = self._record(taken)
         self.callbacks.on_step(record)
-        figures = (value for stages in record.monitor.values() for value in stages.values())
-        self.progress.window.append([record.loss, record.accuracy, *figures])
+        self.progress.window.append(record.columns)
         if record.step % self.settings.log_every == 0 or record.step == self.total:
             self._move_log()
             self.log.train(record, self.progress.window)
@@ -290,7 +287,7 @@ class _Run:
                 found = self._forward_backward(images, labels)
         if not math.isfinite(found.loss + found.steepest):
             self._skip(found)
-            nothing = {name: dict.fromkeys(stages, math.nan) for name, stages in found.monitor.items()}
+            nothing: run_folder.Figures = {name: dict.fromkeys(stages) for name, stages in found.monitor.items()}
             return replace(found, monitor=nothing)
         self.in_a_row = 0
         if not self.loop.update():
@@ -327,10 +324,18 @@ class _Run:
         look = gradients and not self.loop.scaler.is_enabled()
         steepest = torch.nn.utils.get_total_norm(gradients, math.inf) if look else loss.new_zeros(())
         # One transfer per step: the loss, the accuracy, the gradient's size and every stage's figures together.
-        accuracy = (logits.argmax(1) == labels).float().mean()
-        figures = [loss.detach(), accuracy, steepest]
-        values = torch.stack([*(value.float() for value in figures), *self.guard.figures()]).tolist()
-        return Taken(len(labels), values[0], values[1], values[2], self.guard.read(values[3:]))
+        right = (logits.argmax(1) == labels).float().mean()
+        figures = self.guard.figures()
+        known = (value for stages in figures.values() for value in stages.values() if value is not None)
+        tensors = [loss.detach(), right, steepest, *known]
+        values = iter(torch.stack([tensor.float() for tensor in tensors]).tolist())
+        self.guard.check()
+        total, accuracy, largest = (next(values) for _ in range(3))
+        monitor = {
+            figure: {name: None if value is None else next(values) for name, value in stages.items()}
+            for figure, stages in figures.items()
+        }
+        return Taken(len(labels), total, accuracy, largest, monitor)
 
     def _evaluate(self) -> Evaluation:
         assert self.test is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -75,42 +75,33 @@ class Guard:
         else:
             self._calibrate(*batch(), step=0)
 
-    def figures(self) -> list[Tensor]:
-        """Drift, correction and contraction of every stage, on the device; NaN where there is nothing to tell."""
-        nothing = torch.tensor(math.nan, device=self.device)
-        values = [getattr(self.model.stages[name].monitor, figure) for figure in FIGURES for name in self.stage_names]
-        return [nothing if value is None else value.float() for value in values]
+    def figures(self) -> dict[str, dict[str, Tensor | None]]:
+        """What the monitors tell of the last pass, on the device, by figure and stage; None where that is nothing."""
+        monitors = {name: self.model.stages[name].monitor for name in self.stage_names}
+        return {figure: {name: getattr(m, figure) for name, m in monitors.items()} for figure in FIGURES}
 
-    def read(self, values: list[float]) -> dict[str, dict[str, float]]:
-        """The same figures, once they are on the host: by figure and stage.
-
-        Raises ResodeError where a block, evaluated again, was not what it was in the forward pass.
-        """
+    def check(self) -> None:
+        """Raises ResodeError where a block, evaluated again, was not what it was in the forward pass."""
         for name in self.stage_names:
             self.model.stages[name].monitor.check()
-        count = len(self.stage_names)
-        return {
-            figure: dict(zip(self.stage_names, values[i * count : (i + 1) * count], strict=True))
-            for i, figure in enumerate(FIGURES)
-        }
 
-    def must_redo(self, drift: dict[str, float], images: Tensor, labels: Tensor, step: int) -> bool:
+    def must_redo(self, drift: Mapping[str, float | None], images: Tensor, labels: Tensor, step: int) -> bool:
         """Act on drift past what is allowed; whether the adjoints have changed, so that the step must be redone.
 
         Raises ResodeError where the run is to stop.
         """
-        drifted = [name for name in self.stage_names if self._drifted(name, drift[name])]
+        drifted = {n: value for n, value in drift.items() if value is not None and not value <= self._allowed(n)}
         if not drifted:
             return False
         what = {
-            name: f"step {step}: the reconstructed states of stage {name} are off by {drift[name]:.2g} of their size"
+            name: f"step {step}: the reconstructed states of stage {name} are off by {value:.2g} of their size"
             f" (allowed {self._allowed(name):.2g})"
-            for name in drifted
+            for name, value in drifted.items()
         }
-        finite = all(math.isfinite(drift[name]) for name in drifted)
+        finite = all(map(math.isfinite, drifted.values()))
         if self.settings.on_drift == "stop" or (self.settings.on_drift == "warn" and not finite):
             raise ResodeError(
-                f"{what[drifted[0]]}, so the gradient is not backprop's; stopped"
+                f"{next(iter(what.values()))}, so the gradient is not backprop's; stopped"
                 " (--on-drift anchors would go on with an exact one)"
             )
         if self.settings.on_drift == "warn":
@@ -130,10 +121,6 @@ class Guard:
             self.state.recalibrations += 1
             self._calibrate(images, labels, step=step)
         return True
-
-    def _drifted(self, name: str, value: float) -> bool:
-        reconstructed = self.model.stages[name].monitor.drift is not None
-        return reconstructed and not value <= self._allowed(name)
 
     def _allowed(self, name: str) -> float:
         return min(self.state.allowed.get(name, math.inf), self.settings.drift_tolerance)

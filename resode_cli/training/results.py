@@ -50,7 +50,11 @@ class Progress:
     skipped: int = 0  # steps with a loss or gradient that was no number
     switched: dict[str, float] | None = None
     guard: dict[str, Any] = field(default_factory=dict)  # a GuardState
-    window: list[list[float]] = field(default_factory=list)  # (loss, accuracy, drift …) since the last log row
+    window: list[dict[str, float]] = field(default_factory=list)  # of each step since the last log row, by column
+
+    def __post_init__(self) -> None:
+        # In the state of a run by an older resode: (loss, accuracy, drift …).
+        self.window = [row if isinstance(row, dict) else {"loss": row[0], "top1": row[1]} for row in self.window]
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ generators, and everything else as JSON. No pickle.
 from __future__ import annotations
 
 import csv
-import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -112,9 +112,15 @@ def load_state(folder: Path, *, source: str | None = None, trust_source: bool = 
     )
 
 
+Figures = dict[str, dict[str, float | None]]  # by figure and stage
+
+
 @dataclass(frozen=True)
 class StepRecord:
-    """One training step, for a progress display. Loss and accuracy are of this batch."""
+    """One training step, for a progress display. Loss and accuracy are of this batch.
+
+    monitor: drift, correction and contraction of every stage, None where there is none.
+    """
 
     step: int
     total: int
@@ -124,7 +130,18 @@ class StepRecord:
     lr: float
     images_per_second: float
     peak_bytes: int
-    monitor: dict[str, dict[str, float]]  # drift, correction and contraction of every stage; NaN: nothing to tell
+    monitor: Figures
+
+    @property
+    def columns(self) -> dict[str, float]:
+        """What the log tells of steps together."""
+        figures = {
+            f"{figure}_{name}": v
+            for figure, values in self.monitor.items()
+            for name, v in values.items()
+            if v is not None
+        }
+        return {"loss": self.loss, "top1": self.accuracy, **figures}
 
 
 def _whole(row: dict[str, str | None]) -> bool:
@@ -189,21 +206,20 @@ class Log:
                 writer.writeheader()
             writer.writerow(row)
 
-    def train(self, record: StepRecord, window: Sequence[Sequence[float]]) -> None:
-        losses, accuracies, *figures = zip(*window, strict=True)
+    def train(self, record: StepRecord, window: Sequence[Mapping[str, float]]) -> None:
+        """window: the `columns` of the steps since the last row."""
         row: dict[str, Any] = {
             "split": "train",
             "step": record.step,
             "epoch": record.epoch,
-            "loss": sum(losses) / len(losses),
-            "top1": sum(accuracies) / len(accuracies),
+            **{name: fmean(step[name] for step in window) for name in ("loss", "top1")},
             "lr": record.lr,
             "images_per_second": round(record.images_per_second, 1),
             "peak_bytes": record.peak_bytes,
         }
-        for name, values in zip(self.figures, figures, strict=True):
-            known = [v for v in values if not math.isnan(v)]
-            row[name] = max(known) if known else ""
+        for name in self.figures:
+            if values := [step[name] for step in window if name in step]:
+                row[name] = max(values)
         self._write(row)
 
     def test(self, step: int, epoch: int, evaluation: Evaluation) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import ResodeError, UsageError
 from ..files import model_file
 from ..network.model import OdeResNet
-from ..network.parts import Preprocessing
+from ..network.parts import Preprocessing, PreprocessingChoice
 from ..network.residual import ACTIVATIONS
 from ..sources.registry import open_source, parse_source
 
@@ -90,7 +90,7 @@ def open_teacher(given: str, model: OdeResNet, *, trust_source: bool = False) ->
     else:
         if parse_source(given)[0] in ("cifar", "file"):
             raise UsageError(f"teacher {given} brings no weights; convert it with --weights and give the model file")
-        source = open_source(given, pretrained=True, preprocessing={"size": pre.size})
+        source = open_source(given, pretrained=True, preprocessing=PreprocessingChoice(size=pre.size))
         _check_channels(given, source.preprocessing, pre)
         teacher = _frozen(source.net, given, pre, source.preprocessing)
         with torch.no_grad():

@@ -14,6 +14,7 @@ import resode_cli
 from resode_cli.app import main
 from resode_cli.files import model_file
 from resode_cli.network.model import OdeResNet
+from resode_cli.network.parts import PreprocessingChoice
 from resode_cli.sources.registry import open_source
 from resode_cli.surgery.convert import convert
 
@@ -23,11 +24,9 @@ TRAINING = ["--adjoint", "checkpoint", "--max-steps", "2", "--batch-size", "4", 
 
 
 def network(classes: int) -> OdeResNet:
-    return convert(
-        open_source(
-            "cifar:resnet20", pretrained=False, num_classes=classes, preprocessing={"size": 8, "crop_fraction": 1.0}
-        )
-    )[0]
+    preprocessing = PreprocessingChoice(size=8, crop_fraction=1.0)
+    source = open_source("cifar:resnet20", pretrained=False, num_classes=classes, preprocessing=preprocessing)
+    return convert(source)[0]
 
 
 @pytest.fixture

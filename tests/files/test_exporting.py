@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from resode_cli.errors import ResodeError, UsageError
 from resode_cli.files.exporting import export, source_state
 from resode_cli.network.model import OdeResNet
+from resode_cli.network.parts import PreprocessingChoice
 from resode_cli.sources.registry import open_source
 from resode_cli.surgery.convert import convert, random_batch
 from resode_cli.surgery.rewrite import deepen, tie
 
 ONNX = importlib.util.find_spec("onnxruntime") is not None
 SIZE = 64
-SMALL = {"size": SIZE, "crop_fraction": 1.0}
 # One architecture per family.
 FAMILIES = {
     "timm:resnet18": 64,
@@ -54,7 +54,9 @@ FAMILIES = {
 
 
 def opened(name: str, randomise, size: int = SIZE):
-    source = open_source(name, pretrained=False, num_classes=10, preprocessing={"size": size, "crop_fraction": 1.0})
+    source = open_source(
+        name, pretrained=False, num_classes=10, preprocessing=PreprocessingChoice(size=size, crop_fraction=1.0)
+    )
     randomise(source.net)
     return source
 
@@ -193,7 +195,9 @@ def test_an_unknown_suffix_is_named(tiny, images, tmp_path):
 @pytest.mark.parametrize("suffix", [".pt2", ".safetensors", *([".onnx"] if ONNX else [])])
 def test_the_same_model_gives_the_same_file(suffix: str, tiny_file, randomise, tmp_path):
     """Whatever was drawn or exported before."""
-    source = open_source(f"{tiny_file}:make", pretrained=False, preprocessing=SMALL | {"size": 16})
+    source = open_source(
+        f"{tiny_file}:make", pretrained=False, preprocessing=PreprocessingChoice(size=16, crop_fraction=1.0)
+    )
     model = convert(source)[0]
     images = random_batch(model.info.preprocessing, 2)
     for name in ("a", "b"):

@@ -12,6 +12,7 @@ from torch import nn
 from resode_cli.errors import NonFiniteWarning, ResodeError
 from resode_cli.files.model_file import load, save
 from resode_cli.network.model import OdeResNet
+from resode_cli.network.parts import PreprocessingChoice
 from resode_cli.sources.registry import open_source
 from resode_cli.surgery.convert import convert
 
@@ -20,7 +21,7 @@ Change = Callable[[OdeResNet], object]
 
 @pytest.fixture
 def model() -> OdeResNet:
-    return convert(open_source("cifar:resnet20", pretrained=False, preprocessing={"size": 16}))[0]
+    return convert(open_source("cifar:resnet20", pretrained=False, preprocessing=PreprocessingChoice(size=16)))[0]
 
 
 def first_blocks(model: OdeResNet) -> nn.ModuleList:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from resode_cli.gradients.check_grad import check_gradients
 from resode_cli.measuring.forecast import forecast_conversion, forecast_gradients
 from resode_cli.network.model import OdeResNet
+from resode_cli.network.parts import PreprocessingChoice
 from resode_cli.ode import Adjoint, kept_bytes
 from resode_cli.ode.memory import LiveBytes
 from resode_cli.sources.registry import open_source
@@ -66,7 +67,7 @@ def test_gradients_of_every_method_fit_into_the_forecast(tiny: OdeResNet, images
 
 @pytest.mark.parametrize("name", ["timm:resnet18", "timm:convnext_atto", "cifar:resnet20"])
 def test_a_conversion_fits_into_its_forecast(name: str):
-    source = open_source(name, pretrained=False, preprocessing={"size": 96})
+    source = open_source(name, pretrained=False, preprocessing=PreprocessingChoice(size=96))
     image = random_batch(source.preprocessing, 1)
     weights = sum(p.nbytes for p in source.net.parameters())
     found = forecast_conversion(source.net.eval(), image, VERIFIED)

@@ -15,7 +15,7 @@ from resode_cli.bench.workload import Trial, Workload
 from resode_cli.data.transforms import transform
 from resode_cli.errors import ResodeError, UsageError
 from resode_cli.files import model_file
-from resode_cli.network.parts import Preprocessing, parse_size
+from resode_cli.network.parts import Preprocessing, PreprocessingChoice, parse_size
 from resode_cli.sources.cifar import CifarResNet
 from resode_cli.sources.registry import open_source
 from resode_cli.surgery.convert import convert, random_batch
@@ -59,7 +59,9 @@ def nets(tmp_path: Path) -> Path:
 
 
 def open_net(nets: Path, name: str, **preprocessing: object):
-    return open_source(f"{nets}:{name}", pretrained=False, preprocessing={"size": 16, **preprocessing})
+    return open_source(
+        f"{nets}:{name}", pretrained=False, preprocessing=PreprocessingChoice(**{"size": 16, **preprocessing})
+    )
 
 
 SHAPES = {

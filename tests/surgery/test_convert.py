@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from resode_cli.errors import ResodeError, UsageError
 from resode_cli.network.model import OdeResNet, assemble
+from resode_cli.network.parts import PreprocessingChoice
 from resode_cli.sources.cifar import CifarResNet
 from resode_cli.sources.find_stages import find_stages
 from resode_cli.sources.registry import open_source
@@ -108,7 +109,9 @@ def steps(model: OdeResNet) -> list[int]:
 def open_small(name: str, **arguments):
     size = 32 if name.startswith("cifar") else 64
     source = name.removesuffix(" B")
-    return open_source(source, pretrained=False, num_classes=10, preprocessing={"size": size}, **arguments)
+    return open_source(
+        source, pretrained=False, num_classes=10, preprocessing=PreprocessingChoice(size=size), **arguments
+    )
 
 
 def random_images(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -247,7 +250,7 @@ def user_file(tmp_path):
 
 @pytest.mark.parametrize(("function", "activation"), [("relu", "relu"), ("tanh", "generic"), ("linear", "linear")])
 def test_blocks_of_the_users_own_are_bit_identical_at_native_depth(function, activation, user_file, randomise):
-    source = open_source(f"{user_file}:{function}", pretrained=False, preprocessing={"size": 16})
+    source = open_source(f"{user_file}:{function}", pretrained=False, preprocessing=PreprocessingChoice(size=16))
     untouched = copy.deepcopy(randomise(source.net)).eval()
     model, check = convert(source)
     assert steps(model) == [3] and model.stages["blocks"].activation == activation
@@ -258,7 +261,7 @@ def test_blocks_of_the_users_own_are_bit_identical_at_native_depth(function, act
 
 
 def test_pre_form_changes_a_relu_network_and_the_verification_says_so(build_tiny, tiny_file, randomise):
-    source = open_source(f"{tiny_file}:make", pretrained=False, preprocessing={"size": 16})
+    source = open_source(f"{tiny_file}:make", pretrained=False, preprocessing=PreprocessingChoice(size=16))
     randomise(source.net)
     _, check = convert(source, form="pre")
     assert not check.function_kept and not check.identical and check.max_difference > 1e-3
@@ -285,13 +288,13 @@ def test_pre_form_changes_nothing_on_preactivation_networks(name: str, randomise
 
 
 def test_pre_form_is_refused_where_the_branch_is_not_known(user_file):
-    source = open_source(f"{user_file}:tanh", pretrained=False, preprocessing={"size": 16})
+    source = open_source(f"{user_file}:tanh", pretrained=False, preprocessing=PreprocessingChoice(size=16))
     with pytest.raises(UsageError, match="'pre'.*--form exact"):
         convert(source, form="pre")
 
 
 def test_heun_changes_the_function(tiny_file, randomise):
-    source = open_source(f"{tiny_file}:make", pretrained=False, preprocessing={"size": 16})
+    source = open_source(f"{tiny_file}:make", pretrained=False, preprocessing=PreprocessingChoice(size=16))
     randomise(source.net)
     model, check = convert(source, scheme="heun")
     assert not check.function_kept and check.max_difference > 1e-3
@@ -299,20 +302,20 @@ def test_heun_changes_the_function(tiny_file, randomise):
 
 
 def test_a_network_that_does_not_repeat_itself_is_refused(user_file):
-    source = open_source(f"{user_file}:noisy", pretrained=False, preprocessing={"size": 16})
+    source = open_source(f"{user_file}:noisy", pretrained=False, preprocessing=PreprocessingChoice(size=16))
     with pytest.raises(ResodeError, match="does not agree.*nothing was written"):
         convert(source)
 
 
 def test_a_network_without_logits_is_refused(user_file):
-    source = open_source(f"{user_file}:maps", pretrained=False, preprocessing={"size": 16})
+    source = open_source(f"{user_file}:maps", pretrained=False, preprocessing=PreprocessingChoice(size=16))
     with pytest.raises(ResodeError, match=r"logits \(images, classes\) are needed"):
         convert(source)
 
 
 def test_a_network_that_fails_on_its_input_is_named(tmp_path):
     (tmp_path / "grey.py").write_text("from torch import nn\n\n\ndef make():\n    return nn.Linear(5, 2)\n")
-    source = open_source(f"{tmp_path / 'grey.py'}:make", pretrained=False, preprocessing={"size": 16})
+    source = open_source(f"{tmp_path / 'grey.py'}:make", pretrained=False, preprocessing=PreprocessingChoice(size=16))
     with pytest.raises(ResodeError, match=r"grey.py:make fails on a batch of shape \(4, 3, 16, 16\)"):
         convert(source)
 

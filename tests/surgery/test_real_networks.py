@@ -14,7 +14,7 @@ from resode_cli.data import Batch, batches, open_data
 from resode_cli.gradients.check_grad import StageGradient, check_gradients
 from resode_cli.measuring.evaluate import evaluate
 from resode_cli.network.model import OdeResNet
-from resode_cli.network.parts import Preprocessing
+from resode_cli.network.parts import Preprocessing, PreprocessingChoice
 from resode_cli.ode import Adjoint
 from resode_cli.sources.registry import open_source
 from resode_cli.surgery.convert import convert
@@ -87,7 +87,7 @@ def some_images(cifar10: Path) -> list[Batch]:
 
 def converted(source: str, weights: Path) -> tuple[nn.Module, OdeResNet]:
     """An untouched copy of the source network, and the model."""
-    opened = open_source(source, weights=weights, preprocessing={"size": 32, "crop_fraction": 1.0})
+    opened = open_source(source, weights=weights, preprocessing=PreprocessingChoice(size=32, crop_fraction=1.0))
     untouched = copy.deepcopy(opened.net).eval()
     model, check = convert(opened)
     assert check.identical
