@@ -111,24 +111,24 @@ def check_grad_command(
         f"predicted{wide}: {duration(forecast.seconds)}{tuned}, {size(forecast.bytes)} of tensors at a time{held}"
     )
     methods: list[Adjoint | StageAdjoints] = []
-    calibrations = []
+    chosen = []
     with output.aside.status("calibrating") as status:
         for choice in choices:
             if choice.fixed is not None:
                 methods.append(choice.fixed)
                 continue
-            calibration = choose_as_measured(
+            found = choose_as_measured(
                 loaded,
-                *(part.to(where) for part in batches_of.calibration()),
+                *(part.to(where) for part in batches_of.to_choose_on()),
                 tolerance=backward.grad_tol,
                 budget=budget if budget is not None else free_bytes(where),
                 methods=choice.methods,
                 batch_norm=backward.bn,
                 on_stage=lambda stage, tried: status.update(escape(f"calibrating {stage}: {tried}")),
             )
-            calibrations.append(calibration)
-            methods.append(StageAdjoints(choice.label, calibration.adjoints))
-            output.show(choice_table(calibration))
+            chosen.append(found)
+            methods.append(StageAdjoints(choice.label, found.adjoints))
+            output.show(choice_table(found))
     fixed = [m for m in methods if isinstance(m, Adjoint) and m.replays]
     if depths is not None and len(fixed) < len(methods):
         output.note("the sweep leaves out what is chosen for one depth (auto) and the reference (backprop)")
@@ -172,7 +172,7 @@ def check_grad_command(
     output.json(
         {
             **gradient_json(report),
-            "calibrations": [choice_json(calibration) for calibration in calibrations],
+            "calibrations": [choice_json(found) for found in chosen],
             "sweep": sweep_json(rows) if depths is not None else None,
             "tolerance": finite(tol),
             "within_tolerance": None if tol is None else not failed,
@@ -185,7 +185,7 @@ def check_grad_command(
 
 
 class _Batches:
-    """The batch that is measured, and another one to calibrate on: `auto` must not choose on what it is judged by."""
+    """The batch that is measured, and another one to choose on: `auto` must not choose on what it is judged by."""
 
     def __init__(self, model: OdeResNet, data: str | None, reading: Reading, output: Output) -> None:
         self.model, self.data, self.reading, self.output = model, data, reading, output
@@ -193,7 +193,7 @@ class _Batches:
     def measured(self) -> tuple[Tensor, Tensor, str]:
         return self._noise(0) + ("random noise",) if self.data is None else (*self._of("test"), f"{self.data}, test")
 
-    def calibration(self) -> tuple[Tensor, Tensor]:
+    def to_choose_on(self) -> tuple[Tensor, Tensor]:
         if self.data is None:
             return self._noise(1)
         try:

@@ -125,7 +125,7 @@ def finetune_command(
         callbacks = Callbacks(
             on_step=on_step,
             on_message=output.note,
-            on_choice=lambda calibration: output.aside.print(choice_table(calibration)),
+            on_choice=lambda chosen: output.aside.print(choice_table(chosen)),
             should_stop=stop,
             deferred=stop.deferred,
         )

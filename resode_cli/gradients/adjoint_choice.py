@@ -1,4 +1,4 @@
-"""An adjoint as a user asks for it: a fixed one, or one to be calibrated stage by stage.
+"""An adjoint as a user asks for it: a fixed one, or one to be chosen stage by stage.
 
 auto   multistep   pc:anchors=10   pc:corrections=2   checkpoint:snapshots=12   multistep:anchors=auto
 """
@@ -18,7 +18,7 @@ SETTINGS = ("anchors", "corrections", "snapshots")
 
 @dataclass(frozen=True)
 class AdjointChoice:
-    """fixed: the adjoint, or None if it is to be calibrated among `methods` (None: all but backprop)."""
+    """fixed: the adjoint, or None if it is to be chosen among `methods` (None: all but backprop)."""
 
     name: str
     fixed: Adjoint | None

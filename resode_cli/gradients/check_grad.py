@@ -49,7 +49,7 @@ class StageGradient:
 
 @dataclass(frozen=True)
 class StageAdjoints:
-    """An adjoint for each stage, under one name, as calibration finds them."""
+    """An adjoint for each stage, under one name, as they are chosen."""
 
     name: str
     stages: Mapping[str, Adjoint]

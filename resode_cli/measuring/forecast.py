@@ -72,7 +72,7 @@ def forecast_conversion(net: nn.Module, image: Tensor, images: int) -> Forecast 
 def forecast_gradients(model: OdeResNet, images: Tensor, methods: Sequence[Adjoint]) -> Forecast:
     """Backprop's gradients and each method's on a batch (B, 3, H, W), from backprop on a few of its images.
 
-    Methods that keep no activations evaluate the branches again; calibration is not included. The model is
+    Methods that keep no activations evaluate the branches again; the choice of adjoints is not included. The model is
     left as it was.
     """
     few = images[: min(FEW, len(images))].clone()  # a view would keep the storage of all

@@ -179,9 +179,9 @@ def sweep_json(rows: Iterable[SweepRow]) -> list[dict[str, Any]]:
 
 
 def finetune_json(result: FinetuneResult) -> dict[str, Any]:
-    record = {k: v for k, v in vars(result).items() if k not in ("before", "after", "calibration")}
+    record = {k: v for k, v in vars(result).items() if k not in ("before", "after", "chosen")}
     for name in ("before", "after"):
         evaluation = getattr(result, name)
         record[name] = None if evaluation is None else evaluation_json(evaluation)
-    record["calibration"] = None if result.calibration is None else choice_json(result.calibration)
+    record["calibration"] = None if result.chosen is None else choice_json(result.chosen)
     return finite(record)

@@ -138,7 +138,7 @@ class _Run:
             deferred=self.callbacks.deferred,
         )
         self.optimizer_state = OptimizerState(self.loop.optimizer, model)
-        self.calibration: ChosenAdjoints | None = None
+        self.chosen: ChosenAdjoints | None = None
         self.guard = Guard(
             model,
             settings,
@@ -146,7 +146,7 @@ class _Run:
             autocast=self.loop.autocast,
             prepare=self._train_mode,
             on_message=self.callbacks.on_message,
-            on_choice=self._calibrated,
+            on_choice=self._chosen,
             state=GuardState(**self.progress.guard),
         )
         self.guard.start(lambda: choice_batch(train, settings, device))
@@ -159,11 +159,11 @@ class _Run:
             self.progress.switched = switched
             self.model.record("switch-scheme", scheme=self.settings.adjoint_choice().required_scheme, **switched)
 
-    def _calibrated(self, calibration: ChosenAdjoints) -> None:
-        self.calibration = calibration
-        chosen = {c.stage: {"adjoint": c.adjoint.label, "error": c.error} for c in calibration.choices}
-        self.model.record("calibrate", step=self.progress.step, stages=chosen)
-        self.callbacks.on_choice(calibration)
+    def _chosen(self, chosen: ChosenAdjoints) -> None:
+        self.chosen = chosen
+        by_stage = {c.stage: {"adjoint": c.adjoint.label, "error": c.error} for c in chosen.choices}
+        self.model.record("calibrate", step=self.progress.step, stages=by_stage)
+        self.callbacks.on_choice(chosen)
 
     def _train_mode(self) -> None:
         self.model.train()
@@ -202,7 +202,7 @@ class _Run:
             progress.switched,
             tuple(self.guard.state.moved_to_anchors),
             self.guard.state.recalibrations,
-            self.calibration,
+            self.chosen,
         )
 
     def _train(self) -> str:

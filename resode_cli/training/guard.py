@@ -19,9 +19,9 @@ from ..ode import Adjoint
 from ..quantities import parse_bytes
 from .settings import Settings
 
-# After a calibration asked for by the monitor: a stage that drifts again within so many steps gets exact anchors.
+# After a choice asked for by the monitor: a stage that drifts again within so many steps gets exact anchors.
 PATIENCE = 20
-# Drift varies from batch to batch: so many times the calibrated one is tolerated, whatever error was measured then.
+# Drift varies from batch to batch: so many times the one found then is tolerated, whatever error was measured then.
 CHANCE = 1.5
 # Of the free memory, what a stage that moves to anchors may take: other stages may follow.
 SHARE = 0.5
@@ -41,9 +41,9 @@ class GuardState:
 
 
 class Guard:
-    """Sets the adjoints of a run, calibrated if the settings say so, and acts on the monitor.
+    """Sets the adjoints of a run, chosen on a batch if the settings say so, and acts on the monitor.
 
-    batch: gives a batch to calibrate on. prepare: puts the model in the mode that it trains in.
+    batch: gives a batch to choose on. prepare: puts the model in the mode that it trains in.
     """
 
     def __init__(
@@ -66,14 +66,14 @@ class Guard:
         self.stage_names = [name for name, stage in model.stages.items() if stage.spec.depth]
 
     def start(self, batch: Callable[[], tuple[Tensor, Tensor]]) -> None:
-        """Set every stage's adjoint: as it was, as given, or calibrated on a batch."""
+        """Set every stage's adjoint: as it was, as given, or chosen on a batch."""
         if self.state.adjoints:
             self.model.use_adjoint({name: Adjoint(**values) for name, values in self.state.adjoints.items()})
         elif self.choice.fixed is not None:
             self.model.use_adjoint(self.choice.fixed)
             self._remember()
         else:
-            self._calibrate(*batch(), step=0)
+            self._choose(*batch(), step=0)
 
     def figures(self) -> dict[str, dict[str, Tensor | None]]:
         """What the monitors tell of the last pass, on the device, by figure and stage; None where that is nothing."""
@@ -119,7 +119,7 @@ class Guard:
         else:
             self.on_message(f"{'; '.join(what.values())}; calibrating again, and the step is taken again")
             self.state.recalibrations += 1
-            self._calibrate(images, labels, step=step)
+            self._choose(images, labels, step=step)
         return True
 
     def _allowed(self, name: str) -> float:
@@ -138,10 +138,10 @@ class Guard:
         self._remember()
         self.on_message(f"{what}; stage {name} is moved to anchors ({adjoint.label}) and the step taken again")
 
-    def _calibrate(self, images: Tensor, labels: Tensor, *, step: int) -> None:
+    def _choose(self, images: Tensor, labels: Tensor, *, step: int) -> None:
         self.prepare()
         budget = self.settings.memory_budget
-        calibration = choose_adjoints(
+        chosen = choose_adjoints(
             self.model,
             images,
             labels,
@@ -151,9 +151,9 @@ class Guard:
             methods=self.choice.methods,
             autocast=self.autocast,
         )
-        self.on_choice(calibration)
+        self.on_choice(chosen)
         self.state.allowed = {}
-        for choice in calibration.choices:
+        for choice in chosen.choices:
             if choice.own_drift is not None:
                 room = max(self.settings.grad_tol / max(choice.error, 1e-12), CHANCE)
                 self.state.allowed[choice.stage] = room * choice.own_drift

@@ -21,7 +21,7 @@ NONE_YET = -1.0  # the accuracy of the best model, before there is one
 class FinetuneResult:
     """before, after: on the test split; best: the epoch's evaluation with the highest top-1.
 
-    adjoints: what each stage ended with. calibration: the last one, if 'auto' was asked for in this session.
+    adjoints: what each stage ended with. chosen: the last choice, if 'auto' was asked for in this session.
     """
 
     steps: int
@@ -37,7 +37,7 @@ class FinetuneResult:
     switched: dict[str, float] | None = None
     moved_to_anchors: tuple[str, ...] = ()
     recalibrations: int = 0
-    calibration: ChosenAdjoints | None = None
+    chosen: ChosenAdjoints | None = None
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Callbacks:
 
     on_step: Callable[[StepRecord], None] = lambda record: None
     on_message: Callable[[str], None] = lambda message: None
-    on_choice: Callable[[ChosenAdjoints], None] = lambda calibration: None
+    on_choice: Callable[[ChosenAdjoints], None] = lambda chosen: None
     should_stop: Callable[[], bool] = lambda: False
     deferred: Callable[[], AbstractContextManager[None]] = nullcontext
 

@@ -146,7 +146,7 @@ def test_settings_reach_the_stages(model, tmp_path):
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_auto_calibrates_under_autocast(amp, model, tmp_path):
     result = train(model, tmp_path / "run", replace(SETTINGS, amp=amp, max_steps=2))
-    assert result.steps == 2 and result.calibration is not None
+    assert result.steps == 2 and result.chosen is not None
 
 
 def test_a_tolerance_that_a_resumed_run_lowers_binds_stages_that_auto_has_calibrated(model, tmp_path):
