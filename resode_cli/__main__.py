@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from .machine.signals import SIGNALS, exit_code
 
 
-def _end(number: int, frame: Any) -> NoReturn:
+def _end(number: int, _: Any) -> NoReturn:
     """Nothing is begun yet, or all is done: there is nothing to leave in order."""
     try:
         os.write(2, b"error: interrupted\n")

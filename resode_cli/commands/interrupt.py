@@ -47,7 +47,7 @@ class Stop:
         """From now on signals are only noted, to the end of `working`."""
         self.held = True
 
-    def heed(self, number: int, frame: Any) -> None:
+    def heed(self, number: int, _: Any) -> None:
         """The handler of the signals."""
         leave_closed_terminal()
         now = time.monotonic()

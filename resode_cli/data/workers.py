@@ -95,7 +95,7 @@ def _next(source: Iterator[Any], workers: set[BaseProcess]) -> Any:
             _check(workers)
 
 
-def ignore_stops(parent: int, worker: int) -> None:
+def ignore_stops(parent: int, _: int) -> None:
     """What a worker does first."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -70,7 +70,7 @@ class Probe:
                         lambda gradient: setattr(passage, "input_gradient", gradient.detach())
                     )
 
-            def after(module: nn.Module, args: tuple[Any, ...], out: Tensor, name: str = name) -> None:
+            def after(_: nn.Module, __: tuple[Any, ...], out: Tensor, name: str = name) -> None:
                 if out.requires_grad:
                     out.register_hook(  # type: ignore[no-untyped-call]
                         lambda adjoint: setattr(passages[name], "adjoint", adjoint.detach())

@@ -42,7 +42,7 @@ def forecast_conversion(net: nn.Module, image: Tensor, images: int) -> Forecast 
     """
     passed: dict[int, Tensor] = {}
 
-    def see(module: nn.Module, given: tuple[object, ...], out: object) -> None:
+    def see(_: nn.Module, given: tuple[object, ...], out: object) -> None:
         for tensor in (*given, out):
             if isinstance(tensor, Tensor):
                 passed[tensor.untyped_storage()._cdata] = tensor

@@ -147,13 +147,13 @@ class BlendedResidual(Residual):
         self.module = nn.ModuleList([lower.module, upper.module])  # all that the engine looks after
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._blended(x, lambda residual: residual(x))
+        return self._blended(lambda residual: residual(x))
 
     def step(self, x: Tensor, h: float) -> Tensor:
         """x + h r(x)."""
-        return self._blended(x, lambda residual: residual.step(x, h))
+        return self._blended(lambda residual: residual.step(x, h))
 
-    def _blended(self, x: Tensor, run: Callable[[BlockResidual], Tensor]) -> Tensor:
+    def _blended(self, run: Callable[[BlockResidual], Tensor]) -> Tensor:
         lower, upper = tensors_of(self.lower.module), tensors_of(self.upper.module)
         tensors = {
             name: torch.lerp(a, upper[name], self.weight) if a.is_floating_point() else a for name, a in lower.items()

@@ -171,7 +171,7 @@ class _BlockTracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Symbol(node, self)
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+    def is_leaf_module(self, _: nn.Module, __: str) -> bool:
         return True
 
     def number(self, name: str, _: nn.Module) -> fx.Proxy:

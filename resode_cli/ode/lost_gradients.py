@@ -29,10 +29,10 @@ def recorded_bare(run: Callable[[Tensor], Tensor], x: Tensor, own: Collection[in
     backward pass reaches it, for a tensor that was kept from inside.
     """
 
-    def keep_nothing(tensor: Tensor) -> None:
+    def keep_nothing(_: Tensor) -> None:
         return None
 
-    def refuse(nothing: Any) -> NoReturn:
+    def refuse(_: Any) -> NoReturn:
         raise ResodeError(
             f"{name} keeps a tensor while it runs, and a loss depends on it: its gradient would be lost, for the"
             " stage's activations are not recorded; use the adjoint method 'backprop' for its stage, or detach what is"

@@ -70,7 +70,7 @@ def watch(net: nn.Module, example: Tensor, *, recorded: bool = False) -> Watch:
         call.further = further_arguments(module, args, kwargs)
         call.into = args[0] if args and isinstance(args[0], Tensor) else None
 
-    def after(module: nn.Module, args: tuple[Any, ...], out: object) -> None:
+    def after(module: nn.Module, _: tuple[Any, ...], out: object) -> None:
         stack.pop()
         seen.calls[module].out = out if isinstance(out, Tensor) else None
         if isinstance(out, Tensor):

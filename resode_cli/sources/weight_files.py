@@ -169,7 +169,7 @@ class _StandIns:
     def _class(self, i: int, name: str, form: str) -> type:
         made = self.made
 
-        def new(cls: type, *args: object, **kwargs: object) -> object:
+        def new(cls: type, *_: object, **__: object) -> object:
             kinds = {"mapping": OrderedDict, "list": list}
             value = kinds[form]() if form in kinds else object.__new__(cls)
             made[id(value)] = value, name

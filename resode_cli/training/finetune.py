@@ -242,7 +242,7 @@ class _Run:
             self.log.train(record, self.progress.window)
             self.progress.window.clear()
 
-    def _between(self, taken: Taken) -> None:
+    def _between(self, _: Taken) -> None:
         if self._evaluation_is_due():
             self._choose_best()
             self.last_step_at = time.perf_counter()
