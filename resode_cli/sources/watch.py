@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,8 +83,9 @@ def watch(net: nn.Module, example: Tensor, *, recorded: bool = False) -> Watch:
     training = {m: m.training for m in net.modules()}
     net.eval()
     try:
-        # The record alone is asked for, not what a backward pass would need.
-        with torch.set_grad_enabled(recorded), saved_tensors_hooks(_nothing, _nothing), _Readers(seen.readers, stack):
+        # The record alone is asked for, not what a backward pass would need. Unrecorded, a block may have one inside.
+        unsaved = saved_tensors_hooks(_nothing, _nothing) if recorded else nullcontext()
+        with torch.set_grad_enabled(recorded), unsaved, _Readers(seen.readers, stack):
             net(example)
     finally:
         for module, mode in training.items():

@@ -15,7 +15,7 @@ from resode_cli.errors import ResodeError
 from resode_cli.network.model import assemble
 from resode_cli.network.parts import Preprocessing, Source, SourceSpec
 from resode_cli.sources.find_stages import find_stages
-from resode_cli.surgery.convert import stage_specs
+from resode_cli.surgery.convert import convert, stage_specs
 
 CHANNELS = 4
 
@@ -381,3 +381,28 @@ def test_finding_stages_leaves_the_network_as_it_was(images, randomise):
     assert all(module.training for module in net.modules())
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     assert not any(module._forward_hooks for module in net.modules())
+
+
+class Descends(nn.Module):
+    """Adds the gradient of a function of its own, and keeps a tensor with a history."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Conv2d(8, 8, 1)
+        self.kept = self.mix.weight * 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            y = x.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(self.mix(y).square().sum(), y, create_graph=True)
+        return x + slope
+
+
+def test_a_block_may_take_gradients_inside_and_keep_what_no_copy_can_hold():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Sequential(Descends(), Descends()), nn.Flatten(), nn.Linear(8 * 16, 5))
+    images = torch.randn(2, 3, 4, 4)
+    expected = net(images)
+    model, _ = convert(net, example=images)
+    assert [stage.spec.depth for stage in model.stages.values()] == [2]
+    torch.testing.assert_close(model(images), expected)
