@@ -8,15 +8,18 @@ stand-in, which the next block takes, and the last one gives the result for. Who
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from inspect import Parameter, signature
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import CheckpointFunction
 
 from ..errors import ResodeError
 from .block_inputs import equal, further_arguments
@@ -36,9 +39,12 @@ class AnotherLoop(ResodeError):
     def __init__(self, stage: str) -> None:
         super().__init__(
             f"stage {stage}: here the network does not run its blocks one after the other, each on what the one before"
-            " it gave, as it did in eval mode when they were found, and a stage can stand for no more than that;"
-            " set what decides about it first, and convert then"
+            " it gave, as it did in eval mode when they were found, or a hook looks at what is between them; that is"
+            " all that a stage can stand for (set what decides about it first, and convert then)"
         )
+
+
+_NOTHING = torch.empty(0)
 
 
 class StandIn(Tensor):
@@ -55,7 +61,7 @@ class StandIn(Tensor):
 
     @classmethod
     def of(cls, stage: str, at: int, result: Tensor, further: Mapping[str, Any]) -> StandIn:
-        made = Tensor._make_subclass(cls, torch.empty(0))  # type: ignore[attr-defined]
+        made = Tensor._make_subclass(cls, _NOTHING)  # type: ignore[attr-defined]
         made.stage, made.at, made.result, made.further = stage, at, result, further
         return made
 
@@ -63,7 +69,7 @@ class StandIn(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """What makes no tensor of it, such as its shape, is allowed, and what leaves it as it is, such as a `to`."""
+        """Its shape and the like may be asked for, and what leaves it as it is may be done, such as a `to`."""
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, StandIn)]
         before = [(x.result, x.result._version, x.result.grad_fn) for x in given]
         args, kwargs = tree_map(lambda leaf: leaf.result if isinstance(leaf, StandIn) else leaf, (args, kwargs or {}))
@@ -71,9 +77,23 @@ class StandIn(Tensor):
         left = all(x._version == version and x.grad_fn is history for x, version, history in before)
         if left and made is given[0].result:
             return given[0]
-        if not left or any(isinstance(leaf, Tensor) for leaf in tree_leaves(made)):
+        if not left or _name(func) not in _ABOUT:
             raise AnotherLoop(given[0].stage)
         return made
+
+
+# What is the same between the blocks as after them.
+_ABOUT = frozenset(
+    "shape dtype device ndim layout is_cuda is_cpu is_meta is_leaf requires_grad itemsize nbytes names size dim numel"
+    " stride nelement ndimension element_size is_contiguous is_floating_point is_complex __len__ get_device is_sparse"
+    " is_nested is_quantized is_mps is_xla".split()
+)
+
+
+def _name(func: Any) -> str:
+    """The name of a function, or of the attribute that a getter gets."""
+    name = str(getattr(func, "__name__", ""))
+    return str(getattr(func.__self__, "__name__", "")) if name == "__get__" else name
 
 
 class _Running(threading.local):
@@ -96,14 +116,26 @@ def networks_forward() -> Iterator[None]:
         _running.recorded.pop()
 
 
-def _is_watched() -> bool:
-    """Whether a converted network runs, and this is its own code: `checkpoint(block, x)` that re-enters is not."""
-    return bool(_running.recorded) and _running.recorded[-1] == torch.is_grad_enabled()
+def is_watched() -> bool:
+    """Whether a converted network runs, and not inside `checkpoint(block, x)` that re-enters, which loses stand-ins."""
+    if not _running.recorded:
+        return False
+    return _running.recorded[-1] == torch.is_grad_enabled() or not _inside_reentry()
+
+
+def _inside_reentry() -> bool:
+    """Whether a function runs for torch's checkpoint that enters autograd again."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is CheckpointFunction.forward.__code__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def stand_in_for(stage: str, result: Tensor, further: Mapping[str, Any]) -> Tensor:
     """What the network gets from a stage's first block, where others follow."""
-    return StandIn.of(stage, 0, result, further) if _is_watched() else result
+    return StandIn.of(stage, 0, result, further) if is_watched() else result
 
 
 def check_state(stage: str, given: object) -> None:
@@ -116,11 +148,13 @@ class Emptied(nn.Module):
     """In the place of a block that its stage runs: hands on what stands for the state.
 
     at: how many blocks of the stage come before it; last: whether it is the last.
+    block: the block, in a list since it is none of its children; empty where the stage has it no more. A loop that
+        asks for an attribute gets the block's.
     """
 
     def __init__(self, stage: str, at: int, block: nn.Module, *, last: bool) -> None:
         super().__init__()
-        self.stage, self.at, self.last = stage, at, last
+        self.stage, self.at, self.last, self.block = stage, at, last, [block]
         taken = signature(block.forward)
         # Without annotations, which not every process knows.
         parameters = [parameter.replace(annotation=Parameter.empty) for parameter in taken.parameters.values()]
@@ -128,12 +162,12 @@ class Emptied(nn.Module):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not isinstance(input, StandIn):
-            if _is_watched() and type(input) is Tensor:
+            if is_watched() and type(input) is Tensor:
                 raise AnotherLoop(self.stage)
             return input
         further = further_arguments(self.signature, (input, *args), kwargs)
         if (
-            not _is_watched()
+            not is_watched()
             or input.stage != self.stage
             or input.at != self.at - 1
             or not equal(dict(input.further), further)
@@ -141,5 +175,37 @@ class Emptied(nn.Module):
             raise AnotherLoop(self.stage)
         return input.result if self.last else StandIn.of(self.stage, self.at, input.result, input.further)
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or not is_watched():
+                raise
+            for block in self.__dict__["block"]:
+                return getattr(block, name)
+            raise AnotherLoop(self.stage) from None
+
     def extra_repr(self) -> str:
         return f"block {self.at} of stage {self.stage}, which runs it"
+
+
+class Entrance(nn.Module):
+    """A stage, as the first of the modules that a loop over it gets."""
+
+    def __init__(self, stage: Any) -> None:
+        super().__init__()
+        self._stage = [stage]  # not a child: it has its place already
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_"):
+                raise
+            (stage,) = self._stage
+            return getattr((*stage.transition, *stage.blocks)[0], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        (stage,) = self._stage
+        result: Tensor = stage(*args, **kwargs)
+        return stand_in_for(stage.spec.name, result, stage.take(*args, **kwargs)) if stage.emptied else result

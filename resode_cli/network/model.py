@@ -79,7 +79,8 @@ class OdeResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore
+        # A stage runs between the graphs of a compiled network, which nothing else is to break.
+        if torch.compiler.is_dynamo_compiling() or torch.jit.is_tracing():  # type: ignore
             return self.net(x)
         with networks_forward():
             result: Tensor = self.net(x)
@@ -115,7 +116,7 @@ class OdeResNet(nn.Module):
             stage.compile_branch(**compilation.options)
         if stage is not self.stages[name]:
             take_hooks(stage, self.stages[name])
-            stage.is_first, stage.emptied = self.stages[name].is_first, self.stages[name].emptied
+            stage.follow(self.stages[name])
         self.net = _with_submodule(self.net, self.paths[name], stage)
 
     def use_adjoint(self, adjoint: Adjoint | Mapping[str, Adjoint]) -> None:

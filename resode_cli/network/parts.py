@@ -19,11 +19,13 @@ class BlockSplit:
     """How to read a block: its branch g and what follows the addition (see residual.py).
 
     premises: what that rests on beside the block's tensors; None for a block that is called as it is.
+    reason: why a block is called as it is, where that can be told.
     """
 
     branch: Branch
     activation: str
     premises: Premises | None = field(default=None, compare=False, repr=False)
+    reason: str = field(default="", compare=False, repr=False)
 
 
 @dataclass(frozen=True)

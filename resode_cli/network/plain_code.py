@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,24 +21,28 @@ from torch.overrides import get_overridable_functions
 
 from .seen_values import ABSENT, LIBRARIES, TRUSTED, Restless, root
 
-# What bytecode may do, by the beginning of an instruction's name. Left out is what imports, spells out numbers, handles
-# exceptions or contexts, looks up in sets and dictionaries, and assigns to anything but local variables.
+# What bytecode may do, by the beginning of an instruction's name. Left out is what imports, handles exceptions or
+# contexts, makes sets and dictionaries, and assigns to anything but local variables.
 _ALLOWED = (
     *("LOAD_FAST", "LOAD_CONST", "LOAD_SMALL_INT", "LOAD_GLOBAL", "LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"),
     *("LOAD_DEREF", "LOAD_CLOSURE", "LOAD_ASSERTION_ERROR", "LOAD_COMMON_CONSTANT", "STORE_FAST", "STORE_DEREF"),
     *("DELETE_FAST", "POP_TOP", "POP_JUMP", "POP_ITER", "PUSH_NULL", "COPY", "SWAP", "NOP", "CACHE", "RESUME"),
-    *("RETURN_", "CALL", "PRECALL", "KW_NAMES", "BINARY_", "COMPARE_OP", "IS_OP", "TO_BOOL", "UNARY_", "JUMP_"),
-    *("BUILD_LIST", "BUILD_TUPLE", "BUILD_SLICE", "LIST_", "UNPACK_", "GET_ITER", "FOR_ITER", "END_FOR", "MAKE_"),
-    *("SET_FUNCTION_ATTRIBUTE", "RAISE_VARARGS", "RERAISE", "YIELD_VALUE", "EXTENDED_ARG", "NOT_TAKEN"),
+    *("RETURN_", "CALL", "PRECALL", "KW_NAMES", "BINARY_", "COMPARE_OP", "CONTAINS_OP", "IS_OP", "TO_BOOL", "UNARY_"),
+    *("JUMP_", "BUILD_LIST", "BUILD_TUPLE", "BUILD_SLICE", "LIST_", "UNPACK_", "GET_ITER", "FOR_ITER", "END_FOR"),
+    *("FORMAT_", "CONVERT_VALUE", "BUILD_STRING", "MAKE_", "SET_FUNCTION_ATTRIBUTE", "RAISE_VARARGS", "RERAISE"),
+    *("YIELD_VALUE", "EXTENDED_ARG", "NOT_TAKEN"),
 )
 _BUILTINS = frozenset(
-    "isinstance range zip enumerate reversed list tuple int float bool min max sum abs round super slice any all sorted"
-    " AssertionError ValueError TypeError RuntimeError NotImplementedError".split()
+    "isinstance len range zip enumerate reversed list tuple int float bool min max sum abs round super slice any all"
+    " sorted AssertionError ValueError TypeError RuntimeError NotImplementedError".split()
 )
 _OF_MODULES = frozenset({"forward", "training", "children", "named_children"})
 # How a tensor is recorded, and by whom, differs between the forward pass and what evaluates it again.
-_OF_TENSORS = frozenset(dir(Tensor)) - {"requires_grad", "requires_grad_", "is_leaf", "grad", "grad_fn", "data"}
+_OF_TENSORS = frozenset(name for name in dir(Tensor) if not name.startswith("_")) - {
+    *("requires_grad", "requires_grad_", "is_leaf", "grad", "grad_fn", "data", "register_hook", "retain_grad"),
+}
 _NAMESPACES = (torch, torch.nn, torch.nn.functional, torch.jit, torch.special, torch.linalg, torch.fft, math)
+_OPEN = ("timm", "torchvision")
 _METHODS = (FunctionType, staticmethod, classmethod, property)
 _CONSTANT = (torch.dtype, torch.memory_format, torch.layout)
 _ALWAYS_ALIKE = (
@@ -79,10 +83,23 @@ def _special_methods(kind: type) -> str:
     return ""
 
 
-def check_function(function: FunctionType, modules: Iterable[nn.Module]) -> None:
+class Look(NamedTuple):
+    """What a function looks at: `names`, one in the other.
+
+    of: 'global'; 'first', of its first argument, which may be the block; or 'other', of whatever it has then.
+    sure: not, where the function asks first whether it is there.
+    """
+
+    of: str
+    names: tuple[str, ...]
+    sure: bool = True
+
+
+def check_function(function: FunctionType, modules: Iterable[nn.Module]) -> list[tuple[ModuleType, str]]:
     """Raises Restless, naming what it is, where a user's function does or looks at more than can be followed.
 
     modules: those whose attributes it may look at.
+    Returns what it looks at in Python modules, such as a function of torch.
     """
     if function.__dict__:
         raise Restless(f"{function.__name__} has attributes")
@@ -92,15 +109,24 @@ def check_function(function: FunctionType, modules: Iterable[nn.Module]) -> None
         if not (own_class or is_plain(content) or isinstance(content, FunctionType)):
             raise Restless(f"{function.__name__} has a {type(content).__name__} in its closure")
     for default in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
-        if not is_plain(default):
+        if not is_plain(default) or isinstance(default, list):
             raise Restless(f"{function.__name__} has a {type(default).__name__} as a default")
     modules = tuple(modules)
-    for code in _codes(function.__code__):
-        for chain in _chains_in(code):
-            if isinstance(chain, str):
-                _check_attribute(chain, modules)
-            else:
-                _check_global(function, *chain)
+    found = []
+    for code, first in _codes(function.__code__):
+        looks = _looks_in(code, first)
+        asked = {look.names[0] for look in looks if not look.sure}
+        calls_super = any(look.names[0] in ("super", "__class__") for look in looks)
+        for look in looks:
+            if look.of == "global":
+                found += _check_global(function, *look.names)
+            elif look.of == "first":
+                _check_first(look, modules, sure=look.names[0] not in asked)
+            elif not set(look.names) <= _OF_TENSORS:
+                if not calls_super:
+                    raise Restless(f"it looks at {look.names[0]}")
+                _check_attribute(look.names[0], modules)
+    return found
 
 
 def content_of(cell: CellType) -> Any:
@@ -111,40 +137,84 @@ def content_of(cell: CellType) -> Any:
         return ABSENT
 
 
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    yield code
+def _codes(code: CodeType, first: str = "") -> Iterator[tuple[CodeType, str]]:
+    """The code of a function and of those inside it, each with the name that the outermost first argument has there."""
+    first = first or (code.co_varnames[0] if code.co_argcount else "")
+    stored = {i.argval for i in dis.get_instructions(code) if i.opname.startswith(("STORE_FAST", "STORE_DEREF"))}
+    yield code, "" if first in stored else first
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _codes(constant)
+            yield from _codes(constant, first if first in constant.co_freevars else "\0")
 
 
 @lru_cache(maxsize=4096)
-def _chains_in(code: CodeType) -> tuple[str | tuple[str, ...], ...]:
-    """What a function looks at: globals with what is looked at in them, and other attributes, by their names alone.
+def _looks_in(code: CodeType, first: str) -> tuple[Look, ...]:
+    """What a function looks at. Raises Restless for an instruction that is not allowed.
 
-    Raises Restless for an instruction that is not allowed.
+    first: the name of what may be the block.
     """
-    found: list[str | tuple[str, ...]] = []
-    chain: tuple[str, ...] = ()
-    for instruction in dis.get_instructions(code):
-        name = instruction.opname
+    found: list[Look] = []
+    chain: Look | None = None
+    instructions = [i for i in dis.get_instructions(code) if i.opname not in ("PUSH_NULL", "NOP", "CACHE", "RESUME")]
+    for n, instruction in enumerate(instructions):
+        name, what = instruction.opname, instruction.argval
         if not name.startswith(_ALLOWED):
             raise Restless(f"{code.co_name} does more than calculate ({name})")
-        if name in ("LOAD_ATTR", "LOAD_METHOD") and chain:
-            chain = (*chain, instruction.argval)
+        if name in ("LOAD_ATTR", "LOAD_METHOD") and chain is not None:
+            chain = chain._replace(names=(*chain.names, what))
             continue
-        if chain:
+        if chain is not None and chain.names:
             found.append(chain)
-            chain = ()
-        if name == "LOAD_GLOBAL":
-            chain = (instruction.argval,)
+        chain = None
+        if name == "LOAD_GLOBAL" and what in ("getattr", "hasattr"):
+            held, asked = (*instructions[n + 1 : n + 3], None, None)[:2]
+            if not (_loads(held, first) and asked and asked.opname == "LOAD_CONST" and isinstance(asked.argval, str)):
+                raise Restless(f"it uses {what}")
+            found.append(Look("first", (asked.argval,), sure=False))
+        elif name == "LOAD_GLOBAL":
+            chain = Look("global", (what,))
+        elif _loads(instruction, first):
+            chain = Look("first", ())
         elif name.startswith(("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")):
-            found.append(instruction.argval)
-    return (*found, chain) if chain else tuple(found)
+            chain = Look("other", (what,))
+            if name == "LOAD_SUPER_ATTR":
+                found.append(Look("other", ("__class__",)))
+    return (*found, chain) if chain is not None and chain.names else tuple(found)
 
 
-def _check_attribute(name: str, modules: tuple[nn.Module, ...]) -> None:
-    """That what has the name in a module can be followed, and that a tensor has it where no module has."""
+def _loads(instruction: dis.Instruction | None, first: str) -> bool:
+    """Whether an instruction puts the function's first argument on top of the stack."""
+    if instruction is None or not first or not instruction.opname.startswith(("LOAD_FAST", "LOAD_DEREF")):
+        return False
+    what = instruction.argval
+    return bool(what == first or (isinstance(what, tuple) and what[-1] == first))
+
+
+def _check_first(look: Look, modules: tuple[nn.Module, ...], *, sure: bool) -> None:
+    """That what is looked at in the first argument can be followed, as far as it may be a block's."""
+    name, *others = look.names
+    if not _check_attribute(name, modules) and sure:
+        raise Restless(f"it looks at {name}")
+    children = [child for module in modules if (child := module._modules.get(name)) is not None]
+    for child in children if others else ():
+        _check_in_child(name, child, *others)
+    if not children and not set(others) <= _OF_TENSORS:
+        raise Restless(f"it looks at {'.'.join(look.names)}")
+
+
+def _check_in_child(path: str, child: nn.Module, name: str, *others: str) -> None:
+    """That what is looked at in a child, which itself may be called, can be followed: its tensors and plain values."""
+    own = child.__dict__
+    if name in own["_parameters"] or name in own["_buffers"]:
+        if set(others) <= _OF_TENSORS:
+            return
+    elif not others and (name in _OF_MODULES or is_plain(own.get(name, getattr(type(child), name, ABSENT)))):
+        return
+    raise Restless(f"it looks at {'.'.join((path, name, *others))}")
+
+
+def _check_attribute(name: str, modules: tuple[nn.Module, ...]) -> bool:
+    """Whether a module or a tensor has it. Raises Restless where what a module has cannot be followed."""
     known = name in _OF_TENSORS or name in _OF_MODULES
     for module in modules:
         own = module.__dict__
@@ -157,22 +227,25 @@ def _check_attribute(name: str, modules: tuple[nn.Module, ...]) -> None:
                 if not (is_plain(value) or _is_traced(value) or (holder is not own and isinstance(value, _METHODS))):
                     raise Restless(f"it looks at {name}, a {type(value).__name__}")
         known = known or any(name in b.__dict__ for b in type(module).__mro__ if b not in (nn.Module, object))
-    if not known:
-        raise Restless(f"it looks at {name}")
+    return known
 
 
-def _check_global(function: FunctionType, first: str, *names: str) -> None:
-    """That a global, or what is looked at in it, can be followed."""
+def _check_global(function: FunctionType, first: str, *names: str) -> list[tuple[ModuleType, str]]:
+    """That a global, or what is looked at in it, can be followed; what is looked at in Python modules."""
     value = function.__globals__.get(first, ABSENT)
     if value is ABSENT and first in _BUILTINS and not names:
-        return
+        return []
+    found = []
     for name in names:
-        if not isinstance(value, ModuleType) or value not in _NAMESPACES:
+        opened = isinstance(value, ModuleType) and (value in _NAMESPACES or value.__name__.partition(".")[0] in _OPEN)
+        if not opened:
             raise Restless(f"it looks at {name} of {first}")
-        value = getattr(value, name, ABSENT)
-    own = is_plain(value) or (isinstance(value, FunctionType) and root(value) not in LIBRARIES)
-    if not (_is_traced(value) or (own and not names)):
+        found.append((value, name))
+        value = vars(value).get(name, ABSENT)
+    own = is_plain(value) and not names
+    if not (own or _is_traced(value) or (isinstance(value, FunctionType) and root(value) not in LIBRARIES)):
         raise Restless(f"it uses {'.'.join((first, *names))}")
+    return found
 
 
 @lru_cache(maxsize=1)
@@ -187,4 +260,6 @@ def _is_traced(value: Any) -> bool:
         return True
     if isinstance(value, BuiltinFunctionType) and value.__module__ == "math":
         return True
-    return value is Tensor or id(value) in _overridable()
+    if isinstance(value, type):  # a class of layers is asked for, as none is made
+        return value is Tensor or (issubclass(value, nn.Module) and root(value) in TRUSTED)
+    return id(value) in _overridable()

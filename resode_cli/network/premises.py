@@ -49,14 +49,14 @@ class _Place(NamedTuple):
 class _Part(NamedTuple):
     """What counts of the module at a place, beside its class.
 
-    names: the names of the children and tensors that it holds, None where its own call decides about them.
+    names: the names of the children and tensors that it holds.
     values: attributes, as `as_seen` sees them; of a number that the code reads itself the type alone.
     erased: whether the traced code leaves the module out: it follows the addition, or is an identity.
     size: how many attributes the block itself has.
     """
 
     place: int
-    names: list[str] | None
+    names: list[str]
     values: tuple[tuple[str, Any], ...]
     erased: bool
     size: int | None
@@ -68,7 +68,7 @@ class Premises:
 
     names: what the functions that were looked at name, which decides what counts of an object.
     outside: entries of dictionaries, those of classes and of the modules in which functions stand.
-    cells: closures' cells.
+    cells: closures' cells. functions: those that were looked at, with their code and defaults, which may be edited.
     """
 
     places: tuple[_Place, ...]
@@ -76,6 +76,7 @@ class Premises:
     names: frozenset[str]
     outside: tuple[tuple[Mapping[str, Any], str, Any], ...]
     cells: tuple[tuple[CellType, Any], ...]
+    functions: tuple[tuple[FunctionType, tuple[Any, ...]], ...]
 
     def hold(self, block: nn.Module) -> bool:
         """Whether all that the reading rests on is as it was."""
@@ -90,7 +91,7 @@ class Premises:
                     return False
             for place, held, values, erased, size in self.parts:
                 own = modules[place].__dict__
-                if (size is not None and len(own) != size) or (held is not None and held != _held(own)):
+                if (size is not None and len(own) != size) or held != _held(own):
                     return False
                 if erased and not runs_its_class(modules[place]):
                     return False
@@ -103,6 +104,8 @@ class Premises:
         for table, name, seen in self.outside:
             if not is_as_seen(table.get(name, ABSENT), seen, self.names):
                 return False
+        if any(_content(function) != seen for function, seen in self.functions):
+            return False
         return all(is_as_seen(content_of(cell), seen, self.names) for cell, seen in self.cells)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Premises:
@@ -114,7 +117,7 @@ class Premises:
 
 def _unknown() -> Premises:
     """Of a rule from another process: its block is read anew before it is used."""
-    return Premises((_Place(0, "", type(None), 0),), (), frozenset(), (), ())
+    return Premises((_Place(0, "", type(None), 0),), (), frozenset(), (), (), ())
 
 
 def _has_own_hooks(module: nn.Module) -> bool:
@@ -168,7 +171,7 @@ def premises_of(
         parts = [
             _Part(
                 list(paths).index(path),
-                None if path in closed else _held(module.__dict__),
+                _held(module.__dict__),
                 tuple(_values(module, search.names, live if not path else set(), is_block=not path)),
                 path in erased,
                 None if path else len(module.__dict__),
@@ -180,8 +183,7 @@ def premises_of(
         cells = tuple((cell, as_seen(content_of(cell), search.names)) for cell in search.cells)
     except RecursionError as error:
         raise Restless("what it looks at holds itself") from error
-    parts = [part for part in parts if part[1:] != (None, (), False, None)]
-    return Premises(tuple(places), tuple(parts), frozenset(search.names), outside, cells)
+    return Premises(tuple(places), tuple(parts), frozenset(search.names), outside, cells, tuple(search.functions))
 
 
 def _values(module: nn.Module, names: set[str], live: set[str], *, is_block: bool) -> Iterator[tuple[str, Any]]:
@@ -216,6 +218,11 @@ def _holds_twice(module: nn.Module) -> bool:
     return len(set(tensors)) < len(tensors)
 
 
+def _content(function: FunctionType) -> tuple[Any, ...]:
+    """What may be edited in a function, as tools do that load edited code into a running notebook."""
+    return function.__code__, function.__defaults__, tuple((function.__kwdefaults__ or {}).items())
+
+
 class _Search:
     """The functions that a block's forward may call, what they name, and what these names stand for.
 
@@ -228,11 +235,12 @@ class _Search:
         in_reach: those of which it may look at an attribute.
         """
         self._in_reach = tuple(in_reach)
-        self.names: set[str] = {"forward"}
+        self.names: set[str] = {"forward", "__call__"}
         self.outside: dict[tuple[int, str], tuple[Mapping[str, Any], str]] = {}
         self.cells: list[CellType] = []
+        self.functions: list[tuple[FunctionType, tuple[Any, ...]]] = []
         self._functions: set[int] = set()
-        self._note_methods(type(block), {"forward"})
+        self._note_methods(type(block), {"forward", "__call__"})
         looked_at = -1
         while looked_at != (now := len(self.names)):
             looked_at = now
@@ -276,8 +284,10 @@ class _Search:
         if id(function) in self._functions or root(function) in LIBRARIES:
             return
         self._functions.add(id(function))
+        self.functions.append((function, _content(function)))
         if root(function) not in TRUSTED:
-            check_function(function, self._in_reach)
+            for module, name in check_function(function, self._in_reach):
+                self._note(vars(module), name, vars(module))
         self._meet(getattr(function, "__wrapped__", None))
         for cell in function.__closure__ or ():
             content = content_of(cell)

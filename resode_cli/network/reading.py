@@ -66,7 +66,8 @@ def whole(block: nn.Module, x: Tensor) -> Tensor:
 
 def read_split(block: nn.Module) -> BlockSplit:
     """The split of a block that is known to be a step."""
-    return read(block).split or BlockSplit(whole, GENERIC)
+    reading = read(block)
+    return reading.split or BlockSplit(whole, GENERIC, reason=reading.reason)
 
 
 def read_again(block: nn.Module, split: BlockSplit, *, as_branch: bool = False) -> BlockSplit:
@@ -102,7 +103,7 @@ def _read(block: nn.Module) -> Reading:
             return reading
         other = _read_trace(trace(block, not block.training), block)
     except NotTraceable as error:
-        return Reading(None, f"cannot be traced ({error})", untraceable=True)
+        return Reading(None, f"cannot be followed ({error})", untraceable=True)
     here, there = reading.split, other.split or BlockSplit(whole, GENERIC)
     if here.activation != there.activation or not isinstance(here.branch, TracedBranch):
         return Reading(BlockSplit(whole, GENERIC))
@@ -131,8 +132,8 @@ def _founded(block: nn.Module, split: BlockSplit, basis: _Basis) -> Reading:
     """The reading with the premises of its split, or with the block as a whole where they cannot be told."""
     try:
         premises = premises_of(block, called=basis.called, erased=basis.erased, live=basis.live)
-    except Restless:
-        return Reading(BlockSplit(whole, GENERIC))
+    except Restless as error:
+        return Reading(BlockSplit(whole, GENERIC, reason=f"cannot be followed ({error})"))
     return Reading(replace(split, premises=premises), basis=basis)
 
 

@@ -202,9 +202,11 @@ def as_form(name: str) -> Form:
     raise unknown("form", name, FORMS)
 
 
-def check_form(form: Form, activation: str, block: str) -> None:
-    """Refuse the `pre` form for a block whose branch is not known apart from the block."""
+def check_form(form: Form, activation: str, block: str, reason: str = "") -> None:
+    """Refuse the `pre` form for a block whose branch is not known apart from the block; `reason`: why it is not."""
     if form == "pre" and activation == GENERIC:
+        why = f", since its code {reason}" if reason else ""
         raise UsageError(
-            f"form 'pre' needs the branch of block {block}, but only the block as a whole is known; use --form exact"
+            f"form 'pre' needs the branch of block {block}, but only the block as a whole is known{why};"
+            " use --form exact"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import enum
 import sys
 from collections.abc import Set as AbstractSet
@@ -41,7 +42,10 @@ class Restless(Exception):
 
 
 def root(thing: Any) -> str:
-    return (getattr(thing, "__module__", None) or "").partition(".")[0]
+    """The package that a class or function says it is from. Code without a name claims to be Python's own."""
+    found = (getattr(thing, "__module__", None) or "").partition(".")[0]
+    own = found == "builtins" and getattr(builtins, getattr(thing, "__name__", ""), None) is not thing
+    return "" if own and isinstance(thing, (type, FunctionType)) else found
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import ResodeError, UsageError, first_few
 from ..ode import SCHEMES, Adjoint, Evaluator, Field, Monitor, Residual, solve, trajectory
-from .between import Emptied, OnePiece, check_state, stand_in_for
+from .between import Emptied, Entrance, OnePiece, check_state, is_watched, stand_in_for
 from .block_inputs import WithArguments, further_arguments, tensors_in
 from .compilation import Compilation, CompiledResidual
 from .parts import BlockSplit
@@ -148,13 +148,29 @@ class OdeStage(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The stage's result, or what stands for it until the last of the emptied blocks that follow."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return super().__call__(*args, **kwargs)
         check_state(self.spec.name, (args, kwargs))
         result = super().__call__(*args, **kwargs)
         if not (self.is_first and self.emptied):
             return result
         return stand_in_for(self.spec.name, result, self.take(*args, **kwargs))
+
+    def follow(self, other: OdeStage) -> None:
+        """Take the place of another stage among its emptied blocks."""
+        self.is_first, self.emptied = other.is_first, other.emptied
+        first_of = {block.origin: self.get_submodule(block.name) for block in reversed(self.spec.blocks)}
+        for name, emptied in zip((*self.spec.transition, *self.spec.source_blocks)[1:], self.emptied, strict=True):
+            emptied.block = [first_of[name]] if name in first_of else []
+
+    def __getattr__(self, name: str) -> Any:
+        """What a network's loop asks its first block for."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or not self.__dict__.get("is_first") or not is_watched():
+                raise
+            return getattr((*self.transition, *self.blocks)[0], name)
 
     def _add(self, name: str, module: nn.Module) -> None:
         if hasattr(self, name):
@@ -165,7 +181,7 @@ class OdeStage(nn.Module):
         """The splits, if the stage's form suits them."""
         spec = self.spec
         for block, split in zip(spec.blocks, splits, strict=True):
-            check_form(spec.form, split.activation, f"{spec.name}.{block.origin}")
+            check_form(spec.form, split.activation, f"{spec.name}.{block.origin}", split.reason)
         if spec.form == "pre" and len({split.activation for split in splits}) > 1:
             endings = ", ".join(f"{b.origin}: {split.activation}" for b, split in zip(spec.blocks, splits, strict=True))
             raise UsageError(f"form 'pre' needs blocks that end alike, but those of {spec.name} do not ({endings})")
@@ -348,7 +364,7 @@ class OdeStage(nn.Module):
 
     def __iter__(self) -> Iterator[nn.Module]:
         """The stage, and what stands in the places of its further blocks: for sources that run them in a loop."""
-        yield _Entrance(self)
+        yield Entrance(self)
         yield from self.emptied
 
     def __bool__(self) -> bool:
@@ -373,19 +389,6 @@ class OdeStage(nn.Module):
     def extra_repr(self) -> str:
         spec = self.spec
         return f"steps={spec.depth}, horizon={spec.horizon}, scheme={spec.scheme}, form={spec.form}"
-
-
-class _Entrance(nn.Module):
-    """A stage as the first of the modules that a loop over it gets."""
-
-    def __init__(self, stage: OdeStage) -> None:
-        super().__init__()
-        self._stage = [stage]  # not a child: it has its place already
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        (stage,) = self._stage
-        result: Tensor = stage(*args, **kwargs)
-        return stand_in_for(stage.spec.name, result, stage.take(*args, **kwargs)) if stage.emptied else result
 
 
 def in_channels_last(x: Tensor) -> bool:

@@ -12,14 +12,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
-from small_blocks import Block, assert_alike, blocks_of, pair
+from small_blocks import Block, Net, assert_alike, blocks_of, images, pair
 from timm.layers import drop_path
 from torch import Tensor, nn
 
+from resode_cli.errors import ResodeError
 from resode_cli.network.reading import read
 from resode_cli.network.residual import GENERIC, LINEAR
+from resode_cli.surgery.convert import convert
 
 Change = Callable[[nn.Module], object]
 
@@ -77,6 +80,71 @@ class Quiet(nn.Module):
         return x
 
 
+class Inner(nn.Module):
+    """Called by its block, which asks it for more."""
+
+    k = 0.5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.t = 2.0
+        self.mix = nn.Conv2d(4, 4, 1)
+        self.body = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU())
+
+    def scale(self) -> float:
+        return 1 / self.t
+
+    @property
+    def is_on(self) -> bool:
+        return self.t > 3
+
+    def extra(self, x: Tensor) -> Tensor:
+        return x * self.t
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self.mix(x))
+
+
+class Asks(Block):
+    """Calls a child in its branch, and looks at it besides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Inner()
+
+    def factor(self) -> Any:
+        return 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(self.g(x)) * self.factor()
+
+
+def asks(**given: Any) -> type[nn.Module]:
+    return type("Asks", (Asks,), given)
+
+
+def table_function(k: float = 0.5) -> float:
+    return k
+
+
+def other_function(k: float = 2.0) -> float:
+    return k * 1.5
+
+
+def first_code(table: dict[str, Any] = {"code": table_function.__code__, "defaults": (0.5,)}) -> None:  # noqa: B006
+    table_function.__code__, table_function.__defaults__ = table["code"], table["defaults"]
+
+
+def nameless() -> type[nn.Module]:
+    """A class from a text, in a namespace that has no name."""
+    space: dict[str, Any] = {"Scaled": Scaled, "CFG": CFG}
+    exec("class Named(Scaled):\n    def factor(self):\n        return CFG['k']", space)
+    return space["Named"]  # type: ignore[no-any-return]
+
+
+CFG = {"k": 0.5}
+
+
 def helper() -> float:
     return float(helper.k)  # type: ignore[attr-defined]
 
@@ -114,6 +182,9 @@ def reset() -> None:
     Settings.inner.k = 0.5  # type: ignore[attr-defined]
     PACKAGE.part.k = 0.5
     Quiet.k = 0.5
+    CFG["k"] = 0.5
+    first_code()
+    F.gelu = GELU
     torch.use_deterministic_algorithms(False)
     torch.set_default_dtype(torch.float32)
 
@@ -151,6 +222,7 @@ def replaced(block: Any) -> None:
     block.kept = torch.full((2,), 2.0)
 
 
+GELU = F.gelu
 CASES: dict[str, tuple[type[nn.Module], Change]] = {
     "whether a parameter learns": (
         factors(factor=lambda s: 2.0 if all(p.requires_grad for p in s.parameters()) else 1.0),
@@ -221,6 +293,44 @@ CASES: dict[str, tuple[type[nn.Module], Change]] = {
     "torch's type of numbers": (
         factors(factor=lambda s: 2.0 if torch.get_default_dtype() == torch.float64 else 1.0),
         lambda net: torch.set_default_dtype(torch.float64),
+    ),
+    "a child's method": (asks(factor=lambda s: s.inner.scale()), every(lambda b: setattr(b.inner, "t", 4.0))),
+    "a child's property": (
+        asks(factor=lambda s: 2.0 if s.inner.is_on else 1.0), every(lambda b: setattr(b.inner, "t", 4.0))
+    ),
+    "a child's method of tensors": (
+        asks(forward=lambda s, x: x + s.inner.extra(s.inner(s.g(x)))), every(lambda b: setattr(b.inner, "t", 4.0))
+    ),
+    "a child's own class": (asks(factor=lambda s: s.inner.k), every(lambda b: setattr(b.inner, "k", 4.0))),
+    "a child's child": (
+        asks(factor=lambda s: 2.0 if s.inner.mix.bias is None else 1.0),
+        every(lambda b: setattr(b.inner.mix, "bias", None)),
+    ),
+    "a child's tensor": (
+        asks(factor=lambda s: 2.0 if s.conv.bias is None else 1.0), every(lambda b: setattr(b.conv, "bias", None))
+    ),
+    "the length of a child's child": (
+        asks(factor=lambda s: float(len(s.inner.body))), every(lambda b: b.inner.body.append(nn.ReLU()))
+    ),
+    "what a sequence holds": (
+        asks(forward=lambda s, x: x + s.inner.body(s.g(x)) * float(sum(1 for _ in s.inner.body))),
+        every(lambda b: b.inner.body.append(nn.ReLU())),
+    ),
+    "a helper's edited code": (
+        factors(factor=lambda s: table_function()),
+        lambda net: setattr(table_function, "__code__", other_function.__code__),
+    ),
+    "a helper's edited default": (
+        factors(factor=lambda s: table_function()), lambda net: setattr(table_function, "__defaults__", (2.0,))
+    ),
+    "a function of torch that is replaced": (
+        factors(forward=lambda s, x: x + F.gelu(s.g(x))), lambda net: setattr(F, "gelu", torch.tanh)
+    ),
+    "code without a name": (nameless(), lambda net: CFG.update(k=2.0)),
+    "its dictionary of attributes": (factors(factor=lambda s: s.__dict__["scale"]), setting(scale=2.0)),
+    "a call of its class": (
+        factors(factor=lambda s: 1.0),
+        every(lambda b: setattr(type(b), "__call__", lambda s, x: nn.Module.__call__(s, x) * 2)),
     ),
     "a tried division": (factors(prepare=lambda s: setattr(s, "count", 1), factor=tried), setting(count=0)),
 }  # fmt: skip
@@ -335,10 +445,55 @@ class HasAHeir(Classic):
         return super().forward(x)
 
 
+class PreActivated(Block):
+    """As in many a repository for CIFAR: the shortcut is there where it is needed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn(x))
+        shortcut = self.shortcut(out) if hasattr(self, "shortcut") else x
+        return self.conv(out) + shortcut
+
+
+class Various(Block):
+    """What blocks ask for that is plain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mode = "pre"
+        self.shortcut = nn.Identity()
+        self.layers = nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mode == "odd":
+            raise ValueError(f"mode {self.mode}")
+        y = self.bn(x) if self.mode in ("pre", "both") else x
+        for i in range(len(self.layers)):
+            y = self.layers[i](y)
+        y = timm.layers.drop_path(y, getattr(self, "drop", 0.0), self.training)
+        if not isinstance(self.shortcut, nn.Identity):
+            x = self.shortcut(x)
+        return x + y * self.conv.weight.sum()
+
+
 @pytest.mark.parametrize(
-    ("kind", "activation"), [(Classic, "relu"), (HasAHeir, "relu"), (Gated, LINEAR), (Sized, LINEAR), (Helped, LINEAR)]
+    ("kind", "activation"),
+    [
+        (Classic, "relu"),
+        (HasAHeir, "relu"),
+        (Gated, LINEAR),
+        (Sized, LINEAR),
+        (Helped, LINEAR),
+        (PreActivated, LINEAR),
+        (Various, LINEAR),
+    ],
 )
 def test_plain_blocks_are_read(kind: type[nn.Module], activation: str) -> None:
     split = read(kind()).split
     assert split is not None
     assert split.activation == activation != GENERIC
+
+
+def test_the_pre_form_says_why_a_block_has_to_be_called() -> None:
+    kind = asks(factor=lambda s: PACKAGE.part.k)
+    with pytest.raises(ResodeError, match=r"form 'pre' .* block blocks\.0, .*it looks at part of PACKAGE"):
+        convert(Net(kind), example=images(), form="pre")
