@@ -95,7 +95,8 @@ def finetune_command(
     lock = FolderLock(out, on_message=output.note)
     _check_is_folder(out)
     ctx.with_resource(lock)
-    check_folder(out, resume=resume, force=force)
+    teacher_file = [t for t in (settings.teacher,) if t is not None and t.endswith(".safetensors")]
+    check_folder(out, resume=resume, force=force, reads=[model, *map(Path, teacher_file)])
     where = as_device(device)
     state = run_folder.load_state(out, source=origin.source, trust_source=origin.trust_source) if resume else None
     if state is not None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ..errors import UsageError
+from ..errors import ResodeError, UsageError
 from ..machine.locks import file_lock, refuse_several_processes
 from ..machine.signals import exit_code
 from .interrupt import stop
@@ -49,6 +49,7 @@ class Rewrite:
         # Where the work on a file goes that is its own input, until it is done.
         self.unfinished = self.out.with_name(f"{self.out.stem}.unfinished{self.out.suffix}") if own_input else self.out
         self.saved = False  # whether a fit that is not done has left a file
+        self.left_unfinished = False  # whether it was beside the output
         self.model = self.origin.load(self.path)
         self.was_finite = not non_finite(self.model.net.state_dict())  # else loading has said so
         self.device = as_device(self.comparing.device)
@@ -75,6 +76,11 @@ class Rewrite:
         from .fitting import fit_callbacks, show_fit
 
         refuse_several_processes()
+        if self.unfinished != self.out and self.unfinished.exists():
+            raise ResodeError(
+                f"{self.unfinished} exists, where a fit of {self.out} in its own place would keep what is not done;"
+                " move it, or choose another -o"
+            )
         with file_lock(self.out, on_message=self.output.note), fit_callbacks(self.output, plan) as fit:
             try:
                 result = rewrite_and_fit(self.model, picked, change, plan, self._measuring(), self._callbacks(fit=fit))
@@ -127,8 +133,9 @@ class Rewrite:
             check_finite(model, f"{self.command} made weights that are no numbers ({{}}); they are not written")
         model_file.write(model.with_info(info), self.out if done else self.unfinished)
         self.saved = not done
+        self.left_unfinished = self.left_unfinished or (self.saved and self.unfinished != self.out)
         if done:
-            if self.unfinished != self.out:
+            if self.left_unfinished:
                 self.unfinished.unlink(missing_ok=True)
             self.model.record(self.command, **settings)
             self.output.note(f"wrote {self.out}")  # before it is measured, which may be interrupted

@@ -26,6 +26,8 @@ def check_output(path: Path, *, force: bool) -> None:
         raise UsageError(f"output {str(path)!r} is a folder; name a file")
     if path.exists() and not force:
         raise ResodeError(f"{path} exists; pass --force to overwrite it")
+    if path.is_symlink() and not path.exists():
+        raise UsageError(f"output {str(path)!r} is a link to {str(path.readlink())!r}, which does not exist")
     if not path.parent.is_dir():
         raise UsageError(f"output folder {str(path.parent)!r} does not exist")
     if not os.access(path.parent, os.W_OK):
@@ -41,6 +43,7 @@ def atomic_path(path: Path, *, need: int | None = None) -> Iterator[Path]:
 
     Raises ResodeError, with what is needed and what is free, where the disk is full.
     """
+    path = path.resolve()  # through a link, the file that it means is written
     remove_orphans(path)
     with _clear_errors(path, need):
         # The writer's host and process stand in the name: what a killed process left can be told from what is written.

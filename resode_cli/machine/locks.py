@@ -133,11 +133,14 @@ class Lock:
         self.made = []
 
 
+LOCK = ".resode.lock"
+
+
 class FolderLock(Lock):
     """The lock on the folder of a run."""
 
     def __init__(self, folder: Path, *, on_message: Callable[[str], None] = lambda message: None) -> None:
-        super().__init__(folder / ".lock", str(folder), on_message=on_message)
+        super().__init__(folder / LOCK, str(folder), on_message=on_message)
         self.folder = folder
 
     def ensure(self) -> Path:
@@ -160,7 +163,7 @@ class FolderLock(Lock):
                 pass
             count += 1
             self.folder = gone.with_name(f"{gone.name}-{count}")
-            self.path, self.subject = self.folder / ".lock", str(self.folder)
+            self.path, self.subject = self.folder / LOCK, str(self.folder)
         self.made = []  # what is written to it now is to stay
         self.on_message(
             f"the folder {gone} was moved or deleted; what this run saves from here on goes to {self.folder}"

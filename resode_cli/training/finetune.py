@@ -26,7 +26,7 @@ from .loop import DONE, INTERRUPTED, Loop, training_batches
 from .objective import Objective
 from .optimizer_state import OptimizerState
 from .results import Callbacks, FinetuneResult, Progress, peak_bytes
-from .resuming import run_fingerprint, saved_files, teacher_fingerprint, with_stage_names
+from .resuming import loaded_checksum, run_fingerprint, saved_files, teacher_fingerprint, with_stage_names
 from .run_folder import StepRecord
 from .settings import Settings
 from .starting import choice_batch, switch_scheme, train_only
@@ -266,6 +266,7 @@ class _Run:
             if self.after.top1 > self.progress.best_top1:
                 self.progress.best_top1 = self.after.top1
                 self._save_model(run_folder.BEST)
+                self.progress.best_file = loaded_checksum(self.lock.folder / run_folder.BEST)
 
     def _move_log(self) -> None:
         self.log.path = self.lock.ensure() / self.log.path.name

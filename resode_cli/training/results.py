@@ -47,6 +47,7 @@ class Progress:
     step: int = 0
     evaluated: int = 0  # the last step that was
     best_top1: float = NONE_YET
+    best_file: str | None = None  # its checksum
     skipped: int = 0  # steps with a loss or gradient that was no number
     switched: dict[str, float] | None = None
     guard: dict[str, Any] = field(default_factory=dict)  # a GuardState

@@ -14,11 +14,13 @@ from ..files import model_file
 from ..network.model import OdeResNet
 from ..options import flag_of, option_of, parameter_of
 from .results import NONE_YET
-from .run_folder import BEST, FILES, State
+from .run_folder import BEST, FILES, LOG, State, is_log
 from .settings import Settings
 from .teacher import Teacher
 
-LOOKED_INTO, LOOKED_AT = 64, 2**16  # images, and bytes of each, by which data is known again
+# By how many images data is known again, and how many bytes of each: of a large set, of some that are spread over it.
+LOOKED_INTO, LOOKED_AT = 2048, 2**16
+BEFORE = 64  # so many, in runs of older versions
 
 
 def resumed(
@@ -68,18 +70,20 @@ def data_fingerprint(data: ImageData | None) -> dict[str, Any] | None:
     """
     if data is None:
         return None
-    digest, contents = hashlib.sha256(), hashlib.sha256()
-    every = max(len(data) // LOOKED_INTO, 1)
+    digest, few, many = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
     for i, (name, size) in enumerate(data.files()):
         digest.update(f"{name}\0{size}\0".encode(errors="surrogateescape"))
-        if i % every == 0:
-            contents.update(data.first_bytes(i, LOOKED_AT))
+        of_few, of_many = (i % max(len(data) // looked_into, 1) == 0 for looked_into in (BEFORE, LOOKED_INTO))
+        beginning = data.first_bytes(i, LOOKED_AT) if of_few or of_many else b""
+        for contents, wanted in ((few, of_few), (many, of_many)):
+            contents.update(beginning if wanted else b"")
     return {
         "name": data.name,
         "images": len(data),
         "classes": hashlib.sha256("\0".join(data.class_names).encode(errors="surrogateescape")).hexdigest(),
         "files": digest.hexdigest(),
-        "contents": contents.hexdigest(),
+        "contents": few.hexdigest(),
+        "more_contents": many.hexdigest(),
     }
 
 
@@ -165,10 +169,20 @@ def unknown_contents(state: State) -> str | None:
 
 def forget_lost_best(state: State, folder: Path) -> str | None:
     """What to say of a best model that is no longer there; the run forgets it, and the next one is the best."""
-    if state.progress["best_top1"] < 0 or (folder / BEST).is_file():
+    known = state.progress.get("best_file")  # of no run of an older version
+    if state.progress["best_top1"] < 0 or ((folder / BEST).is_file() and known in (None, _checksum(folder / BEST))):
         return None
+    gone = "is not the one that the run saved" if (folder / BEST).is_file() else "is not there any more"
     state.progress["best_top1"] = NONE_YET
-    return f"{folder / BEST} is not there any more; the best model from here on takes its place"
+    return f"{folder / BEST} {gone}; the best model from here on takes its place"
+
+
+def _checksum(path: Path) -> str | None:
+    """The checksum of a model file whose tensors have it; None for what is no whole file."""
+    try:
+        return str(model_file.read_tensors(path)[1].get(model_file.CHECKSUM))
+    except ResodeError:
+        return None
 
 
 def ends_early(settings: Settings, given: Iterable[str], images: int) -> str | None:
@@ -203,13 +217,24 @@ def saved_files(folder: Path) -> list[str]:
     return [name for name in FILES if name != "log.csv" and (folder / name).exists()]
 
 
-def check_folder(folder: Path, *, resume: bool, force: bool) -> None:
-    """Raises ResodeError for a folder that holds a run, unless it goes on, or is to be replaced."""
+def check_folder(folder: Path, *, resume: bool, force: bool, reads: Iterable[Path] = ()) -> None:
+    """Raises ResodeError for a folder that holds a run, unless it goes on, or is to be replaced.
+
+    reads: files that the new run is made of, which it must not replace.
+    """
     existing = saved_files(folder)
     if existing and not resume and not force:
         raise ResodeError(
             f"{folder} holds a run ({first_few(existing)}); pass --resume to go on with it, or --force to replace it"
         )
+    if not existing and (folder / LOG).exists() and not is_log(folder / LOG):
+        raise ResodeError(f"{folder / LOG} is not the log of a run; move it, or choose another --out")
+    own = {(folder / name).resolve() for name in existing} if force else set()
+    for path in reads:
+        if path.resolve() in own:
+            raise ResodeError(
+                f"{path} is a file of the run that --force replaces, and this run reads it; choose another --out"
+            )
 
 
 def loaded_checksum(path: Path) -> str | None:

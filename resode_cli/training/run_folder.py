@@ -7,22 +7,24 @@ generators, and everything else as JSON. No pickle.
 from __future__ import annotations
 
 import csv
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
-from ..errors import ResodeError, ResodeWarning, UsageError
+from ..errors import ResodeError, ResodeWarning, UsageError, first_few
 from ..files import model_file
 from ..machine.atomic import atomic_path
 from ..measuring.evaluate import Evaluation
 from ..network.model import OdeResNet
 from .optimizer_state import OptimizerState, Saved
+from .settings import Settings
 
 STATE, BEST, LAST, LOG = "state.safetensors", "best.safetensors", "last.safetensors", "log.csv"
 FILES = (STATE, BEST, LAST, LOG)
@@ -41,12 +43,19 @@ class State:
     generators: dict[str, Tensor]
 
     def restore(self, optimizer: OptimizerState, scaler: torch.amp.GradScaler, device: torch.device) -> None:
-        optimizer.restore(self.optimizer)
-        if self.scaler and scaler.is_enabled():
-            scaler.load_state_dict(self.scaler)
-        torch.set_rng_state(self.generators["cpu"])
-        if "cuda" in self.generators and device.type == "cuda":
-            torch.cuda.set_rng_state(self.generators["cuda"], device)
+        """Put optimizer, loss scale and generators where they were. Raises ResodeError for what does not fit them."""
+        try:
+            optimizer.restore(self.optimizer)
+            if self.scaler and scaler.is_enabled():
+                scaler.load_state_dict(self.scaler)
+            torch.set_rng_state(self.generators["cpu"])
+            if "cuda" in self.generators and device.type == "cuda":
+                torch.cuda.set_rng_state(self.generators["cuda"], device)
+        except ResodeError:
+            raise
+        except Exception as error:  # whatever torch makes of what a state holds
+            reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+            raise ResodeError(f"the state of the run cannot be restored ({reason}); start a new run") from error
 
 
 def save_state(
@@ -86,7 +95,53 @@ def _run_metadata(folder: Path) -> dict[str, Any]:
     metadata = model_file.read_metadata(folder / STATE)
     if "run" not in metadata:
         raise ResodeError(f"{folder / STATE}: not the state of a run")
+    problem = _run_problem(metadata["run"])
+    if problem:
+        raise ResodeError(f"{folder / STATE}: not the state of a run that can go on ({problem})")
     return metadata["run"]
+
+
+_PARTS = ("progress", "settings", "fingerprint", "optimizer", "scaler")
+_COUNTS = ("step", "evaluated", "skipped")
+
+
+def _run_problem(run: Any) -> str:
+    """What is wrong with what a file says of a run; empty for nothing."""
+    if not isinstance(run, dict) or not all(isinstance(run.get(part), dict) for part in _PARTS):
+        return f"{' or '.join(_PARTS)} is missing"
+    progress = run["progress"]
+    odd = [name for name in _COUNTS if type(progress.get(name, 0)) is not int or progress.get(name, 0) < 0]
+    best = progress.get("best_top1", 0.0)
+    if type(best) not in (int, float) or not -1 <= best <= 1:
+        odd.append("best_top1")
+    kinds: dict[str, Any] = {
+        "window": list,
+        "guard": dict,
+        "switched": (dict, type(None)),
+        "best_file": (str, type(None)),
+    }
+    odd += [name for name, kind in kinds.items() if name in progress and not isinstance(progress[name], kind)]
+    odd += sorted(progress.keys() - {*_COUNTS, "best_top1", *kinds})
+    if odd:
+        return f"progress: {first_few(odd)}"
+    odd = [name for name, value in run["settings"].items() if not _suits_setting(name, value)]
+    return f"settings: {first_few(odd)}" if odd else ""
+
+
+def _suits_setting(name: str, value: Any) -> bool:
+    """Whether a setting, if it is one, may have a value by its type; ranges are its own affair."""
+    hint = _SETTING_TYPES.get(name)
+    if hint is None:  # of another version
+        return True
+    wanted = get_args(hint) or (hint,)
+    if name == "anchors" and type(value) is int:  # as older versions wrote it
+        return True
+    if type(value) is list:
+        return any(get_origin(kind) is tuple for kind in wanted) and all(type(v) in (str, int, float) for v in value)
+    return type(value) in wanted or (type(value) is int and float in wanted)
+
+
+_SETTING_TYPES = get_type_hints(Settings)
 
 
 def load_state(folder: Path, *, source: str | None = None, trust_source: bool = False) -> State:
@@ -99,6 +154,8 @@ def load_state(folder: Path, *, source: str | None = None, trust_source: bool = 
     parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "generator": {}}
     for name, tensor in tensors.items():
         part, _, rest = name.partition("/")
+        if part not in parts:
+            raise ResodeError(f"{folder / STATE}: not the state of a run that can go on (it holds {name!r})")
         parts[part][rest] = tensor
     model = model_file.from_tensors(folder / STATE, parts["model"], metadata, source=source, trust_source=trust_source)
     return State(
@@ -163,6 +220,18 @@ def _rows(path: Path, up_to: int) -> list[dict[str, Any]]:
         return []
 
 
+_HELD_BACK = re.compile(rf"\.{re.escape(LOG)}\.[0-9a-f]{{8}}")
+
+
+def is_log(path: Path) -> bool:
+    """Whether a file begins as the log of a run does."""
+    with path.open("rb") as file:
+        return file.read(len(_BEGINNING)) == _BEGINNING
+
+
+_BEGINNING = b"split,step,epoch"
+
+
 def log_path(folder: Path, run: str | None, *, replacing: bool) -> Path:
     """Where a run writes its log; beside the one of the run that it replaces until its first save stands.
 
@@ -170,7 +239,7 @@ def log_path(folder: Path, run: str | None, *, replacing: bool) -> Path:
     """
     own = folder / f".{LOG}.{run}"
     for other in folder.glob(f".{LOG}.*"):
-        if other != own:  # of a run that was killed before it saved anything
+        if other != own and _HELD_BACK.fullmatch(other.name):  # of a run that was killed before it saved anything
             other.unlink(missing_ok=True)
     if replacing:
         return own

@@ -50,18 +50,6 @@ def test_a_run_that_fails_replaces_nothing(kind: str, here: Path) -> None:
     assert contents(here / "run") == before
 
 
-@pytest.mark.parametrize("role", ["model", "teacher"])
-def test_what_a_new_run_needs_may_lie_in_the_folder_that_it_replaces(role: str, here: Path) -> None:
-    before = contents(here / "run")
-    model = "run/best.safetensors" if role == "model" else "m.safetensors"
-    teacher = ["--teacher", "run/last.safetensors"] if role == "teacher" else []
-    assert main(run("-o", "run", "--force", "--lr", "0.3", *teacher, model=model, steps=2)) == 0
-    after = contents(here / "run")
-    assert set(after) == {"state.safetensors", "best.safetensors", "last.safetensors", "log.csv"}
-    assert all(after[name] != before[name] for name in before)
-    assert load_state(here / "run").progress["step"] == 2
-
-
 def test_without_force_a_run_is_kept_and_a_lone_log_is_none(here: Path, capsys: Any) -> None:
     assert main(run("-o", "run")) == 1
     assert "--resume to go on with it, or --force to replace it" in capsys.readouterr().err
@@ -157,7 +145,7 @@ def test_a_second_writer_is_refused_by_name(here: Path, capsys: Any) -> None:
         assert contents(here / "run") == before
         holder.kill()
     assert main(run("-o", "run", "--resume", steps=4)) == 0, "a lock file that a killed process left blocks nobody"
-    assert not (here / "run" / ".lock").exists()
+    assert not (here / "run" / ".resode.lock").exists()
 
 
 HOLD = """
@@ -203,7 +191,7 @@ def test_a_signal_to_the_whole_group_saves_and_stops(number: int, code: int, wor
     assert "interrupted at step" in error and "--resume goes on" in error and "Traceback" not in error
     step = load_state(here / "new").progress["step"]
     assert f"interrupted at step {step} of" in error
-    assert not (here / "new" / ".lock").exists()
+    assert not (here / "new" / ".resode.lock").exists()
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
 
@@ -257,7 +245,7 @@ def test_a_run_that_has_heeded_a_signal_is_not_stopped_again(here: Path, monkeyp
 
 def test_a_replacing_run_that_is_killed_before_its_log_is_renamed_finds_it(here: Path, monkeypatch: Any) -> None:
     """The first save of the new run stands then, beside the log of the run before."""
-    Path("run/.log.csv.stale").write_text("of a run that was killed before it saved anything")
+    Path("run/.log.csv.0123abcd").write_text("of a run that was killed before it saved anything")
     rename = Path.replace
 
     def killed(self: Path, target: Any) -> Path:
