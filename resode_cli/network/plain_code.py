@@ -122,10 +122,8 @@ def check_function(function: FunctionType, modules: Iterable[nn.Module]) -> list
                 found += _check_global(function, *look.names)
             elif look.of == "first":
                 _check_first(look, modules, sure=look.names[0] not in asked)
-            elif not set(look.names) <= _OF_TENSORS:
-                if not calls_super:
-                    raise Restless(f"it looks at {look.names[0]}")
-                _check_attribute(look.names[0], modules)
+            else:
+                _check_other(look, modules, calls_super=calls_super)
     return found
 
 
@@ -140,8 +138,12 @@ def content_of(cell: CellType) -> Any:
 def _codes(code: CodeType, first: str = "") -> Iterator[tuple[CodeType, str]]:
     """The code of a function and of those inside it, each with the name that the outermost first argument has there."""
     first = first or (code.co_varnames[0] if code.co_argcount else "")
-    stored = {i.argval for i in dis.get_instructions(code) if i.opname.startswith(("STORE_FAST", "STORE_DEREF"))}
-    yield code, "" if first in stored else first
+    storing = [
+        i.argval if isinstance(i.argval, tuple) else (i.argval,)
+        for i in dis.get_instructions(code)
+        if i.opname.startswith(("STORE_FAST", "STORE_DEREF"))
+    ]
+    yield code, "" if any(first in names for names in storing) else first
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _codes(constant, first if first in constant.co_freevars else "\0")
@@ -199,6 +201,14 @@ def _check_first(look: Look, modules: tuple[nn.Module, ...], *, sure: bool) -> N
     for child in children if others else ():
         _check_in_child(name, child, *others)
     if not children and not set(others) <= _OF_TENSORS:
+        raise Restless(f"it looks at {'.'.join(look.names)}")
+
+
+def _check_other(look: Look, modules: tuple[nn.Module, ...], *, calls_super: bool) -> None:
+    """That what is looked at in anything else is a tensor's, or, in what super() gives, the block's."""
+    name, *others = look.names
+    in_block = calls_super and name not in _OF_TENSORS and _check_attribute(name, modules)
+    if not (in_block or name in _OF_TENSORS) or not set(others) <= _OF_TENSORS:
         raise Restless(f"it looks at {'.'.join(look.names)}")
 
 

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import ResodeError, UsageError
+from ..errors import ResodeError, UsageError, first_few
 from ..files import model_file
-from ..network.model import OdeResNet
+from ..network.model import OdeResNet, non_finite
 from ..network.parts import Preprocessing, PreprocessingChoice
 from ..network.residual import ACTIVATIONS
 from ..sources.registry import open_source, parse_source
@@ -98,6 +98,8 @@ def open_teacher(given: str, model: OdeResNet, *, trust_source: bool = False) ->
         if out.ndim != 2:
             raise ResodeError(f"teacher {given} returns {tuple(out.shape)} where logits (images, classes) are needed")
         classes = out.shape[1]
+    if bad := non_finite(teacher.net.state_dict()):
+        raise ResodeError(f"teacher {given} holds NaN or infinity in {first_few(bad)}: nothing can be learned from it")
     if classes != model.info.num_classes:
         raise UsageError(f"teacher {given} tells {classes} classes apart, the model {model.info.num_classes}")
     return teacher

@@ -112,6 +112,16 @@ def test_other_classes_are_refused(build_tiny, tiny_file: Path, tmp_path: Path):
         open_teacher(str(path), five)
 
 
+@pytest.mark.filterwarnings("ignore:.*NaN")
+def test_a_teacher_that_knows_no_numbers_is_refused(build_tiny, tiny: OdeResNet, tmp_path: Path):
+    broken = build_tiny()
+    with torch.no_grad():
+        next(broken.parameters()).fill_(torch.nan)
+    model_file.save(broken, tmp_path / "teacher.safetensors")
+    with pytest.raises(ResodeError, match="teacher .* holds NaN or infinity in .*: nothing can be learned from it"):
+        open_teacher(str(tmp_path / "teacher.safetensors"), tiny)
+
+
 @pytest.mark.parametrize("source", ["cifar:resnet20", "FILE:make"])
 def test_a_source_without_weights_is_refused(tiny: OdeResNet, tiny_file: Path, source: str):
     with pytest.raises(UsageError, match="brings no weights; convert it with --weights"):
