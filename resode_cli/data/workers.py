@@ -64,6 +64,11 @@ def read_in_workers(loader: DataLoader[Any]) -> Iterator[Any]:
             except RuntimeError as error:
                 _explain(error, mine)
                 raise
+            except (ConnectionError, EOFError) as error:  # it died while it handed a batch over
+                for worker in mine:
+                    worker.join(0.2)
+                _check(mine)
+                raise WorkerDied(f"a process that reads images died ({error or type(error).__name__})") from error
             finally:
                 _waiting -= 1
             if batch is None:
