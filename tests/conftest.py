@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -44,6 +45,12 @@ PICO_NET = (
     "from resode_cli.sources.cifar import CifarResNet\ndef small():\n    return CifarResNet(2, widths=(4, 8, 8))\n"
 )
 PICO_PREPROCESSING = Preprocessing(size=8, crop_fraction=1.0)
+
+
+def pytest_collection_finish() -> None:
+    """Torch, timm and torchvision hold a million objects, which the garbage collector needs not look through."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

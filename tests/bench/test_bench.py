@@ -144,6 +144,7 @@ def test_the_peak_of_a_fresh_process_is_larger_by_backprop():
     assert multistep < backprop / 4
 
 
+@pytest.mark.slow
 def test_a_fresh_process_that_fails_says_why_in_a_line(tmp_path: Path):
     with pytest.raises(ResodeError, match="process measuring pc failed: UsageError: .*does not exist$"):
         fresh_process_growth(Workload(model=str(tmp_path / "gone.safetensors")), Adjoint("pc"), None)

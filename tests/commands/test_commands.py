@@ -222,7 +222,7 @@ def test_an_existing_output_is_kept_without_force(run: Run, model: str, tmp_path
     assert (tmp_path / model).read_bytes() != before
 
 
-@pytest.mark.parametrize("source", ["timm:resnet18", "torchvision:resnet18"])
+@pytest.mark.parametrize("source", [pytest.param("timm:resnet18", marks=pytest.mark.slow), "torchvision:resnet18"])
 def test_without_network_pretrained_weights_are_a_clear_error(run: Run, source: str, tmp_path: Path) -> None:
     # torchvision downloads to this folder, so an earlier download on this machine is not found.
     os.environ["TORCH_HOME"] = str(tmp_path / "empty")

@@ -144,6 +144,7 @@ def test_a_mistake_is_one_line(net: Path, pictures: Path, tmp_path: Path, capsys
     assert message in error and error.count("\n") == 0 and not out.exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_is_fitted_so_far(net: Path, pictures: Path, tmp_path: Path, start):
     out = tmp_path / "deep.safetensors"
     arguments = ["deepen", str(net), "--blocks", "8", "--fit", str(pictures), "-o", str(out)]

@@ -146,7 +146,7 @@ MODELS = {
 }
 
 
-LONG_MODELS = ("resnetv2_50", "regnety_004")  # more than five seconds a format
+LONG_MODELS = ("resnet18", "resnetv2_50", "regnety_004")
 
 
 @pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow if name in LONG_MODELS else ()) for name in MODELS])

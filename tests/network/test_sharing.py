@@ -161,6 +161,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_another_process_computes_the_same_logits_bit_for_bit(shared: OdeResNet, images: Tensor, tmp_path: Path):
     paths = [tmp_path / f"{name}.safetensors" for name in ("net", "images", "logits")]
     save(shared, paths[0])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,9 +43,8 @@ def _as(dtype: torch.dtype, values: Any) -> Any:
     return tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, values)
 
 
-def steps_of_the_source(untouched: nn.Module, size: int) -> tuple[int, ...]:
-    """Assert that the network, converted, has its source's steps and logits; returns the steps of each stage."""
-    model = converted(copy.deepcopy(untouched), size).eval()
+def steps_of_the_source(model: OdeResNet, untouched: nn.Module, size: int) -> tuple[int, ...]:
+    """Assert that a network converted has its source's steps and logits; returns the steps of each stage."""
     images = draw(size)
     inputs: dict[nn.Module, tuple[Tensor, dict[str, Any]]] = {}
 

@@ -8,32 +8,35 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from block_classes import CORE, OTHERS, Architecture
+from block_classes import CORE, LONG, OTHERS, Architecture
 from checks import converted, draw, steps_of_the_source
 from torch import Tensor, nn
 
-from resode_cli.network.reading import read_split
 from resode_cli.network.residual import GENERIC
 from resode_cli.ode import Adjoint
-from resode_cli.sources.find_stages import find_stages
+
+# Some have large images, many layers or many weights: `.ci/run` runs them too.
+every_architecture = pytest.mark.parametrize(
+    "architecture",
+    [
+        pytest.param(each, marks=pytest.mark.slow if each.name in LONG else (), id=str(each))
+        for each in (*CORE, *OTHERS)
+    ],
+)
 
 
-@pytest.mark.parametrize("architecture", [*CORE, *OTHERS], ids=str)
+@every_architecture
 def test_each_step_and_the_logits_are_the_sources(architecture: Architecture, randomise):
     net = randomise(architecture.build()).eval()
-    assert steps_of_the_source(net, architecture.size) == architecture.steps
+    model = converted(copy.deepcopy(net), architecture.size).eval()
+    splits = [split for stage in model.stages.values() for split in stage.splits]
+    assert steps_of_the_source(model, net, architecture.size) == architecture.steps
+    if architecture in CORE:  # their branches are read where the activation allows
+        without_formula = architecture.arguments.get("act_layer") in ("leaky_relu", "mish")
+        assert splits and {split.activation == GENERIC for split in splits} == {without_formula}
 
 
-@pytest.mark.parametrize("architecture", CORE, ids=str)
-def test_each_block_is_read_with_its_branch_where_its_activation_allows(architecture: Architecture):
-    net = architecture.build().eval()
-    parts = find_stages(net, draw(architecture.size, images=1)).stages
-    blocks = [net.get_submodule(f"{part.container}.{name}") for part in parts for name in part.blocks]
-    without_formula = architecture.arguments.get("act_layer") in ("leaky_relu", "mish")
-    assert blocks and {read_split(block).activation == GENERIC for block in blocks} == {without_formula}
-
-
-@pytest.mark.parametrize("architecture", [*CORE, *OTHERS], ids=str)
+@every_architecture
 def test_training_has_the_sources_gradients_statistics_and_random_numbers(architecture: Architecture):
     # Freshly built: last norms at zero where that is the default, so that g = −x = 0 is everywhere.
     untouched = architecture.build(**architecture.random).double()

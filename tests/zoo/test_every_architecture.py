@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import survey
 import torch
-from checks import draw, steps_of_the_source
+from checks import converted, draw, steps_of_the_source
 from torch import nn
 
 from resode_cli.errors import ResodeError
@@ -63,7 +65,9 @@ def test_an_architecture_converts_exactly(row: catalog.Row, randomise, request):
     torch.manual_seed(0)
     net = randomise(survey.build(row.source)).eval()
     assert sum(p.numel() for p in net.parameters()) == row.parameters
-    assert steps_of_the_source(net, smallest(net, survey.size(row.source))) == row.steps
+    pixels = smallest(net, survey.size(row.source))
+    model = converted(copy.deepcopy(net), pixels).eval()
+    assert steps_of_the_source(model, net, pixels) == row.steps
 
 
 @pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.source)
