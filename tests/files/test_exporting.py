@@ -169,6 +169,7 @@ def test_a_program_has_the_models_logits_for_any_batch(any_model, tmp_path):
         assert_close(program(batch), any_model, batch)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not ONNX, reason="ONNX is an optional extra")
 def test_an_onnx_graph_has_the_models_logits_for_any_batch(any_model, tmp_path):
     import onnxruntime

@@ -318,6 +318,7 @@ def test_text_of_a_file_reaches_the_terminal_escaped(pico: OdeResNet, tmp_path: 
     assert "\\x1b]0;title" in shown.out and "[bold]b[/bold]" in shown.out
 
 
+@pytest.mark.slow
 def test_a_terminal_that_knows_ascii_alone(saved: Path) -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "resode_cli", "info", str(saved), "--trust-source"]

@@ -139,7 +139,7 @@ def test_states_and_logits_come_closer(pair, pictures: FitData):
     assert {stage.spec.depth for stage in student.stages.values()} == {8}
 
 
-@pytest.mark.parametrize("depth_weights", ["linear", "tied+norms"])
+@pytest.mark.parametrize("depth_weights", ["linear", pytest.param("tied+norms", marks=pytest.mark.slow)])
 def test_a_shared_parametrisation_is_fitted_and_stays_shared(pair, pictures, tmp_path: Path, depth_weights: str):
     student, teacher = pair
     depths = dict.fromkeys(student.stages, 8)

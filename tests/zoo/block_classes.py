@@ -79,14 +79,7 @@ CORE = [
     Architecture("torchvision:regnet_x_400mf", (0, 1, 6, 11)),
     Architecture("torchvision:regnet_y_400mf", (0, 2, 5, 5)),
 ]
-LONG = (
-    "timm:bat_resnext26ts",
-    "timm:botnet26t_256",
-    "timm:halonet26t",
-    "timm:inception_resnet_v2",
-    "timm:cs3edgenet_x",
-    "timm:eva02_tiny_patch14_224",
-)
+LONG = ("timm:bat_resnext26ts", "timm:botnet26t_256", "timm:halonet26t")
 OTHERS = [
     Architecture("timm:hrnet_w18_small", (2,) * 9),
     Architecture("timm:cspresnet50", (3, 3, 5, 2), random=DROP),

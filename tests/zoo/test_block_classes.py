@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from resode_cli.network.residual import GENERIC
 from resode_cli.ode import Adjoint
 
-# Some have large images, many layers or many weights: `.ci/run` runs them too.
+# Large images, and all that are no ResNets, are for `.ci/run`.
 every_architecture = pytest.mark.parametrize(
     "architecture",
     [
-        pytest.param(each, marks=pytest.mark.slow if each.name in LONG else (), id=str(each))
+        pytest.param(each, marks=pytest.mark.slow if each.name in LONG or each in OTHERS else (), id=str(each))
         for each in (*CORE, *OTHERS)
     ],
 )
