@@ -12,6 +12,8 @@ from .errors import unknown
 from .quantities import Range
 
 KEY = "option"
+# The fields of a training run's settings, and of an adjoint as it is written, that go with its method.
+ADJOINT_SETTINGS = ("anchors", "corrections", "snapshots", "slices", "bits")
 
 
 @dataclass(frozen=True)

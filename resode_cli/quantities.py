@@ -61,6 +61,7 @@ FINITE = Range(-math.inf)
 POSITIVE = Range(0, above=True)
 TEMPERATURE = Range(0.001, 1000)  # beyond, a softmax is one class or none, and the square of τ is no number
 CORRECTIONS = Range(0, 1000)
+BITS = Range(2, 8)  # of a coded number
 NOT_NEGATIVE = Range(0)
 FRACTION = Range(0, 1)
 DECAYING = Range(0, 1, below=True)  # the factor of a running average

@@ -22,9 +22,11 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 from ..errors import UsageError, unknown
 from ..files import model_file
 from ..network.model import OdeResNet, autocast_dtype, freeze_batch_norm
+from ..network.outside import STEM
 from ..network.parts import BlockSplit
 from ..network.residual import LINEAR
-from ..network.stage import BlockSpec, OdeStage, StageSpec
+from ..network.specs import BlockSpec, StageSpec
+from ..network.stage import OdeStage
 from ..ode import SCHEMES, Adjoint
 from ..ode.field import Evaluator
 from ..ode.memory import kept_bytes
@@ -298,13 +300,14 @@ class Trial:
     def use(self, method: Method) -> None:
         """Run the stages by this method from now on. Raises UsageError if the forward rule does not suit it."""
         self.wrappers = {}
+        adjoint = BACKPROP if isinstance(method, TorchCheckpoint) else method
+        if isinstance(self.module, OdeResNet):
+            self.module.use_adjoint({STEM: adjoint})
         for name, stage in self.stages.items():
             running: nn.Module = stage
+            stage.use_adjoint(adjoint)
             if isinstance(method, TorchCheckpoint):
-                stage.use_adjoint(BACKPROP)
                 running = self.wrappers[name] = CheckpointedStage(stage, method)
-            else:
-                stage.use_adjoint(method)
             if not isinstance(self.module, OdeResNet):
                 self.module = running
             elif path := self.module.paths[name]:

@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 
 from ..errors import UsageError
+from ..options import ADJOINT_SETTINGS
 from ..quantities import COUNT, SEED
 from ..training.settings import Settings
 from .options import (
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from ..ode import Adjoint
 
 
-BACKWARD = ("anchors", "corrections", "snapshots", "bn", "amp", "compile", "channels_last")
+BACKWARD = (*ADJOINT_SETTINGS, "bn", "amp", "compile", "channels_last")
 
 
 @takes(backward=Fields(Settings(bn="batch"), only=BACKWARD), origin=Fields(Origin()))
@@ -86,7 +87,7 @@ def bench_command(
     """Measure time, memory, evaluations and gradient error of the methods, against backprop and torch checkpoint."""
     if (model is None) == (stage_shape is None):
         raise UsageError("give either a model file or --stage-shape C,H,W" + (", not both" if model else ""))
-    methods = _methods(adjoint, backward.anchors, backward.corrections, backward.snapshots)
+    methods = _methods(adjoint, **{name: getattr(backward, name) for name in ADJOINT_SETTINGS})
     steps = depth_list("--depths", depths) if depths is not None else None
     _check_files(csv, plot)
     start()
@@ -138,12 +139,12 @@ def bench_command(
     output.json(bench_json(report))
 
 
-def _methods(adjoint: str, anchors: str | None, corrections: int, snapshots: int | None) -> list[Adjoint]:
+def _methods(adjoint: str, **settings: Any) -> list[Adjoint]:
     """The adjoints of a list such as 'multistep,pc:anchors=10'."""
     from ..gradients.adjoint_choice import parse_adjoints
 
     methods: list[Adjoint] = []
-    for choice in parse_adjoints(adjoint, anchors=anchors, corrections=corrections, snapshots=snapshots):
+    for choice in parse_adjoints(adjoint, **settings):
         if choice.fixed is None:
             raise UsageError(
                 f"--adjoint {choice.label}: bench times fixed methods; `resode check-grad` says what auto would choose"

@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 
 from ..errors import ResodeError
+from ..options import ADJOINT_SETTINGS
 from ..quantities import COUNT, NOT_NEGATIVE
 from ..training.settings import Settings
 from .options import (
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from ..network.model import OdeResNet
 
 
-BACKWARD = ("anchors", "corrections", "snapshots", "grad_tol", "memory_budget", "bn")
+BACKWARD = (*ADJOINT_SETTINGS, "grad_tol", "memory_budget", "bn")
 
 
 @takes(
@@ -87,9 +88,7 @@ def check_grad_command(
     from ..reports.report import gradient_json, gradient_table, sweep_json, sweep_table
 
     output = Output(json_mode=json)
-    choices = parse_adjoints(
-        adjoint, anchors=backward.anchors, corrections=backward.corrections, snapshots=backward.snapshots
-    )
+    choices = parse_adjoints(adjoint, **{name: getattr(backward, name) for name in ADJOINT_SETTINGS})
     check_auto(given, chooses=any(choice.fixed is None for choice in choices))
     budget = parse_bytes(backward.memory_budget) if backward.memory_budget is not None else None
     depths = depth_list("--sweep", sweep, at_least=2) if sweep is not None else None

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from ..errors import NonFiniteWarning, ResodeError, UsageError, first_few, join
 from ..machine.atomic import atomic_path
-from ..network.model import ModelInfo, OdeResNet, assemble, non_finite
+from ..network.assembling import assemble
+from ..network.model import ModelInfo, OdeResNet, non_finite
 from ..network.parts import SourceSpec
-from ..network.stage import StageSpec
+from ..network.specs import StageSpec
 from ..quantities import size
 from ..sources import registry as sources
 from ..surgery.convert import LOGITS_AGREE, like, random_batch

@@ -18,7 +18,7 @@ from ..errors import ResodeError, first_few
 from ..network.model import ModelInfo
 from ..network.parts import Preprocessing, SourceSpec
 from ..network.residual import FORMS, as_form
-from ..network.stage import BlockSpec, StageSpec
+from ..network.specs import BlockSpec, StageSpec
 from ..ode import SCHEMES
 from ..quantities import CROPS, LONGEST_STAGE, Range
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import ResodeError
 from ..network.model import OdeResNet
+from ..network.outside import STEM
 from ..network.stage import OdeStage
 from ..ode import SCHEMES, Adjoint, RandomState, fixed_buffers, kept_bytes
 from ..ode.field import Evaluator
@@ -53,6 +54,7 @@ class Probe:
         self.stages = {name: stage for name, stage in model.stages.items() if stage.spec.depth}
         for stage in self.stages.values():
             stage.use_adjoint(reference_adjoint(stage))
+        model.use_adjoint({STEM: Adjoint("checkpoint")})
         self.passages, self.exact, self.outside = self._exact_pass()
 
     def _exact_pass(self) -> tuple[dict[str, Passage], dict[str, tuple[Tensor, ...]], int]:
@@ -96,14 +98,12 @@ class Probe:
         """Raises ResodeError if exact methods do not give backprop's gradients: each evaluates its blocks again."""
         count = min(COMPARED, len(self.images))
         found = self._gradients(self._loss(count))
-        adjoints = {name: stage.adjoint for name, stage in self.stages.items()}
+        adjoints = self.model.adjoints
         try:
-            for stage in self.stages.values():
-                stage.use_adjoint(Adjoint("backprop"))
+            self.model.use_adjoint(Adjoint("backprop"))
             truth = self._gradients(self._loss(count))
         finally:
-            for name, adjoint in adjoints.items():
-                self.stages[name].use_adjoint(adjoint)
+            self.model.use_adjoint(adjoints)
         for name, stage in self.stages.items():
             if not truth[name]:  # nothing in it is trained; gradients pass through it
                 continue

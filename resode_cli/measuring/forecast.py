@@ -76,7 +76,7 @@ def forecast_gradients(model: OdeResNet, images: Tensor, methods: Sequence[Adjoi
     left as it was.
     """
     few = images[: min(FEW, len(images))].clone()  # a view would keep the storage of all
-    adjoints = {name: stage.adjoint for name, stage in model.stages.items()}
+    adjoints = model.adjoints
     training = model.training
     try:
         model.eval()

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from inspect import Parameter, signature
 from types import FrameType
 from typing import Any
@@ -23,6 +24,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from ..errors import ResodeError
 from .block_inputs import equal, further_arguments
+from .outside import Opening, Reached
 
 
 class OnePiece(ResodeError, TypeError):
@@ -96,31 +98,54 @@ def _name(func: Any) -> str:
     return str(getattr(func.__self__, "__name__", "")) if name == "__get__" else name
 
 
-class _Running(threading.local):
-    """Converted networks that run as a whole: for each, whether it is recorded by autograd."""
+@dataclass(frozen=True)
+class _Run:
+    """A converted network that runs as a whole.
 
+    recorded: whether autograd records it. opening: how it came to its first stage, if that is a part by itself.
+    to_entry: whether it is to run up to its first stage alone.
+    """
+
+    recorded: bool
+    opening: Opening | None
+    to_entry: bool
+
+
+class _Running(threading.local):
     def __init__(self) -> None:
-        self.recorded: list[bool] = []
+        self.runs: list[_Run] = []
 
 
 _running = _Running()
 
 
 @contextmanager
-def networks_forward() -> Iterator[None]:
+def networks_forward(opening: Opening | None = None, *, to_entry: bool = False) -> Iterator[None]:
     """While a converted network runs as a whole, its loops get stand-ins."""
-    _running.recorded.append(torch.is_grad_enabled())
+    _running.runs.append(_Run(torch.is_grad_enabled(), opening, to_entry))
     try:
         yield
     finally:
-        _running.recorded.pop()
+        _running.runs.pop()
+        if opening is not None:
+            opening.abandon()
+
+
+def enter_stage(x: Tensor) -> Tensor:
+    """The state that a stage is given, as it goes on with it."""
+    run = _running.runs[-1] if _running.runs else None
+    if run is not None and run.to_entry:
+        raise Reached(x)
+    if run is not None and run.opening is not None and run.opening.is_open:
+        return run.opening.close(x)
+    return x
 
 
 def is_watched() -> bool:
     """Whether a converted network runs, and not inside `checkpoint(block, x)` that re-enters, which loses stand-ins."""
-    if not _running.recorded:
+    if not _running.runs:
         return False
-    return _running.recorded[-1] == torch.is_grad_enabled() or not _inside_reentry()
+    return _running.runs[-1].recorded == torch.is_grad_enabled() or not _inside_reentry()
 
 
 def _inside_reentry() -> bool:

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import copy
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Size, Tensor, nn
 
 from ..errors import ResodeError, UsageError, first_few, unknown
-from ..ode import Adjoint
-from .between import Emptied, OnePiece, check_state, networks_forward
-from .parts import BlockSplit, Preprocessing, SourceSpec
-from .reading import is_plain_sequence, read_split, runs_its_children, whole
-from .residual import GENERIC
-from .seen_values import TRUSTED, root
-from .sharing import distinct, share_layers
-from .stage import OdeStage, StageSpec
+from ..ode import Adjoint, RandomState
+from .between import check_state, networks_forward
+from .mixing import check_apart
+from .outside import STEM, CannotCut, Opening, Reached, Stem, outside_modules
+from .parts import Preprocessing, SourceSpec
+from .repeat import remember
+from .sharing import distinct
+from .stage import OdeStage
 
 
 @dataclass(frozen=True)
@@ -61,11 +58,12 @@ class OdeResNet(nn.Module):
         self.paths = paths  # stage name -> path of its OdeStage in the network
         self.info = info
         self.channels_last = False
+        self.stem = Stem()
 
     def with_info(self, info: ModelInfo) -> OdeResNet:
         """The same network with other things known about it."""
         other = OdeResNet(self.net, self.paths, info, self.built)
-        other.channels_last = self.channels_last
+        other.channels_last, other.stem = self.channels_last, self.stem
         return other
 
     def record(self, command: str, **settings: object) -> None:
@@ -82,10 +80,50 @@ class OdeResNet(nn.Module):
         # A stage runs between the graphs of a compiled network, which nothing else is to break.
         if torch.compiler.is_dynamo_compiling() or torch.jit.is_tracing():  # type: ignore
             return self.net(x)
-        with networks_forward():
-            result: Tensor = self.net(x)
+        result = self._run_cut(x) if self._evaluates_stem_again(x) else self._run(x)
         check_state(next(iter(self.paths), ""), result)
         return result
+
+    def _run(self, x: Tensor, opening: Opening | None = None) -> Tensor:
+        with networks_forward(opening):
+            result: Tensor = self.net(x)
+        return result
+
+    def _evaluates_stem_again(self, x: Tensor) -> bool:
+        return self.stem.adjoint.replays and torch.is_grad_enabled() and isinstance(x, Tensor) and bool(self.paths)
+
+    def _run_cut(self, x: Tensor) -> Tensor:
+        """Run to the first stage without keeping anything, and on from there; or plainly, where that cannot be done."""
+        stem, modes = self.stem, tuple(module.training for module in self.net.modules())
+        if stem.kept.get(modes):
+            return self._run(x)
+        if stem.adjoint.slices > 1 and modes != stem.apart:
+            check_apart("what comes before the first stage", self.net, self._to_entry, x.detach())
+            stem.apart = modes
+        first = modes not in stem.kept
+        opening = Opening(stem, x, outside_modules(self.net, set(self.stages.values())), self._to_entry, first=first)
+        if not first:
+            return self._run(opening.leaf, opening)
+        restore, random = remember([self.net]), RandomState.everywhere(x.device, self.net.modules())
+        try:
+            result = self._run(opening.leaf, opening)
+            stem.kept[modes] = opening.why_not(result)
+        except CannotCut as reason:
+            stem.kept[modes] = str(reason)
+        if not stem.kept[modes]:
+            return result
+        restore()
+        random.restore()
+        return self._run(x)
+
+    def _to_entry(self, x: Tensor) -> Tensor:
+        """What the first stage is given."""
+        try:
+            with networks_forward(to_entry=True):
+                self.net(x)
+        except Reached as reached:
+            return reached.state
+        raise ResodeError("the network, run again for the backward pass, comes to no stage")
 
     @property
     def stages(self) -> dict[str, OdeStage]:
@@ -117,10 +155,21 @@ class OdeResNet(nn.Module):
         if stage is not self.stages[name]:
             take_hooks(stage, self.stages[name])
             stage.follow(self.stages[name])
-        self.net = _with_submodule(self.net, self.paths[name], stage)
+        self.net = with_submodule(self.net, self.paths[name], stage)
+
+    @property
+    def adjoints(self) -> dict[str, Adjoint]:
+        """The backward method of every part, as `use_adjoint` takes them."""
+        return {STEM: self.stem.adjoint, **{name: stage.adjoint for name, stage in self.stages.items()}}
 
     def use_adjoint(self, adjoint: Adjoint | Mapping[str, Adjoint]) -> None:
-        """Set the backward method of every stage, or of the stages named."""
+        """Set the backward method of every part, or of the parts named: stages by their names, and 'stem'.
+
+        What comes before the first stage, and a stage's transition, is no reversible step: under every method but
+        'backprop' it is evaluated again from its input.
+        """
+        if isinstance(adjoint, Adjoint) or STEM in adjoint:
+            self.stem.adjoint = (adjoint if isinstance(adjoint, Adjoint) else adjoint[STEM]).stem
         for name, stage in self.stages.items():
             if isinstance(adjoint, Adjoint):
                 stage.use_adjoint(adjoint)
@@ -198,6 +247,22 @@ class OdeResNet(nn.Module):
         return groups
 
 
+def take_hooks(module: nn.Module, other: nn.Module) -> None:
+    """Let `module`, which takes the place of another, take its hooks too. Their handles go on removing them."""
+    for name, hooks in other.__dict__.items():
+        if name in module.__dict__ and "_hook" in name and (hooks or not module.__dict__[name]):
+            module.__dict__[name] = hooks
+
+
+def with_submodule(net: nn.Module, path: str, module: nn.Module) -> nn.Module:
+    """The network with one submodule replaced; the module itself for the empty path."""
+    if not path:
+        return module
+    parent, _, name = path.rpartition(".")
+    net.get_submodule(parent).register_module(name, module)
+    return net
+
+
 def describe_misfit(expected: dict[str, Tensor], given: dict[str, Tensor], *, types: bool = False) -> str:
     """One line on missing, unexpected and wrongly shaped tensors; empty if all fit. types: on wrong types too."""
     missing = [k for k in expected if k not in given]
@@ -245,111 +310,6 @@ def check_finite(model: OdeResNet, what: str) -> None:
     """Raises ResodeError for weights that are no numbers. what: the message, with {} for their names."""
     if bad := non_finite(model.net.state_dict()):
         raise ResodeError(what.format(first_few(bad)))
-
-
-def assemble(net: nn.Module, specs: Sequence[StageSpec], info: ModelInfo) -> OdeResNet:
-    """Replace the stages of a source network by OdeStages. `net` is used up."""
-    paths: dict[str, str] = {}
-    built = shapes_of(net)
-    twice = [name for name, count in Counter(spec.name for spec in specs).items() if count > 1]
-    if twice:
-        raise ResodeError(f"two stages are called {twice[0]}")
-    for spec in specs:
-        try:
-            container = net.get_submodule(spec.container)
-        except AttributeError as error:
-            raise ResodeError(f"the source network has no {spec.container!r}") from error
-        children = dict(container.named_children())
-        stage = _build_stage(spec, children)
-        first, *others = (*spec.transition, *dict.fromkeys(spec.source_blocks))
-        is_whole = {first, *others} == set(children) and not isinstance(container, nn.ModuleList)
-        known = is_plain_sequence(container) or root(type(container)) in TRUSTED
-        emptied = [
-            Emptied(spec.name, i, children[name], last=i == len(others)) for i, name in enumerate(others, start=1)
-        ]
-        stage.emptied = tuple(emptied)
-        if is_whole and known and runs_its_children(container):
-            paths[spec.name] = spec.container
-            take_hooks(stage, container)
-            net = _with_submodule(net, spec.container, stage)
-            continue
-        # The stage takes the first one's place. The others stay, emptied, for what counts or indexes them.
-        paths[spec.name] = f"{spec.container}.{first}".lstrip(".")
-        container.register_module(first, stage)
-        stage.is_first = True
-        for name, module in zip(others, stage.emptied, strict=True):
-            container.register_module(name, module)
-        if hasattr(net, "group_matcher"):
-            net.__dict__["group_matcher"] = partial(_refuse_groups, spec.name)
-        if others and is_plain_sequence(container):
-            owner = _owner(net, spec.container)
-            for method in ("forward_intermediates", "get_intermediate_layers"):
-                if hasattr(owner, method):
-                    owner.__dict__[method] = partial(_refuse_features, spec.name)
-    return OdeResNet(net, paths, info, built)
-
-
-def take_hooks(module: nn.Module, other: nn.Module) -> None:
-    """Let `module`, which takes the place of another, take its hooks too. Their handles go on removing them."""
-    for name, hooks in other.__dict__.items():
-        if name in module.__dict__ and "_hook" in name and (hooks or not module.__dict__[name]):
-            module.__dict__[name] = hooks
-
-
-def _owner(net: nn.Module, container: str) -> nn.Module:
-    """The module whose forward iterates over a list of blocks, and may hand out what is between them."""
-    owner = container.rpartition(".")[0]
-    while isinstance(net.get_submodule(owner), nn.ModuleList):
-        owner = owner.rpartition(".")[0]
-    return net.get_submodule(owner)
-
-
-def _refuse_features(stage: str, *_: object, **__: object) -> None:
-    raise OnePiece(stage, "hands out no intermediate features")
-
-
-def _refuse_groups(stage: str, *_: object, **__: object) -> None:
-    raise ResodeError(
-        f"the parameters of stage {stage} are below its first block, so that names no longer tell the layers apart"
-        " (layer decay goes by them)"
-    )
-
-
-def _build_stage(spec: StageSpec, children: dict[str, nn.Module]) -> OdeStage:
-    named = (*spec.transition, *spec.source_blocks, *(b.origin for b in spec.blocks))
-    unknown_names = [name for name in named if name not in children]
-    if unknown_names:
-        raise ResodeError(f"stage {spec.name}: the source network has no block {unknown_names[0]!r}")
-    splits: dict[str, BlockSplit] = {}
-    blocks: list[nn.Module] = []
-    for block in spec.blocks:
-        module = children[block.origin]
-        if block.origin in splits:
-            module = copy.deepcopy(module)
-        else:
-            splits[block.origin] = BlockSplit(whole, GENERIC) if spec.further else read_split(module)
-        blocks.append(module)
-    by_name = {block.name: module for block, module in zip(spec.blocks, blocks, strict=True)}
-    for block, module in zip(spec.blocks, blocks, strict=True):
-        if block.shares is not None:
-            if block.shares not in by_name or block.shares == block.name:
-                raise ResodeError(f"stage {spec.name}: block {block.name} shares the weights of {block.shares!r}")
-            share_layers(module, by_name[block.shares])
-    return OdeStage(
-        spec,
-        transition={name: children[name] for name in spec.transition},
-        blocks=blocks,
-        splits=[splits[block.origin] for block in spec.blocks],
-    )
-
-
-def _with_submodule(net: nn.Module, path: str, module: nn.Module) -> nn.Module:
-    """The network with one submodule replaced; the module itself for the empty path."""
-    if not path:
-        return module
-    parent, _, name = path.rpartition(".")
-    net.get_submodule(parent).register_module(name, module)
-    return net
 
 
 def freeze_batch_norm(model: nn.Module) -> None:

@@ -20,10 +20,12 @@ class BlockSplit:
 
     premises: what that rests on beside the block's tensors; None for a block that is called as it is.
     reason: why a block is called as it is, where that can be told.
+    in_place: whether the block adds its input to the branch in the branch's own memory.
     """
 
     branch: Branch
     activation: str
+    in_place: bool = False
     premises: Premises | None = field(default=None, compare=False, repr=False)
     reason: str = field(default="", compare=False, repr=False)
 

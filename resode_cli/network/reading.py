@@ -111,7 +111,9 @@ def _read(block: nn.Module) -> Reading:
     branches = (here.branch, there.branch) if block.training else (there.branch, here.branch)
     return _founded(
         block,
-        BlockSplit(here.branch if here == there else ByMode(*branches), here.activation),
+        BlockSplit(
+            here.branch if here == there else ByMode(*branches), here.activation, here.in_place and there.in_place
+        ),
         reading.basis.and_of(other.basis),
     )
 
@@ -248,6 +250,7 @@ def _read_trace(traced: Trace, block: nn.Module) -> Reading:
     erased = frozenset(str(node.target) for node in (*after, *passed) if node.op == "call_module")
     if not all(runs_its_class(children[path]) for path in erased):
         return Reading(BlockSplit(whole, GENERIC))
+    in_place = last.target in (operator.iadd, "add_") and last.args[0] is branches[0]
     output.args = (branches[0],)
     for node in (*after, last):
         graph.erase_node(node)
@@ -261,7 +264,7 @@ def _read_trace(traced: Trace, block: nn.Module) -> Reading:
     read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     numbers = tuple(name for name in traced.live if name in read)
     called = frozenset(str(node.target) for node in graph.nodes if node.op == "call_module")
-    split = BlockSplit(_traced_branch(code.src, tuple(scope), numbers), activation)
+    split = BlockSplit(_traced_branch(code.src, tuple(scope), numbers), activation, in_place)
     return _founded(block, split, _Basis(called, erased, frozenset(traced.live)))
 
 

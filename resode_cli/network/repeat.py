@@ -6,7 +6,7 @@ import pickle
 import random
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -53,19 +53,18 @@ def generator_states() -> tuple[object, ...]:
     return random.getstate(), torch.get_rng_state().tolist(), of_numpy
 
 
-@contextmanager
-def as_before(net: nn.Module) -> Iterator[None]:
-    """Put back modes, buffers and plain attributes of all modules."""
-    training = [(module, module.training) for module in net.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in net.buffers()]
-    held = [(module, dict(module._buffers)) for module in net.modules()]
+def remember(nets: Iterable[nn.Module]) -> Callable[[], None]:
+    """What puts back modes, buffers and plain attributes of all modules."""
+    modules = list(dict.fromkeys(module for net in nets for module in net.modules()))
+    training = [(module, module.training) for module in modules]
+    held = [(module, dict(module._buffers)) for module in modules]
+    buffers = [(b, b.clone()) for _, tensors in held for b in tensors.values() if b is not None]
     plain = [
         (module, {name: value for name, value in module.__dict__.items() if isinstance(value, _PLAIN)})
-        for module in net.modules()
+        for module in modules
     ]
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         for module, mode in training:
             module.training = mode
         for module, tensors in held:
@@ -76,6 +75,18 @@ def as_before(net: nn.Module) -> Iterator[None]:
                     buffer.copy_(value)
         for module, attributes in plain:
             module.__dict__.update(attributes)
+
+    return restore
+
+
+@contextmanager
+def as_before(net: nn.Module) -> Iterator[None]:
+    """Put back modes, buffers and plain attributes of all modules."""
+    restore = remember([net])
+    try:
+        yield
+    finally:
+        restore()
 
 
 _PLAIN = (bool, int, float, str, type(None))

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ResodeError, UsageError, unknown
-from ..ode import Residual
+from ..ode import Residual, is_positive
 from .sharing import tensors_of
 
 Form = Literal["exact", "pre"]
@@ -85,6 +85,7 @@ class BlockResidual(Residual):
 
     branch: g, as a function of the block's module and the state; for a generic block, B itself.
     activation: the name of what follows the addition, 'linear' or 'generic'.
+    in_place: whether the block itself adds in the memory of the branch's result.
     numbers: the values of the attributes that the branch reads as numbers (`scale = 0.5`), now. The backward pass
         evaluates r again, and must find them the same.
     """
@@ -93,6 +94,7 @@ class BlockResidual(Residual):
     branch: Callable[[nn.Module, Tensor], Tensor]
     activation: str
     form: Form = "exact"
+    in_place: bool = False
     numbers: dict[str, Any] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -112,7 +114,7 @@ class BlockResidual(Residual):
         if self.activation == "relu":
             # Not torch.maximum(g, -x): it splits the gradient at ties, and zero-initialised last
             # norms (g = 0) on post-ReLU states (x = 0) make ties everywhere.
-            return torch.where(total > 0, g, -x)
+            return torch.where(is_positive(total), g, -x)
         return g + ACTIVATIONS[self.activation](-total)
 
     def step(self, x: Tensor, h: float) -> Tensor:
@@ -121,8 +123,14 @@ class BlockResidual(Residual):
         if h == 1.0 and self.activation == GENERIC:
             return self.branch(self.module, x).to(x.dtype)  # autocast may have lowered it
         if h == 1.0 and self.activation != LINEAR and self.form == "exact":
-            return ACTIVATIONS[self.activation](x + self.branch(self.module, x))
+            total = self._total(x, self.branch(self.module, x))
+            return F.relu_(total) if self.activation == "relu" else ACTIVATIONS[self.activation](total)
         return torch.add(x, self(x), alpha=h)
+
+    def _total(self, x: Tensor, g: Tensor) -> Tensor:
+        """x + g; in the memory of g where the block does so too."""
+        fits = self.in_place and g.dtype == x.dtype and g.shape == x.shape
+        return g.add_(x) if fits else x + g
 
     def _check_numbers(self) -> None:
         if not self.numbers or torch.compiler.is_compiling():
@@ -133,6 +141,16 @@ class BlockResidual(Residual):
                 f"{changed[0]} of block {type(self.module).__name__} was changed between the forward pass and its"
                 " backward pass, which evaluates the block again; run backward first"
             )
+
+
+class BlockCall(Residual):
+    """A block that is no residual step, such as a transition: all that it does."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.module(x)  # type: ignore[no-any-return]
 
 
 class BlendedResidual(Residual):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -13,77 +12,17 @@ import torch.fx
 from torch import Tensor, nn
 
 from ..errors import ResodeError, UsageError, first_few
-from ..ode import SCHEMES, Adjoint, Evaluator, Field, Monitor, Residual, solve, trajectory
-from .between import Emptied, Entrance, OnePiece, check_state, is_watched, stand_in_for
+from ..ode import MAPPING, SCHEMES, Adjoint, Evaluator, Field, Monitor, RandomState, Residual, solve, trajectory
+from .between import Emptied, Entrance, OnePiece, check_state, enter_stage, is_watched, stand_in_for
 from .block_inputs import WithArguments, further_arguments, tensors_in
 from .compilation import Compilation, CompiledResidual
+from .mixing import check_apart
 from .parts import BlockSplit
 from .premises import has_hooks
 from .reading import read_again, whole
-from .residual import ACTIVATIONS, GENERIC, LINEAR, BlendedResidual, BlockResidual, Form, check_form
-
-
-@dataclass(frozen=True)
-class BlockSpec:
-    """One distinct block: its name in the file, and the source block whose structure it has.
-
-    shares: name of the block whose parameters it holds, all but those of norms, instead of its own.
-    """
-
-    name: str
-    origin: str
-    shares: str | None = None
-
-
-@dataclass(frozen=True)
-class StageSpec:
-    """Everything about a stage but its tensors; this is what a model file stores.
-
-    name: unique in the model: the container, and '#2' and so on where it holds several stages.
-    container: path in the source network of the sequence of blocks, e.g. 'layer1'.
-    transition: names of the transition blocks.
-    source_blocks: names of the container's children that the source's own steps were.
-    blocks: the distinct blocks.
-    schedule: which distinct block step n uses; its length is the depth N.
-    horizon: T; a fraction, so that T/N is the same number however it was reached.
-    blends: where weights are linear in depth, the share w_n in which step n has the weights of block
-        schedule[n] + 1; those of block schedule[n] make up the rest. Else empty.
-    scheme: forward rule. form: form of the residual functions.
-    further: names of the arguments that the blocks take beside the state, each the same for all of them; such
-        blocks are steps taken as a whole.
-    """
-
-    name: str
-    container: str
-    transition: tuple[str, ...]
-    source_blocks: tuple[str, ...]
-    blocks: tuple[BlockSpec, ...]
-    schedule: tuple[int, ...]
-    horizon: Fraction
-    scheme: str = "euler"
-    form: Form = "exact"
-    blends: tuple[float, ...] = ()
-    further: tuple[str, ...] = ()
-
-    @property
-    def depth(self) -> int:
-        return len(self.schedule)
-
-    @property
-    def step_size(self) -> float:
-        """h = T/N, rounded once."""
-        return float(self.horizon / self.depth) if self.depth else 0.0
-
-    @property
-    def kind(self) -> str:
-        """How the steps share weights: untied, tied, tied+norms, linear in depth, or runs of equal weights."""
-        if self.blends:
-            return "linear"
-        if len({block.shares or block.name for block in self.blocks}) == 1 < len(self.blocks):
-            return "tied+norms"
-        if self.schedule == tuple(range(self.depth)):
-            return "untied"
-        return "tied" if len(set(self.schedule)) == 1 else "runs"
+from .repeat import remember
+from .residual import ACTIVATIONS, GENERIC, LINEAR, BlendedResidual, BlockCall, BlockResidual, Form, check_form
+from .specs import StageSpec
 
 
 @dataclass(frozen=True)
@@ -114,7 +53,9 @@ class OdeStage(nn.Module):
 
     adjoint: the method of the backward pass; see `resode_cli.ode.METHODS`.
     splits: how each block is run, as found when the stage last ran.
-    monitor: what the last passes did (drift, evaluations).
+    monitor: what the last passes did (drift, evaluations). entry_monitor: those of the transition.
+    entry_kept: by the modes of its modules, why the transition's activations are kept although the adjoint says
+        otherwise; empty where they are not. The first pass in these modes finds it out.
     compilation: the compiled residual functions, if the steps run compiled.
     further: what the blocks were called with beside the state, the last time that the stage ran: for looks at
         the stage by itself, as `stage(x, **stage.further)`.
@@ -140,8 +81,11 @@ class OdeStage(nn.Module):
         self.splits = self._checked(splits)
         self.adjoint = Adjoint("backprop")
         self.monitor = Monitor()
+        self.entry_monitor = Monitor()
+        self.entry_kept: dict[tuple[bool, ...], str] = {}
         self.compilation: Compilation | None = None
         self.tap: Tap | None = None
+        self._apart: tuple[bool, ...] = ()  # the modes in which it was seen to keep images apart
         self.further: dict[str, Any] = {}
         self.is_first = False
         self.emptied: tuple[Emptied, ...] = ()  # no children of the stage
@@ -151,6 +95,8 @@ class OdeStage(nn.Module):
         if torch.compiler.is_dynamo_compiling():
             return super().__call__(*args, **kwargs)
         check_state(self.spec.name, (args, kwargs))
+        if args and isinstance(args[0], Tensor):
+            args = (enter_stage(args[0]), *args[1:])  # before hooks on the stage, which wrap what it is given
         result = super().__call__(*args, **kwargs)
         if not (self.is_first and self.emptied):
             return result
@@ -241,7 +187,7 @@ class OdeStage(nn.Module):
         if given:
             return BlockResidual(block, WithArguments(given), split.activation, self.spec.form)
         if split.activation == GENERIC or not has_hooks(block):
-            return BlockResidual(block, split.branch, split.activation, self.spec.form)
+            return BlockResidual(block, split.branch, split.activation, self.spec.form, split.in_place)
         if self.spec.form == "pre" and split.activation != LINEAR:
             raise ResodeError(
                 f"block {self.spec.name}.{name} has hooks, but in form 'pre' only its branch runs, never the block;"
@@ -257,6 +203,11 @@ class OdeStage(nn.Module):
         if self.spec.blends:
             residuals, schedule = self._blended(blocks), tuple(range(self.spec.depth))
         if self.compilation is not None:
+            if self.adjoint.bits is not None:
+                raise UsageError(
+                    f"stage {self.spec.name} runs compiled, where the signs of its rectifiers cannot be seen: leave out"
+                    " --compile, or the bits"
+                )
             replayed = self.adjoint.replays
             # Compiled code keeps the hooks that it was compiled with, so blocks that have any run as they are.
             residuals = tuple(
@@ -310,9 +261,9 @@ class OdeStage(nn.Module):
         if isinstance(x, torch.fx.Proxy):
             raise ResodeError("an OdeStage cannot be traced by torch.fx; name it among the tracer's leaf modules")
         field = self.field(self.take(x, *args, **kwargs))
-        x = self.enter(x)
-        x = self._solve(field, x) if self.tap is None else self._tapped(self.tap, field, x)
-        return self.leave(x)
+        state = [self.enter(x)]
+        del x
+        return self.leave(self._solve(field, state) if self.tap is None else self._tapped(self.tap, field, state.pop()))
 
     def take(self, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
         """What a call of the stage hands to its blocks beside the state, noted in `further`.
@@ -329,7 +280,29 @@ class OdeStage(nn.Module):
             self.further = further
         return further
 
-    def _solve(self, field: Field, x: Tensor) -> Tensor:
+    def _check_slices(self, x: Tensor) -> None:
+        """Raises ResodeError where the adjoint asks for slices and the stage, in its present mode, mixes images."""
+        modes = tuple(module.training for module in self.modules())
+        if self.adjoint.slices == 1 or modes == self._apart or not torch.is_grad_enabled():
+            return
+        if self.spec.further:
+            raise ResodeError(
+                f"stage {self.spec.name} takes {first_few(self.spec.further)} beside the state, and cannot be run in"
+                " slices of the batch"
+            )
+
+        compilation, self.compilation = self.compilation, None  # which is of another batch size
+        try:
+            check_apart(f"stage {self.spec.name}", self, self._run_plainly, x.detach())
+        finally:
+            self.compilation = compilation
+        self._apart = modes
+
+    def _run_plainly(self, x: Tensor) -> Tensor:
+        x = self._run_transition(x)
+        return solve(self.field(), SCHEMES[self.spec.scheme], None, x, monitor=Monitor())
+
+    def _solve(self, field: Field, x: Tensor | list[Tensor]) -> Tensor:
         plan = self.adjoint.plan(field.depth, self.spec.scheme)
         return solve(field, SCHEMES[self.spec.scheme], plan, x, monitor=self.monitor)
 
@@ -348,10 +321,38 @@ class OdeStage(nn.Module):
 
     def enter(self, x: Tensor) -> Tensor:
         """x_0: the transition's output, in float32 even under autocast."""
-        for block in self.transition:
-            x = block(x)
+        self._check_slices(x)
+        x = self._pass_transition(x)
         low = x.dtype in (torch.float16, torch.bfloat16)
         return x.float() if self.spec.depth and low and torch.is_autocast_enabled(x.device.type) else x
+
+    def _pass_transition(self, x: Tensor) -> Tensor:
+        """The transition's output, which is evaluated again in the backward pass unless that is found not to do."""
+        blocks, adjoint = self.transition, self.adjoint.outside
+        modes = tuple(module.training for block in blocks for module in block.modules())
+        exporting = torch.compiler.is_exporting()
+        if not (adjoint.replays and blocks and torch.is_grad_enabled()) or exporting or self.entry_kept.get(modes):
+            return self._run_transition(x)
+        names = tuple(f"{self.spec.container}.{name}" for name in self.spec.transition)
+        part = Field(tuple(map(BlockCall, blocks)), tuple(range(len(blocks))), 1.0, names)
+        plan = adjoint.plan(len(blocks), MAPPING.name)
+        if modes in self.entry_kept:
+            return solve(part, MAPPING, plan, x, monitor=self.entry_monitor)
+        restore, random = remember(blocks), RandomState.everywhere(x.device, part.modules())
+        try:
+            result = solve(part, MAPPING, plan, x.clone(), monitor=self.entry_monitor)
+        except ResodeError as reason:
+            self.entry_kept[modes] = str(reason)
+            restore()
+            random.restore()
+            return self._run_transition(x)
+        self.entry_kept[modes] = ""
+        return result
+
+    def _run_transition(self, x: Tensor) -> Tensor:
+        for block in self.transition:
+            x = block(x)
+        return x
 
     def leave(self, x: Tensor) -> Tensor:
         """What follows x_N: in `pre` form the activation, once."""

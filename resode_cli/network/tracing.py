@@ -8,6 +8,7 @@ of autograd or autocast than its caller's, which traced code would leave out.
 from __future__ import annotations
 
 import inspect
+import operator
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -118,6 +119,10 @@ class _Symbol(fx.Proxy):
 
     def __getattr__(self, name: str) -> fx.proxy.Attribute:
         return _Attribute(self, name)
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        """Python would fall back on an addition out of place."""
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
 
     def __hash__(self) -> int:
         _tell(self, "it looks up what a symbol of its input stands for")

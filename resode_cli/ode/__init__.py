@@ -1,6 +1,6 @@
 """The numerics: schemes, backward plans and the one autograd.Function. Torch only; knows no ResNet."""
 
-from .adjoint import solve
+from .adjoint import Begun, solve
 from .field import Evaluator, Field, Residual
 from .generators import RandomState
 from .memory import kept_bytes, peak_kept_bytes
@@ -8,16 +8,19 @@ from .methods import METHODS, REVERSALS, Adjoint, required_scheme, settings_of
 from .monitor import Monitor
 from .plans import Carry, Plan, Prediction, StepPlan
 from .reentry import fixed_buffers, version
-from .schemes import EULER, HEUN, SCHEMES, Scheme
-from .sweep import trajectory
+from .schemes import EULER, HEUN, MAPPING, SCHEMES, Scheme
+from .signs import is_positive
+from .steps import trajectory
 
 __all__ = [
     "EULER",
     "HEUN",
+    "MAPPING",
     "METHODS",
     "REVERSALS",
     "SCHEMES",
     "Adjoint",
+    "Begun",
     "Carry",
     "Evaluator",
     "Field",
@@ -29,6 +32,7 @@ __all__ = [
     "Scheme",
     "StepPlan",
     "fixed_buffers",
+    "is_positive",
     "kept_bytes",
     "peak_kept_bytes",
     "required_scheme",

@@ -18,9 +18,7 @@ from torch import Tensor, nn
 
 from .generators import HostState, HostWatch, RandomState, generators_in
 from .lost_gradients import recorded_bare
-
-# Which evaluation inside which step: (n, 0) is r_n at the state, (n, 1) Heun's second evaluation.
-EvaluationKey = tuple[int, int]
+from .signs import EvaluationKey, Signs
 
 
 class Residual(ABC):
@@ -62,6 +60,10 @@ class Field:
         found = {id(p): p for b in used for p in self.residuals[b].module.parameters()}
         return tuple(found.values())
 
+    def parameters_by_block(self, wanted: set[int]) -> list[list[nn.Parameter]]:
+        """Of each distinct block, the parameters that want a gradient; wanted: their ids."""
+        return [[p for p in residual.module.parameters() if id(p) in wanted] for residual in self.residuals]
+
     def modules(self) -> tuple[nn.Module, ...]:
         return tuple(self.residuals[b].module for b in dict.fromkeys(self.schedule))
 
@@ -81,6 +83,7 @@ class Evaluator:
     draws: dict[EvaluationKey, RandomState] = dataclasses.field(default_factory=dict)
     evaluations: int = 0
     used: dict[int, None] = dataclasses.field(default_factory=dict)  # distinct blocks evaluated since last cleared
+    signs: Signs | None = None  # of the rectifiers, where states are coded
     held: dict[int, list[Any]] = dataclasses.field(default_factory=dict)  # generators that a block's modules hold
     host: HostWatch | None = None
 
@@ -98,6 +101,12 @@ class Evaluator:
         residual = self.field.residuals[block]
         self.evaluations += 1
         self.used[block] = None
+        if (signs := self.signs) is not None:
+            unsigned = run
+
+            def run(residual: Residual, x: Tensor) -> Tensor:
+                return signs.around(key, lambda: unsigned(residual, x))
+
         if self.recording:
             return self._record(n, x, key, lambda state: run(residual, state))
         if self.replaying:

@@ -22,6 +22,7 @@ from functools import lru_cache
 
 from ..errors import UsageError, unknown
 from .binomial import forward_placement, replay_placement
+from .codec import WIDTHS
 from .plans import HELD, Carry, Plan, Prediction, StepPlan
 from .schemes import SCHEMES
 
@@ -38,7 +39,7 @@ def settings_of(method: str) -> frozenset[str]:
     """Which fields of `Adjoint` a method takes."""
     if method in REVERSALS:
         return frozenset({"anchors", "corrections"})
-    return frozenset({"anchors", "snapshots"}) if method == "checkpoint" else frozenset()
+    return frozenset({"anchors", "snapshots", "slices", "bits"}) if method == "checkpoint" else frozenset()
 
 
 def required_scheme(method: str) -> str | None:
@@ -54,12 +55,18 @@ class Adjoint:
     anchors: hold every K-th state of the forward pass; None: the method's own (all for checkpoint, else none).
     corrections: extra evaluations per reversed step.
     snapshots: for checkpoint, the number of states held at a time, optimally placed, instead of a spacing.
+    slices: for checkpoint, parts of the batch that are run one after the other, where a network mixes no images.
+    bits: for checkpoint, hold the states as codes of so many bits a number, with the signs of the rectifiers.
+    lean: for checkpoint, make the results of cheap expanding layers again rather than keep them; see `lean`.
     """
 
     method: str = "backprop"
     anchors: int | None = None
     corrections: int = 0
     snapshots: int | None = None
+    slices: int = 1
+    bits: int | None = None
+    lean: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -74,6 +81,18 @@ class Adjoint:
             raise UsageError(f"{self.method} is exact and takes no corrections")
         if self.snapshots is not None and self.method != "checkpoint":
             raise UsageError(f"snapshots are placed for 'checkpoint'; {self.method} takes anchors")
+        if self.bits is not None and self.bits not in WIDTHS:
+            raise UsageError(f"{self.bits} bits: must be {WIDTHS.start} to {WIDTHS.stop - 1}")
+        if self.bits is not None and self.method != "checkpoint":
+            raise UsageError(f"bits are for the states that 'checkpoint' holds; {self.method} takes none")
+        if self.bits is not None and (self.anchors or self.snapshots):
+            raise UsageError(
+                "checkpoint with bits holds every state, as a code, and takes neither anchors nor snapshots"
+            )
+        if self.slices < 1:
+            raise UsageError(f"{self.slices} slices: must be 1 or more")
+        if self.slices > 1 and self.method != "checkpoint":
+            raise UsageError(f"slices of the batch are for 'checkpoint'; {self.method} takes none")
         if self.snapshots is not None and self.snapshots < 1:
             raise UsageError(f"{self.snapshots} snapshots: must be 1 or more")
         if self.snapshots is not None and self.anchors is not None:
@@ -85,11 +104,28 @@ class Adjoint:
         return self.method != "backprop"
 
     @property
+    def outside(self) -> Adjoint:
+        """What goes with it for the parts of a network that are no steps: evaluated again, unless it is backprop."""
+        return (
+            Adjoint("checkpoint", slices=self.slices, bits=self.bits, lean=self.bits is not None)
+            if self.replays
+            else Adjoint()
+        )
+
+    @property
+    def stem(self) -> Adjoint:
+        """What goes with it for what comes before the first stage, whose input, the images, is held as it is."""
+        return replace(self.outside, bits=None, lean=False)
+
+    @property
     def label(self) -> str:
         """The method and what was chosen with it, as a table shows it."""
         parts = [self.method]
         parts += [f"anchors {self.anchors}"] if self.anchors is not None else []
         parts += [f"{self.snapshots} snapshots"] if self.snapshots is not None else []
+        parts += [f"{self.bits} bits"] if self.bits is not None else []
+        parts += ["lean"] if self.lean else []
+        parts += [f"{self.slices} slices"] if self.slices > 1 else []
         parts += [f"{self.corrections} correction{'s' * (self.corrections > 1)}"] if self.corrections else []
         return ", ".join(parts)
 
@@ -109,8 +145,10 @@ def _build(adjoint: Adjoint, depth: int) -> Plan | None:
         return None
     if adjoint.method == "checkpoint":
         if adjoint.snapshots is not None:
-            return _binomial(depth, adjoint.snapshots)
-        return _spaced(depth, adjoint.anchors or 1)
+            plan = _binomial(depth, adjoint.snapshots)
+        else:
+            plan = replace(_spaced(depth, adjoint.anchors or 1), bits=adjoint.bits)
+        return replace(plan, slices=adjoint.slices, lean=adjoint.lean)
     step = replace(REVERSALS[adjoint.method], corrections=adjoint.corrections)
     anchors = tuple(range(0, depth, adjoint.anchors)) if adjoint.anchors else ()
     return Plan(adjoint.method, anchors, tuple(HELD if n in set(anchors) else step for n in range(depth)))

@@ -65,11 +65,19 @@ HELD = StepPlan(Prediction.HELD)
 
 @dataclass(frozen=True)
 class Plan:
-    """A backward plan of a stage: the states held from the forward pass, and a StepPlan per step."""
+    """A backward plan of a stage: the states held from the forward pass, and a StepPlan per step.
+
+    slices: parts of the batch that are run, and evaluated again, one after the other.
+    bits: the states are held as codes of so many bits a number, with the signs of the rectifiers; None: as they are.
+    lean: what expanding layers make is not kept while a step is differentiated, but made again; see `lean`.
+    """
 
     method: str
     anchors: tuple[int, ...]
     steps: tuple[StepPlan, ...]
+    slices: int = 1
+    bits: int | None = None
+    lean: bool = False
 
     @property
     def depth(self) -> int:
@@ -78,6 +86,11 @@ class Plan:
     @property
     def exact(self) -> bool:
         """Whether every state is the forward pass's own, so that the gradient is backprop's."""
+        return self.reverses_nothing and self.bits is None
+
+    @property
+    def reverses_nothing(self) -> bool:
+        """Whether every state is held or run again from one that is: the sweep then estimates none."""
         return all(step.exact for step in self.steps)
 
     @property
@@ -87,7 +100,7 @@ class Plan:
     @property
     def states_kept(self) -> int:
         """States that the graph keeps between forward and backward: the anchors, and for a reversal x_0 and x_N."""
-        return len(self.anchors) if self.exact else len({0, self.depth, *self.anchors})
+        return len(self.anchors) if self.reverses_nothing else len({0, self.depth, *self.anchors})
 
     @property
     def most_states_held(self) -> int:
@@ -98,4 +111,6 @@ class Plan:
             held.update(step.hold)
             most = max(most, len(held | {n}) if step.prediction is Prediction.REPLAY else len(held))
             held.discard(n)
-        return most if self.exact else max(most, len(self.anchors)) + len({0, self.depth} - set(self.anchors))
+        return (
+            most if self.reverses_nothing else max(most, len(self.anchors)) + len({0, self.depth} - set(self.anchors))
+        )

@@ -61,16 +61,31 @@ def tolerance(x: Tensor) -> float:
 class Repetition:
     """The comparison of one backward sweep with its forward pass.
 
-    passed: samples of the states that the forward pass went through, x_1 first.
+    passed: samples of the states that the forward pass went through, x_1 first. slack: what they may
+        be off by where the states are estimates.
     """
 
     field: Field
     passed: list[Tensor]
+    slack: float = 0.0
     steps: list[int] = dataclasses.field(default_factory=list)
     errors: list[Tensor] = dataclasses.field(default_factory=list)
     limit: float = 0.0
     values: Tensor | None = None
     arrived: torch.cuda.Event | None = None
+
+    def watch_step(self, n: int, state: Tensor, following: Tensor) -> None:
+        """Take the taped evaluation of x_{n+1} into account, at the state of the forward pass or near to it."""
+        self.limit = max(tolerance(state), self.slack)
+        if not len(state) or not len(following):
+            return
+        found, truth = (t.view(len(following), -1) for t in (sample(following), self.passed[n]))
+        norm = partial(torch.linalg.vector_norm, dim=1)
+        # Where all of a state's samples are zero, rounding is small against what it comes from.
+        size = norm(truth) + norm(found) + norm(sample(state).view(len(state), -1)).mean()
+        error = norm(found.sub_(truth)) / size.clamp_min(torch.finfo(size.dtype).tiny)
+        self.errors.append(error.max())
+        self.steps.append(n)
 
     def watch(self, n: int, state: Tensor, increment: Tensor, h: float) -> None:
         """Take the taped evaluation of step n, at a state of the forward pass, into account."""

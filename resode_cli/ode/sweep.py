@@ -8,18 +8,18 @@ x: state; a: adjoint ∂L/∂x; h: step size; n: step; N: depth; G(x) = x_{n+1} 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..errors import ResodeError
+from .exact_sweep import Gradients
 from .field import Evaluator
 from .monitor import Monitor
 from .plans import Carry, Plan, Prediction, StepPlan
-from .reentry import version
 from .repetition import Repetition
 from .schemes import Scheme
+from .states import States
 
 # Across different weights an extrapolation is used where it recovers more than three quarters of the step,
 # and is twice as good as taking the value of the step above. The first limits the error; the second, being
@@ -27,19 +27,6 @@ from .schemes import Scheme
 RECOVERS = 0.25
 IMPROVES = 0.5
 ESTIMATED_ON = 4  # images on which the forward pass and the monitor measure what is only an estimate anyway
-
-
-def trajectory(r: Evaluator, scheme: Scheme, x: Tensor, start: int, stop: int) -> Iterator[Tensor]:
-    """The states x_{start+1} … x_stop of the forward rule."""
-    for n in range(start, stop):
-        before = version(x)
-        following = scheme.advance(r, n, x)
-        if version(x) != before:
-            raise ResodeError(
-                f"{r.field.describe(n)} of step {n} writes to its input; make that operation out of place"
-            )
-        x = following
-        yield x
 
 
 class Smoothness:
@@ -112,12 +99,14 @@ class Sweep:
         plan: Plan,
         *,
         ends: Sequence[Tensor],
-        held: dict[int, Tensor],
+        states: States,
         smoothness: Smoothness | None,
         repetition: Repetition,
+        gradients: Gradients,
     ) -> None:
+        self.gradients = gradients
         self.repetition = repetition
-        self.r, self.scheme, self.plan, self.held = r, scheme, plan, held
+        self.r, self.scheme, self.plan, self.states = r, scheme, plan, states
         self.h = r.field.step_size
         self.start: Tensor | None = ends[0] if ends else None
         self.carried: Tensor | None = ends[1] if ends else None  # the estimate of x_{n+1} at step n
@@ -132,12 +121,9 @@ class Sweep:
         self.corrections: list[Tensor] = []
         self.contractions: list[Tensor] = []
 
-    def run(self, adjoint: Tensor, wanted: set[int], monitor: Monitor) -> tuple[Tensor, dict[int, Tensor]]:
-        """From a_N to a_0, and the gradient of each wanted parameter, both by identity."""
-        per_block = [
-            [p for p in residual.module.parameters() if id(p) in wanted] for residual in self.r.field.residuals
-        ]
-        gradients: dict[int, Tensor] = {}
+    def run(self, adjoint: Tensor, wanted: set[int], monitor: Monitor) -> Tensor:
+        """From a_N to a_0."""
+        per_block = self.r.field.parameters_by_block(wanted)
         drifts: list[Tensor] = []
         reconstructed = False  # whether the carried state is an estimate
         for n in reversed(range(self.plan.depth)):
@@ -156,7 +142,7 @@ class Sweep:
                 adjoint = adjoint + grad_state
             for key, grad in zip(inputs, grads, strict=True):
                 if grad is not None:
-                    gradients[key] = gradients[key] + grad if key in gradients else grad
+                    self.gradients.add(key, grad)
 
             increment = taped.detach()
             if step.exact:
@@ -175,10 +161,8 @@ class Sweep:
             drifts.append(_relative_norm(self.carried - self.start, self.start))
         monitor.drift = _largest(drifts)
         monitor.correction, monitor.contraction = _largest(self.corrections), _largest(self.contractions)
-        monitor.evaluations = self.r.evaluations
-        monitor.repetition = self.repetition
-        self.repetition.finish()
-        return adjoint, gradients
+        monitor.evaluations += self.r.evaluations
+        return adjoint
 
     def _state(self, n: int) -> Tensor:
         """x̂_n, by the step's plan."""
@@ -186,10 +170,10 @@ class Sweep:
         self.iterates.clear()
         if step.prediction is Prediction.HELD:
             self.reverse_value = None
-            return self.held.pop(n)
+            return self.states.take(n)
         with torch.no_grad():
             if step.prediction is Prediction.REPLAY:
-                return self._replay(n, step.hold)
+                return self.states.replay(n, step.hold)
             state = self._predict(n, step)
             for _ in range(step.corrections):
                 state = self._iterate(n, state)
@@ -253,16 +237,6 @@ class Sweep:
         if self.iterates:
             z, value = self.iterates[-1]
             self.contractions.append(self.h * _relative_norm(value[few] - increment[few], z[few] - state[few]))
-
-    def _replay(self, n: int, hold: tuple[int, ...]) -> Tensor:
-        below = max(k for k in self.held if k <= n)
-        state = start = self.held[below]
-        self.r.replaying = True
-        for k, state in enumerate(trajectory(self.r, self.scheme, start, below, n), start=below + 1):
-            if k in hold:
-                self.held[k] = state
-        self.r.replaying = False
-        return state
 
 
 def anderson(z: Tensor, g_z: Tensor, y: Tensor, g_y: Tensor) -> Tensor:

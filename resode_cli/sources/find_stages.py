@@ -145,7 +145,8 @@ class _Search:
             return reading
         if has_hooks(block):  # only the block itself calls them
             split = BlockSplit(whole, GENERIC)
-        residual = BlockResidual(block, WithArguments(further) if further else split.branch, split.activation)
+        branch = WithArguments(further) if further else split.branch
+        residual = BlockResidual(block, branch, split.activation, in_place=split.in_place)
         kept = x.clone()
         with as_before(block), torch.no_grad():
             for training in (False, True):

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from ..errors import ResodeError, unknown
 from ..machine.memory import check_room
+from ..network.assembling import assemble
 from ..network.between import AnotherLoop
 from ..network.block_inputs import tensors_in
-from ..network.model import ModelInfo, OdeResNet, assemble
+from ..network.model import ModelInfo, OdeResNet
 from ..network.parts import Preprocessing, Source, StageParts
 from ..network.repeat import as_before, generator_states, generators_kept, repeatable
 from ..network.residual import GENERIC, LINEAR, Form, as_form
-from ..network.stage import BlockSpec, StageSpec
+from ..network.specs import BlockSpec, StageSpec
 from ..ode import SCHEMES
 from ..sources.find_stages import find_stages
 from ..sources.registry import source_of

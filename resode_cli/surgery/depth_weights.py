@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from ..errors import ResodeError, UsageError
 from ..network.parts import BlockSplit
 from ..network.sharing import distinct, norm_names, share_layers, tensors_of
-from ..network.stage import BlockSpec, OdeStage, StageSpec
+from ..network.specs import BlockSpec, StageSpec
+from ..network.stage import OdeStage
 
 DEPTH_WEIGHTS = ("replicate", "linear", "tied", "tied+norms", "free")
 

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from ..errors import UsageError, unknown
-from ..network.stage import BlockSpec, OdeStage
+from ..network.specs import BlockSpec
+from ..network.stage import OdeStage
 from .depth_weights import (
     DEPTH_WEIGHTS,
     check_blends,

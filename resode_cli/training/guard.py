@@ -15,6 +15,7 @@ from ..errors import ResodeError
 from ..gradients.choose import ChosenAdjoints, choose_adjoints
 from ..machine.memory import free_bytes
 from ..network.model import OdeResNet
+from ..network.outside import STEM
 from ..ode import Adjoint
 from ..quantities import parse_bytes
 from .settings import Settings
@@ -165,4 +166,5 @@ class Guard:
         return free_bytes(self.device) + sum(t.nbytes for t in (*self.model.parameters(), *self.model.buffers()))
 
     def _remember(self) -> None:
-        self.state.adjoints = {name: asdict(self.model.stages[name].adjoint) for name in self.stage_names}
+        known = {STEM, *self.stage_names}
+        self.state.adjoints = {name: asdict(a) for name, a in self.model.adjoints.items() if name in known}

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ..options import check_options, option
+from ..options import ADJOINT_SETTINGS, check_options, option
 from ..quantities import (
+    BITS,
     CORRECTIONS,
     COUNT,
     COUNT_OR_NONE,
@@ -45,7 +46,7 @@ class Settings:
 
     The run ends at `epochs` or `max_steps`, whichever comes first, after one epoch if neither is given; the schedule
     of the learning rate ends there too. `stages` names the stages whose parameters are trained, transitions included;
-    None trains everything. For `adjoint`, `anchors`, `corrections` and `snapshots` see `adjoint_choice`.
+    None trains everything. For `adjoint` and what goes with it, down to `slices`, see `adjoint_choice`.
     `drift_tolerance` bounds ‖x̃ − x‖ / ‖x‖ where 'auto' does not know better. For the teacher's weights see
     `Objective`.
     """
@@ -64,6 +65,19 @@ class Settings:
     corrections: int = backward(0, "Extra evaluations per reversed step.", range=CORRECTIONS, resume="stays")
     snapshots: int | None = backward(
         None, "For checkpoint: hold this many states, optimally placed.", range=COUNT, resume="stays"
+    )
+    bits: int | None = backward(
+        None,
+        "For checkpoint: hold states as codes of so many bits a number, with the rectifiers' signs. A bit more halves"
+        " the gradient error.",
+        range=BITS,
+        resume="stays",
+    )
+    slices: int | None = backward(
+        None,
+        "For checkpoint: run the batch in so many slices, one after the other, where a network mixes no images.",
+        range=COUNT,
+        resume="stays",
     )
     grad_tol: float = backward(
         0.02, "Relative gradient error of a stage that 'auto' may accept.", range=POSITIVE, resume="stays"
@@ -137,13 +151,14 @@ class Settings:
         check_options(self)
         if self.memory_budget is not None:
             parse_bytes(self.memory_budget)
-        if self.adjoint != "auto" or self.anchors is not None or self.corrections or self.snapshots is not None:
+        given = (self.anchors, self.snapshots, self.bits, self.slices)
+        if self.adjoint != "auto" or self.corrections or any(value is not None for value in given):
             self.adjoint_choice()  # which is a mistake if there is no such; it needs torch, and help does not
 
     def adjoint_choice(self) -> AdjointChoice:
         from ..gradients.adjoint_choice import parse_adjoint
 
-        return parse_adjoint(self.adjoint, anchors=self.anchors, corrections=self.corrections, snapshots=self.snapshots)
+        return parse_adjoint(self.adjoint, **{name: getattr(self, name) for name in ADJOINT_SETTINGS})
 
     def per_epoch(self, images: int) -> int:
         """Steps per epoch: full batches only, but one at least."""

@@ -22,29 +22,43 @@ PLAIN = settings(deadline=None, derandomize=True, max_examples=150)
 
 
 counts = st.integers(-2, 50)
-EXACT = {"backprop": set(), "checkpoint": {"anchors", "snapshots"}}  # all others reverse
+EXACT = {"backprop": set(), "checkpoint": {"anchors", "snapshots", "slices", "bits"}}  # all others reverse
 
 
 def taken(method: str) -> set[str]:
     return EXACT.get(method, {"anchors", "corrections"})
 
 
-def is_meant(method: str, anchors: int | None, corrections: int, snapshots: int | None) -> bool:
+def is_meant(
+    method: str,
+    anchors: int | None,
+    corrections: int,
+    snapshots: int | None,
+    slices: int | None = None,
+    bits: int | None = None,
+) -> bool:
     """Whether there is such an adjoint, in other words than the package's."""
-    written = {"anchors": anchors, "corrections": corrections or None, "snapshots": snapshots}
+    written = {"anchors": anchors, "corrections": corrections or None, "snapshots": snapshots, "bits": bits}
     chosen = {name: value for name, value in written.items() if value is not None}
     if method == "checkpoint" and len(chosen) > 1:
         return False
+    if bits is not None and not 2 <= bits <= 8:
+        return False
+    chosen |= {} if slices is None else {"slices": slices}
     return chosen.keys() <= taken(method) and all(value >= 1 for value in chosen.values())
 
 
-LABELLED = r"anchors (?P<anchors>\d+)|(?P<snapshots>\d+) snapshots|(?P<corrections>\d+) corrections?"
+LABELLED = (
+    r"anchors (?P<anchors>\d+)|(?P<snapshots>\d+) snapshots|(?P<corrections>\d+) corrections?"
+    r"|(?P<slices>\d+) slices|(?P<bits>\d) bits"
+)
+DEFAULTS = {"anchors": None, "corrections": 0, "snapshots": None, "slices": 1, "bits": None}
 
 
 def read_label(label: str) -> dict[str, object]:
     """The fields of an adjoint from what a table shows."""
     method, *parts = label.split(", ")
-    found: dict[str, object] = {"method": method, "anchors": None, "corrections": 0, "snapshots": None}
+    found: dict[str, object] = {"method": method, **DEFAULTS}
     for part in parts:
         match = re.fullmatch(LABELLED, part)
         assert match is not None, part
@@ -53,31 +67,54 @@ def read_label(label: str) -> dict[str, object]:
 
 
 @PLAIN
-@given(st.sampled_from(METHODS), st.none() | counts, st.integers(-2, 4), st.none() | counts, st.randoms())
-@example("pc", None, -1, None, Random(0))
-@example("pc", 0, 1, None, Random(0))
-@example("checkpoint", None, 0, 0, Random(0))
-@example("checkpoint", 2, 0, 2, Random(0))
-def test_settings_are_an_adjoint_that_says_what_it_is_or_a_mistake(method, anchors, corrections, snapshots, order):
-    written = [f"anchors={anchors}"] * (anchors is not None) + [f"snapshots={snapshots}"] * (snapshots is not None)
+@given(
+    st.sampled_from(METHODS),
+    st.none() | counts,
+    st.integers(-2, 4),
+    st.none() | counts,
+    st.none() | st.integers(-1, 20),
+    st.none() | st.integers(0, 10),
+    st.randoms(),
+)
+@example("pc", None, -1, None, None, None, Random(0))
+@example("pc", 0, 1, None, None, None, Random(0))
+@example("checkpoint", None, 0, 0, None, None, Random(0))
+@example("checkpoint", 2, 0, 2, None, None, Random(0))
+@example("checkpoint", None, 0, None, 4, 3, Random(0))
+@example("checkpoint", None, 0, None, 0, 9, Random(0))
+@example("checkpoint", 2, 0, None, None, 4, Random(0))
+@example("pc", None, 0, None, 2, None, Random(0))
+def test_settings_are_an_adjoint_that_says_what_it_is_or_a_mistake(
+    method, anchors, corrections, snapshots, slices, bits, order
+):
+    written = [f"slices={slices}"] * (slices is not None) + [f"bits={bits}"] * (bits is not None)
+    written += [f"anchors={anchors}"] * (anchors is not None) + [f"snapshots={snapshots}"] * (snapshots is not None)
     written += [f"corrections={corrections}"] * bool(corrections)
     order.shuffle(written)
     text, words = ":".join([method, *written]), None if anchors is None else str(anchors)
     ways = [
-        lambda: Adjoint(method, anchors, corrections, snapshots),
-        lambda: parse_adjoint(method, anchors=words, corrections=corrections, snapshots=snapshots).fixed,
+        lambda: Adjoint(method, anchors, corrections, snapshots, 1 if slices is None else slices, bits),
+        lambda: (
+            parse_adjoint(
+                method, anchors=words, corrections=corrections, snapshots=snapshots, slices=slices, bits=bits
+            ).fixed
+        ),
         lambda: parse_adjoints(text)[0].fixed,
         lambda: parse_adjoints(text.replace(":", " : "))[0].fixed,
     ]
-    if not is_meant(method, anchors, corrections, snapshots):
+    if not is_meant(method, anchors, corrections, snapshots, slices, bits):
+        if slices == 1 and is_meant(method, anchors, corrections, snapshots, None, bits):
+            ways = ways[1:]  # written out, it is a setting that the method does not take
         for way in ways:
             with pytest.raises(UsageError):
                 way()
         return
     fields = {"method": method, "anchors": anchors, "corrections": corrections, "snapshots": snapshots}
+    fields |= {"slices": 1 if slices is None else slices, "bits": bits}
     for way in ways:
         adjoint = way()
-        assert asdict(adjoint) == fields == read_label(adjoint.label)
+        assert asdict(adjoint) == {**fields, "lean": False}
+        assert read_label(adjoint.label) == fields
         assert Adjoint(**json.loads(json.dumps(asdict(adjoint)))) == adjoint
 
 

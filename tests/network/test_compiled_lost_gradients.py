@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from resode_cli.errors import ResodeError
 from resode_cli.network.reading import read_split
-from resode_cli.network.stage import BlockSpec, OdeStage, StageSpec
+from resode_cli.network.specs import BlockSpec, StageSpec
+from resode_cli.network.stage import OdeStage
 from resode_cli.ode import Adjoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")

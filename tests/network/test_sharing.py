@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from resode_cli.errors import ResodeError, UsageError
 from resode_cli.files.model_file import load, save
-from resode_cli.network.model import OdeResNet, assemble
+from resode_cli.network.assembling import assemble
+from resode_cli.network.model import OdeResNet
 from resode_cli.network.parts import StageParts
 from resode_cli.network.stage import OdeStage
 from resode_cli.ode import Adjoint

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resode_cli.network.reading import read_split
-from resode_cli.network.stage import BlockSpec, OdeStage, StageSpec
+from resode_cli.network.specs import BlockSpec, StageSpec
+from resode_cli.network.stage import OdeStage
 from resode_cli.ode import SCHEMES, Adjoint, Field, Monitor, Residual, solve
 from resode_cli.sources.cifar import CifarBlock
 

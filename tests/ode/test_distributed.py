@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from resode_cli.network.reading import read_split
-from resode_cli.network.stage import BlockSpec, OdeStage, StageSpec
+from resode_cli.network.specs import BlockSpec, StageSpec
+from resode_cli.network.stage import OdeStage
 from resode_cli.ode import Adjoint
 from resode_cli.sources.cifar import CifarBlock
 

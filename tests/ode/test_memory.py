@@ -124,7 +124,7 @@ def test_no_state_is_smuggled_past_the_hooks(method, scheme, kind, make_field, m
         out = solve(make_field(kind, depth), SCHEMES[scheme], Adjoint(method).plan(depth, scheme), x, monitor=Monitor())
         found.append(alive() - before)
         del out
-    assert found[0] == found[1] <= 2
+    assert found[0] == found[1] <= 3  # x_0, x_N, and x_N as the caller has it
 
 
 @pytest.mark.parametrize("method", ["euler", "pc", "multistep"])

@@ -12,7 +12,7 @@ from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
 from resode_cli.errors import ResodeError
-from resode_cli.network.model import assemble
+from resode_cli.network.assembling import assemble
 from resode_cli.network.parts import Preprocessing, Source, SourceSpec
 from resode_cli.sources.find_stages import find_stages
 from resode_cli.surgery.convert import convert, stage_specs

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from resode_cli.data import Batch
 from resode_cli.errors import ResodeError
-from resode_cli.network.model import OdeResNet, assemble
+from resode_cli.network.assembling import assemble
+from resode_cli.network.model import OdeResNet
 from resode_cli.network.parts import StageParts
 from resode_cli.surgery.batch_norm import measure_batch_norm
 from resode_cli.surgery.convert import stage_specs

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resode_cli.errors import ResodeError, UsageError
-from resode_cli.network.model import OdeResNet, assemble
+from resode_cli.network.assembling import assemble
+from resode_cli.network.model import OdeResNet
 from resode_cli.network.parts import PreprocessingChoice
 from resode_cli.sources.cifar import CifarResNet
 from resode_cli.sources.find_stages import find_stages

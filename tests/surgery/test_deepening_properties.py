@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from resode_cli.errors import UsageError
 from resode_cli.network.reading import read_split
-from resode_cli.network.stage import BlockSpec, OdeStage, StageSpec
+from resode_cli.network.specs import BlockSpec, StageSpec
+from resode_cli.network.stage import OdeStage
 from resode_cli.surgery.depth_weights import DEPTH_WEIGHTS, step_blocks
 from resode_cli.surgery.rewrite import MODES, deepen
 

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resode_cli.errors import UsageError
-from resode_cli.network.model import ModelInfo, OdeResNet, assemble
+from resode_cli.network.assembling import assemble
+from resode_cli.network.model import ModelInfo, OdeResNet
 from resode_cli.network.parts import StageParts
 from resode_cli.network.stage import OdeStage
 from resode_cli.ode import Adjoint

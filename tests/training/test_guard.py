@@ -58,7 +58,8 @@ def test_auto_is_the_default_and_its_decision_is_stored(model, tmp_path):
     assert len(told) == 1 and {c.stage for c in told[0].choices} == {"layer1", "layer2", "layer3"}
     assert result.adjoints == {c.stage: c.adjoint.label for c in told[0].choices}
     stored = run_folder.load_state(tmp_path / "run").progress["guard"]["adjoints"]
-    assert {name: Adjoint(**values) for name, values in stored.items()} == told[0].adjoints
+    expected = {"stem": Adjoint("checkpoint"), **told[0].adjoints}
+    assert {name: Adjoint(**values) for name, values in stored.items()} == expected
     history = model_file.load(tmp_path / "run" / "last.safetensors").info.history
     assert [entry for entry in history if entry["command"] == "calibrate"]
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from resode_cli.network.assembling import assemble
 from resode_cli.network.block_inputs import further_arguments
-from resode_cli.network.model import ModelInfo, OdeResNet, assemble
+from resode_cli.network.model import ModelInfo, OdeResNet
 from resode_cli.network.parts import Preprocessing, SourceSpec
 from resode_cli.network.residual import GENERIC, LINEAR, BlockResidual
 from resode_cli.sources.find_stages import find_stages

@@ -1,0 +1,71 @@
+"""What a model file says of a stage: everything but its tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+from .residual import Form
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """One distinct block: its name in the file, and the source block whose structure it has.
+
+    shares: name of the block whose parameters it holds, all but those of norms, instead of its own.
+    """
+
+    name: str
+    origin: str
+    shares: str | None = None
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """Everything about a stage but its tensors; this is what a model file stores.
+
+    name: unique in the model: the container, and '#2' and so on where it holds several stages.
+    container: path in the source network of the sequence of blocks, e.g. 'layer1'.
+    transition: names of the transition blocks.
+    source_blocks: names of the container's children that the source's own steps were.
+    blocks: the distinct blocks.
+    schedule: which distinct block step n uses; its length is the depth N.
+    horizon: T; a fraction, so that T/N is the same number however it was reached.
+    blends: where weights are linear in depth, the share w_n in which step n has the weights of block
+        schedule[n] + 1; those of block schedule[n] make up the rest. Else empty.
+    scheme: forward rule. form: form of the residual functions.
+    further: names of the arguments that the blocks take beside the state, each the same for all of them; such
+        blocks are steps taken as a whole.
+    """
+
+    name: str
+    container: str
+    transition: tuple[str, ...]
+    source_blocks: tuple[str, ...]
+    blocks: tuple[BlockSpec, ...]
+    schedule: tuple[int, ...]
+    horizon: Fraction
+    scheme: str = "euler"
+    form: Form = "exact"
+    blends: tuple[float, ...] = ()
+    further: tuple[str, ...] = ()
+
+    @property
+    def depth(self) -> int:
+        return len(self.schedule)
+
+    @property
+    def step_size(self) -> float:
+        """h = T/N, rounded once."""
+        return float(self.horizon / self.depth) if self.depth else 0.0
+
+    @property
+    def kind(self) -> str:
+        """How the steps share weights: untied, tied, tied+norms, linear in depth, or runs of equal weights."""
+        if self.blends:
+            return "linear"
+        if len({block.shares or block.name for block in self.blocks}) == 1 < len(self.blocks):
+            return "tied+norms"
+        if self.schedule == tuple(range(self.depth)):
+            return "untied"
+        return "tied" if len(set(self.schedule)) == 1 else "runs"

@@ -1,0 +1,87 @@
+"""Taped evaluations that do not keep the results of cheap expanding layers, but compute them again.
+
+A norm saves its input for the backward pass. Where that is the result of a convolution of one pixel, or of a linear
+layer, that makes it larger, what is kept is the layer's own input, which is kept in any case.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+
+from ..errors import ResodeError
+from .reentry import Autocast, version
+
+EXPANDS = 2  # by how much a layer's result must be larger than what it is made of
+
+
+@dataclass
+class _Layer:
+    """A call of a layer, to be repeated."""
+
+    run: Callable[[], Tensor]
+    given: Tensor
+    written: int
+    autocast: Autocast
+
+    def again(self) -> Tensor:
+        if version(self.given) != self.written:
+            raise ResodeError("a block writes to a layer's input after that layer; leave out 'lean'")
+        with torch.no_grad(), self.autocast.enter():
+            return self.run()
+
+
+class _Layers(TorchFunctionMode):
+    """Notes the expanding layers that run inside, by the storage of their results, for as long as these live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: dict[int, tuple[weakref.ref[Any], _Layer]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if getattr(func, "__name__", "") in ("conv2d", "linear") and self._expands(args, out):
+            given = args[0].detach()
+            rest = tuple(a.detach() if isinstance(a, Tensor) else a for a in args[1:])
+            layer = _Layer(lambda: func(given, *rest, **kwargs), given, version(given), Autocast.now(given.device.type))
+            self.made[out.untyped_storage()._cdata] = (weakref.ref(out.untyped_storage()), layer)
+        return out
+
+    @staticmethod
+    def _expands(args: tuple[Any, ...], out: Any) -> bool:
+        if len(args) < 2 or not isinstance(args[0], Tensor) or not isinstance(args[1], Tensor):
+            return False
+        one_pixel = args[1].ndim == 2 or args[1].shape[2:].numel() == 1
+        return one_pixel and args[0].requires_grad and out.numel() >= EXPANDS * args[0].numel()
+
+    def pack(self, tensor: Tensor) -> Tensor | tuple[_Layer, tuple[Any, ...]]:
+        storage = tensor.untyped_storage()
+        noted = self.made.get(storage._cdata)
+        if noted is None or noted[0]() is None or tensor.numel() * tensor.element_size() != storage.nbytes():
+            return tensor
+        return noted[1], (tensor.shape, tensor.stride())
+
+
+def _unpack(kept: Any) -> Tensor:
+    if isinstance(kept, Tensor):
+        return kept
+    layer, (shape, stride) = kept
+    return layer.again().as_strided(shape, stride)
+
+
+@contextmanager
+def lean() -> Iterator[None]:
+    """Keep inside, for a backward pass, no result of an expanding layer."""
+    layers = _Layers()
+    with layers, saved_tensors_hooks(layers.pack, _unpack):
+        yield
+    layers.made.clear()
