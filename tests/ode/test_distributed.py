@@ -13,9 +13,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from resode_cli.network.reading import read_split
+from resode_cli.network.assembling import assemble
+from resode_cli.network.model import ModelInfo, OdeResNet
+from resode_cli.network.parts import Preprocessing, SourceSpec
 from resode_cli.network.specs import BlockSpec, StageSpec
-from resode_cli.network.stage import OdeStage
 from resode_cli.ode import Adjoint
 from resode_cli.sources.cifar import CifarBlock
 
@@ -24,30 +25,37 @@ ADJOINTS = {
     "snapshots": Adjoint("checkpoint", snapshots=2),
     "pc": Adjoint("pc"),
     "multistep": Adjoint("multistep"),
+    "slices": Adjoint("checkpoint", slices=2),
+    "codes": Adjoint("checkpoint", bits=8),
 }
 WORLD = 2
 
 
 class Net(nn.Module):
-    """A stem, a tied stage with frozen BatchNorm, a head."""
+    """A stem, a stage of a transition and a block, a head."""
 
-    def __init__(self, method: str) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(0)
-        block = CifarBlock(4, 4, stride=1, shortcut="A")
-        spec = StageSpec("layer1", "layer1", (), ("0",), (BlockSpec("0", "0"),), (0,) * 6, Fraction(1))
-        self.stem = nn.Conv2d(3, 4, 3, padding=1)
-        self.stage = OdeStage(spec, transition={}, blocks=[block], splits=[read_split(block)])
-        self.stage.use_adjoint(ADJOINTS[method])
-        self.head = nn.Linear(4, 2)
-        self.double().eval()  # frozen: batch statistics of half a batch are others
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+        self.layer1 = nn.Sequential(CifarBlock(4, 6, stride=1, shortcut="B"), CifarBlock(6, 6, stride=1, shortcut="A"))
+        self.head = nn.Linear(6, 2)
 
     def forward(self, x):
-        return self.head(self.stage(self.stem(x)).mean((2, 3)))
+        return self.head(self.layer1(self.stem(x)).mean((2, 3)))
+
+
+def model(method: str) -> OdeResNet:
+    """With the block tied over six steps, and frozen BatchNorm: statistics of half a batch are others."""
+    torch.manual_seed(0)
+    spec = StageSpec("layer1", "layer1", ("0",), ("1",), (BlockSpec("1", "1"),), (0,) * 6, Fraction(1))
+    made = assemble(Net(), [spec], ModelInfo(SourceSpec("file", "net.py:make"), Preprocessing(), 2)).double().eval()
+    made.use_adjoint(ADJOINTS[method])
+    return made
 
 
 def batch():
-    return torch.randn(2 * WORLD, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    # 64 pixels: no group of numbers that are coded together is of two images.
+    return torch.randn(2 * WORLD, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
 def gradients(net, x):
@@ -60,7 +68,7 @@ def gradients(net, x):
 
 def train(rank: int, folder: str) -> None:
     for method in ADJOINTS:
-        net = DistributedDataParallel(Net(method))
+        net = DistributedDataParallel(model(method))
         torch.save(gradients(net, batch().chunk(WORLD)[rank]), Path(folder) / f"{method}-{rank}.pt")
 
 
@@ -86,7 +94,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("method", ADJOINTS)
 def test_two_processes_agree_with_the_joint_batch(method, folder):
-    expected = gradients(Net(method), batch())
+    expected = gradients(model(method), batch())
     for rank in range(WORLD):
         found = torch.load(folder / f"{method}-{rank}.pt", weights_only=True)
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-13)
