@@ -20,68 +20,16 @@ from torch import Tensor
 from ..errors import ResodeError, UsageError
 from ..files import model_file
 from ..ode import Adjoint
-from .workload import BACKPROP, BASELINES, Method, Trial, Workload, check_depth, method_record
+from .results import BenchReport, BenchRow, on_frontier
+from .rivals import RIVALS, NotAvailable, Rival, RivalTrial
+from .workload import BACKPROP, BASELINES, Counted, Trial, Workload, check_depth, method_record
+from .workload import Method as OwnMethod
 
-# Two rows are equal in error if both are float32 rounding, in time and memory if within 3 %.
-FLOAT32_ROUNDING = 1e-5
-NOISE = 1.03
 LARGEST_TRIED = 2**16  # images
 TIMED_AT_LARGEST = 3  # steps
 
+Method = OwnMethod | Rival
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class BenchRow:
-    """One method at one depth. Seconds are of a forward and backward pass; None where it did not run.
-
-    depth: steps of the deepest stage.
-    seconds: the median. ratio_to_backprop: the median of the ratios, each within one round.
-    peak_bytes: how much memory grows at most during the step: allocated on a GPU; on a CPU resident, in a
-        fresh process. peak_allocated: on a GPU, all that was allocated then.
-    bytes_kept: what the whole graph keeps between the passes, parameters aside.
-    evaluations_per_step: of the increment Φ in the backward pass, the taped one included; 0 for backprop.
-    relative_error: ‖g − ĝ‖ / ‖g‖ of all parameters' gradients as one vector, against `error_against`:
-        backprop, or where that ran out of memory torch checkpoint, which is as exact.
-    largest_batch: images that fit on the GPU, to within 2 %, if asked for.
-    status: 'ok' or 'out of memory'. frontier: see `on_frontier`.
-    """
-
-    method: str
-    depth: int
-    status: str = "ok"
-    seconds: float | None = None
-    ratio_to_backprop: float | None = None
-    images_per_second: float | None = None
-    peak_bytes: int | None = None
-    peak_allocated: int | None = None
-    bytes_kept: int | None = None
-    evaluations_per_step: float | None = None
-    relative_error: float | None = None
-    error_against: str | None = None
-    largest_batch: int | None = None
-    images_per_second_at_largest: float | None = None
-    frontier: bool = False
-
-
-@dataclass(frozen=True)
-class BenchReport:
-    """Every method at every depth, and what they ran on."""
-
-    what: str
-    device: str
-    device_name: str
-    torch: str
-    threads: int
-    dtype: str
-    amp: str
-    batch_size: int
-    batch_norm: str
-    channels_last: bool
-    compiled: bool
-    repeats: int
-    seed: int
-    rows: tuple[BenchRow, ...]
 
 
 @dataclass
@@ -89,7 +37,7 @@ class _Figures:
     """What was measured of a method so far."""
 
     seconds: list[float] = field(default_factory=list)
-    values: dict[str, int | float | str | None] = field(default_factory=dict)
+    values: dict[str, int | float | str | bool | None] = field(default_factory=dict)
 
 
 def bench(
@@ -99,10 +47,12 @@ def bench(
     depths: Sequence[int] | None,
     repeats: int = 5,
     find_largest_batch: bool = False,
+    rivals: bool = False,
     on_progress: Callable[[str], None] = lambda what: None,
 ) -> BenchReport:
     """Measure plain backprop, torch.utils.checkpoint and `methods` at every depth.
 
+    rivals: also what people do instead to the source network, unconverted; for a model at its own depth.
     depths: a model's stages are deepened to by replication; None: a model as it is.
     Timed steps go round-robin over the methods, so that a drift of the machine's speed cancels.
     Raises UsageError, before anything is measured, for a method or depth that does not suit the network.
@@ -112,7 +62,9 @@ def bench(
     device = torch.device(workload.device)
     if find_largest_batch and device.type != "cuda":
         raise UsageError(f"--largest-batch needs a GPU: on {device.type} memory does not run out, it gets slow")
-    chosen = (*BASELINES, *(m for m in methods if m != BACKPROP))
+    if rivals and (workload.shape is not None or depths):
+        raise UsageError("--rivals goes with a model file at its own depth: they train the source network as it is")
+    chosen: tuple[Method, ...] = (*BASELINES, *(m for m in methods if m != BACKPROP), *(RIVALS if rivals else ()))
     what = _check(workload, chosen, depths)
     rows: list[BenchRow] = []
     for depth in depths or (None,):
@@ -171,56 +123,78 @@ def _measure(
 ) -> list[BenchRow]:
     where = f"at {trial.depth} steps"
     figures = {method: _Figures() for method in methods}
-    reference: tuple[str, list[Tensor | None]] | None = None
+    trials: dict[Method, Trial] = {}
+    missing: dict[Method, str] = {}
+
+    def attempt(method: Method, measure: Callable[[Trial], Result]) -> Result | None:
+        """The measurement by a method; None, and no more of them, where it does not fit on the GPU."""
+        try:
+            own = trials[method]
+            own.use(method)  # type: ignore[arg-type]
+            return measure(own)
+        except torch.cuda.OutOfMemoryError:
+            missing[method] = "out of memory"
+            figures.pop(method, None)
+            return None
+        finally:
+            trials[method].clear()
+
+    reference: tuple[str, Counted] | None = None
     for method in methods:
         on_progress(f"gradients of {method.label} {where}")
-        counted = _unless_out_of_memory(trial, method, trial.counted_step)
-        if counted is None:
+        try:
+            trials[method] = RivalTrial(trial.workload, method) if isinstance(method, Rival) else trial
+        except NotAvailable as reason:
+            missing[method] = str(reason)
             del figures[method]
             continue
-        gradients, kept, evaluations = counted
+        counted = attempt(method, lambda own: own.counted_step())
+        if counted is None:
+            continue
         if reference is None and method in BASELINES:
-            reference = (method.label, gradients)
+            reference = (method.label, counted)
         values = figures[method].values
-        values |= {"bytes_kept": kept, "evaluations_per_step": evaluations}
+        values |= {"bytes_kept": counted.kept, "evaluations_per_step": counted.evaluations}
         if reference is not None:
-            values |= {"relative_error": _difference(reference[1], gradients), "error_against": reference[0]}
-        del gradients, counted
+            error = _difference(reference[1].gradients, counted.gradients)
+            values |= {"relative_error": error, "error_against": reference[0]}
+            values["leaves_as_backprop"] = counted.leaves_as(reference[1])
+        del counted
     del reference
     for turn in range(repeats):
         order = list(figures)
         order = order[turn % len(order) :] + order[: turn % len(order)] if order else []
         for method in order:
             on_progress(f"step {turn + 1} of {repeats} of {method.label} {where}")
-            seconds = _unless_out_of_memory(trial, method, lambda: _seconds(trial))
-            if seconds is None:
-                del figures[method]
-            else:
+            seconds = attempt(method, _seconds)
+            if seconds is not None:
                 figures[method].seconds.append(seconds)
     for method in list(figures):
         on_progress(f"peak memory of {method.label} {where}")
         if trial.device.type == "cuda":
-            peaks = _unless_out_of_memory(trial, method, lambda: _allocated(trial))
-            if peaks is None:
-                del figures[method]
-                continue
-            figures[method].values |= {"peak_bytes": peaks[0], "peak_allocated": peaks[1]}
+            peaks = attempt(method, _allocated)
+            if peaks is not None:
+                figures[method].values |= {"peak_bytes": peaks[0], "peak_allocated": peaks[1]}
         else:
             figures[method].values["peak_bytes"] = fresh_process_growth(trial.workload, method, depth)
-    rows = [_row(trial, method, figures.get(method), figures.get(BACKPROP)) for method in methods]
+    rows = [_row(trial, method, figures.get(method), figures.get(BACKPROP), missing.get(method)) for method in methods]
     if not find_largest_batch:
         return rows
     searched = []
     for method, row in zip(methods, rows, strict=True):
-        on_progress(f"largest batch of {method.label} {where}")
-        largest, speed = _largest_batch(trial, method)
-        searched.append(replace(row, largest_batch=largest, images_per_second_at_largest=speed))
+        if method in trials:
+            on_progress(f"largest batch of {method.label} {where}")
+            largest, speed = _largest_batch(trials[method], method)
+            row = replace(row, largest_batch=largest, images_per_second_at_largest=speed)
+        searched.append(row)
     return searched
 
 
-def _row(trial: Trial, method: Method, figures: _Figures | None, backprop: _Figures | None) -> BenchRow:
+def _row(
+    trial: Trial, method: Method, figures: _Figures | None, backprop: _Figures | None, missing: str | None
+) -> BenchRow:
     if figures is None:
-        return BenchRow(method.label, trial.depth, "out of memory")
+        return BenchRow(method.label, trial.depth, missing or "out of memory")
     seconds = statistics.median(figures.seconds)
     ratio = None
     if backprop is not None:
@@ -233,17 +207,6 @@ def _row(trial: Trial, method: Method, figures: _Figures | None, backprop: _Figu
         images_per_second=trial.workload.batch_size / seconds,
         **figures.values,  # type: ignore[arg-type]
     )
-
-
-def _unless_out_of_memory(trial: Trial, method: Method, measure: Callable[[], Result]) -> Result | None:
-    """The measurement by a method, or None where it does not fit on the GPU."""
-    try:
-        trial.use(method)
-        return measure()
-    except torch.cuda.OutOfMemoryError:
-        return None
-    finally:
-        trial.clear()
 
 
 def _seconds(trial: Trial) -> float:
@@ -322,7 +285,7 @@ def _largest_batch(trial: Trial, method: Method) -> tuple[int, float | None]:
             trial.clear()
         return True
 
-    trial.use(method)
+    trial.use(method)  # type: ignore[arg-type]
     largest = 0
     try:
         largest = largest_fitting(fits, trial.workload.batch_size)
@@ -350,35 +313,3 @@ def largest_fitting(fits: Callable[[int], bool], start: int) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
-
-
-def on_frontier(rows: Sequence[BenchRow]) -> set[int]:
-    """Places of the rows that no other of the same depth beats: as good in error, memory and time, better in one.
-
-    Errors of rounding are equal, and so are seconds or bytes within 3 % of each other.
-    """
-    figures = {i: _judged(row) for i, row in enumerate(rows)}
-    return {
-        i
-        for i, own in figures.items()
-        if own is not None
-        and not any(
-            other is not None and rows[k].depth == rows[i].depth and _beats(other, own) for k, other in figures.items()
-        )
-    }
-
-
-def _judged(row: BenchRow) -> tuple[float, float, float] | None:
-    if row.status != "ok" or row.seconds is None or row.peak_bytes is None:
-        return None
-    error = row.relative_error
-    if error is None or not math.isfinite(error):
-        error = math.inf
-    return 0.0 if error < FLOAT32_ROUNDING else error, float(row.peak_bytes), row.seconds
-
-
-def _beats(other: tuple[float, float, float], own: tuple[float, float, float]) -> bool:
-    tolerance = (1.0, NOISE, NOISE)
-    as_good = all(a <= b * t for a, b, t in zip(other, own, tolerance, strict=True))
-    better = any(a * t < b for a, b, t in zip(other, own, tolerance, strict=True))
-    return as_good and better

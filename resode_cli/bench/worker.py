@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from ..errors import ResodeError
-from .workload import Trial, Workload, read_method
+from .rivals import Rival, RivalTrial, read_any_method
+from .workload import Trial, Workload
 
 WARM_UP_IMAGES = 2  # one would leave BatchNorm a single value per channel where the image has shrunk to a pixel
 
@@ -25,13 +26,15 @@ def growth_in_a_step(job: dict[str, Any]) -> int:
     """Bytes by which the resident size grows at most during one forward and backward pass."""
     torch.set_flush_denormal(True)
     torch.set_num_threads(job["threads"])
-    trial = Trial(Workload.read(job["workload"]), job["depth"])
+    workload, method = Workload.read(job["workload"]), read_any_method(job["method"])
+    trial = RivalTrial(workload, method) if isinstance(method, Rival) else Trial(workload, job["depth"])
     # A step on two images loads what the method needs: kernels, threads, and modules that torch imports when
     # first asked (150 MB by torch.utils.checkpoint). None of it grows with the network or the batch.
-    trial.use(read_method(job["method"]))
+    trial.use(method)  # type: ignore[arg-type]
     whole = trial.workload.batch_size
     # Compiled code is for one batch size, and the compiler needs much memory: it has to have run before.
-    trial.load_batch(whole if trial.workload.compiled else min(WARM_UP_IMAGES, whole))
+    compiled = trial.workload.compiled or (isinstance(method, Rival) and method.kind == "compiled")
+    trial.load_batch(whole if compiled else min(WARM_UP_IMAGES, whole))
     trial.reset()
     trial.step()
     trial.clear()

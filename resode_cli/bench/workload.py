@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,6 @@ from ..errors import UsageError, unknown
 from ..files import model_file
 from ..network.model import OdeResNet, autocast_dtype, freeze_batch_norm
 from ..network.outside import STEM
-from ..network.parts import BlockSplit
-from ..network.residual import LINEAR
-from ..network.specs import BlockSpec, StageSpec
 from ..network.stage import OdeStage
 from ..ode import SCHEMES, Adjoint
 from ..ode.field import Evaluator
@@ -33,6 +29,7 @@ from ..ode.memory import kept_bytes
 from ..surgery.convert import random_batch
 from ..surgery.rewrite import deepen
 from ..training.settings import AMP
+from .stage_shape import StageShape
 
 # fp16 gradients of a mean over a whole batch would be zero without a scale; this one is far from overflow.
 FP16_LOSS_SCALE = 1024.0
@@ -58,7 +55,7 @@ BACKPROP = Adjoint("backprop")
 BASELINES: tuple[Method, ...] = (BACKPROP, TorchCheckpoint("step"), TorchCheckpoint("root"))
 
 
-def method_record(method: Method) -> dict[str, Any]:
+def method_record(method: Any) -> dict[str, Any]:
     """The method in plain values, for a fresh process."""
     return asdict(method)
 
@@ -104,98 +101,6 @@ class CheckpointedStage(nn.Module):
         yield self
 
 
-BLOCKS = ("basic", "bottleneck")
-WEIGHTS = ("tied", "untied", "smooth")
-
-
-@dataclass(frozen=True)
-class StageShape:
-    """A stage of pre-activation blocks with T = 1: what is measured where no model file is given.
-
-    block: 'basic' (two 3×3 convolutions) or 'bottleneck' (C -> C/4 -> C).
-    weights: 'tied' (one block for all steps), 'untied' (independent random blocks) or 'smooth' (blocks
-        A cos t + B sin t, t = (n + ½)/N, of two random blocks' convolutions A and B).
-    """
-
-    channels: int
-    height: int
-    width: int
-    block: str = "basic"
-    weights: str = "tied"
-    scheme: str = "euler"
-
-    def __post_init__(self) -> None:
-        for name, value, allowed in (
-            ("block", self.block, BLOCKS),
-            ("weights", self.weights, WEIGHTS),
-            ("scheme", self.scheme, tuple(SCHEMES)),
-        ):
-            if value not in allowed:
-                raise unknown(name, value, allowed)
-        if min(self.channels, self.height, self.width) < 1:
-            raise UsageError("--stage-shape: channels, height and width must be 1 or more")
-        if self.block == "bottleneck" and self.channels % 4:
-            raise UsageError(f"--block bottleneck needs channels divisible by 4, not {self.channels}")
-
-    def __str__(self) -> str:
-        return (
-            f"a stage of {self.weights} pre-activation {self.block} blocks, {self.channels} channels,"
-            f" {self.height}×{self.width}, T = 1, {self.scheme} rule"
-        )
-
-    def build(self, depth: int, seed: int) -> OdeStage:
-        """The stage with random weights; those of 'tied' and 'smooth' are one field, whatever the depth."""
-        if depth < 1:
-            raise UsageError(f"--depths {depth}: must be 1 or more")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            blocks = [self._block() for _ in range({"tied": 1, "untied": depth, "smooth": 2}[self.weights])]
-        if self.weights == "smooth":
-            a, b = blocks
-            blocks = [self._between(a, b, (n + 0.5) / depth) for n in range(depth)]
-        names = tuple(f"block{b}" for b in range(len(blocks)))
-        spec = StageSpec(
-            name="stage",
-            container="",
-            transition=(),
-            source_blocks=names,
-            blocks=tuple(BlockSpec(name, name) for name in names),
-            schedule=tuple(range(depth)) if len(blocks) == depth else (0,) * depth,
-            horizon=Fraction(1),
-            scheme=self.scheme,
-        )
-        return OdeStage(spec, transition={}, blocks=blocks, splits=[BlockSplit(_call, LINEAR)] * len(blocks))
-
-    def _block(self) -> nn.Sequential:
-        """A branch (He et al. 2016, "Identity mappings"): BatchNorm, ReLU, convolution, and so on."""
-        c = self.channels
-        widths = (
-            [(c, c, 3), (c, c, 3)] if self.block == "basic" else [(c, c // 4, 1), (c // 4, c // 4, 3), (c // 4, c, 1)]
-        )
-        layers: list[nn.Module] = []
-        for before, after, kernel in widths:
-            convolution = nn.Conv2d(before, after, kernel, padding=kernel // 2, bias=False)
-            nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
-            # In place, as torchvision's and timm's blocks have it: plain backprop gets its due.
-            layers += [nn.BatchNorm2d(before), nn.ReLU(inplace=True), convolution]
-        return nn.Sequential(*layers)
-
-    def _between(self, a: nn.Sequential, b: nn.Sequential, t: float) -> nn.Sequential:
-        block = self._block()
-        with torch.no_grad():
-            for weight, first, second in zip(_convolutions(block), _convolutions(a), _convolutions(b), strict=True):
-                weight.copy_(first * math.cos(t) + second * math.sin(t))
-        return block
-
-
-def _convolutions(block: nn.Module) -> list[Tensor]:
-    return [layer.weight for layer in block.modules() if isinstance(layer, nn.Conv2d)]
-
-
-def _call(block: nn.Module, x: Tensor) -> Tensor:
-    return block(x)
-
-
 @dataclass(frozen=True)
 class Workload:
     """Everything that decides what is measured, but depth and method. Plain values, for a fresh process to be told.
@@ -237,6 +142,28 @@ class Workload:
         return cls(**{**record, "shape": None if shape is None else StageShape(**shape)})
 
 
+@dataclass(frozen=True)
+class Counted:
+    """What a step gave: gradients, buffers and the state of torch's generator after it.
+
+    kept: bytes that the graph kept between the passes. evaluations: of Φ per step in the backward pass. None where they
+        are not known.
+    """
+
+    gradients: list[Tensor | None]
+    buffers: list[Tensor]
+    random: Tensor
+    kept: int | None
+    evaluations: float | None
+
+    def leaves_as(self, other: Counted) -> bool:
+        """Whether buffers and generator stand as after another's step."""
+        return torch.equal(self.random, other.random) and all(
+            torch.allclose(a.float(), b.float(), rtol=1e-4, atol=1e-6)
+            for a, b in zip(self.buffers, other.buffers, strict=True)
+        )
+
+
 class Trial:
     """A workload at one depth, ready to take steps by any method.
 
@@ -263,19 +190,41 @@ class Trial:
                         model.replace_stage(name, deepen(own, depth))
             self.stages = model.stages
         self.depth = max((stage.spec.depth for stage in self.stages.values()), default=0)
-        self.module.to(self.device)
-        if workload.channels_last:
-            self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.module.train()
-        if workload.bn == "frozen":
-            freeze_batch_norm(self.module)
+        self.model = self.module
+        self._set_up(self.module)
+        self._name_buffers()
         if workload.compiled:
             for stage in self.stages.values():
                 stage.compile_branch()
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
-        self._buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
         self.wrappers: dict[str, CheckpointedStage] = {}
         self.load_batch(workload.batch_size)
+
+    def _set_up(self, net: nn.Module) -> None:
+        """The network on its device and in its modes; remembers its buffers."""
+        net.to(self.device)
+        if self.workload.channels_last:
+            net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        net.train()
+        if self.workload.bn == "frozen":
+            freeze_batch_norm(net)
+        self._buffers = [(buffer, buffer.clone()) for buffer in net.buffers()]
+
+    def _name_buffers(self) -> None:
+        """The buffers by the names that they have in a model file: the order in which `buffers` gives them."""
+        model = self.model
+        net, name_of = (model.net, model.file_name) if isinstance(model, OdeResNet) else (model, str)
+        found = [
+            (name_of(f"{path}.{name}".lstrip(".")), module, name)
+            for path, module in net.named_modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        self._named_buffers = sorted(found, key=lambda item: item[0])
+
+    def buffers(self) -> list[Tensor]:
+        """The buffers as they are."""
+        return [getattr(module, name).clone() for _, module, name in self._named_buffers]
 
     def load_batch(self, images: int) -> None:
         """A fixed batch of so many random images, or states of a stage by itself."""
@@ -349,8 +298,8 @@ class Trial:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def counted_step(self) -> tuple[list[Tensor | None], int, float]:
-        """Gradients, bytes that the graph kept between the passes, evaluations of Φ per step in the backward."""
+    def counted_step(self) -> Counted:
+        """A step, looked at."""
         self.clear()
         self.reset()
         with kept_bytes(self.module.parameters()) as count:
@@ -361,7 +310,7 @@ class Trial:
         self.wait()
         gradients = [p.grad for p in self.parameters]
         self.clear()
-        return gradients, kept, self.evaluations_per_step()
+        return Counted(gradients, self.buffers(), torch.get_rng_state(), kept, self.evaluations_per_step())
 
     def evaluations_per_step(self) -> float:
         done, steps = 0.0, 0

@@ -26,7 +26,7 @@ from .output import Output, start
 from .parameters import Fields, takes
 
 if TYPE_CHECKING:
-    from ..bench.workload import StageShape
+    from ..bench.stage_shape import StageShape
     from ..ode import Adjoint
 
 
@@ -71,6 +71,14 @@ def bench_command(
     repeats: Annotated[
         int, number("--repeats", range=COUNT, help="Timed steps of each method, after one warm-up.")
     ] = 5,
+    rivals: Annotated[
+        bool,
+        typer.Option(
+            "--rivals",
+            help="Also what people do to the network unconverted: timm's checkpointing, torch.compile with a memory"
+            " budget, micro-batches, activations on the host.",
+        ),
+    ] = False,
     largest_batch: Annotated[
         bool, typer.Option("--largest-batch", help="On a GPU: also find the largest batch that fits, to within 2 %.")
     ] = False,
@@ -122,6 +130,7 @@ def bench_command(
             depths=steps or ((16, 64) if shape is not None else None),
             repeats=repeats,
             find_largest_batch=largest_batch,
+            rivals=rivals,
             on_progress=lambda what: status.update(escape(f"measuring {what}")),
         )
     output.show(bench_table(report))
@@ -156,7 +165,7 @@ def _methods(adjoint: str, **settings: Any) -> list[Adjoint]:
 
 
 def _shape(text: str | None, settings: dict[str, str | None]) -> StageShape | None:
-    from ..bench.workload import StageShape
+    from ..bench.stage_shape import StageShape
 
     given = {name: value for name, value in settings.items() if value is not None}
     if text is None:

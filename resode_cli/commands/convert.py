@@ -108,7 +108,8 @@ def convert_command(
     for note in opened.notes:
         output.note(note if note.startswith("warning: ") else f"note: {note}")
     image = like(random_batch(opened.preprocessing, 1), opened.net)
-    forecast = forecast_conversion(opened.net.eval(), image, VERIFIED)
+    opened.net.eval()
+    forecast = forecast_conversion(opened.net, image, VERIFIED)
     if forecast is not None:
         output.note(
             f"predicted: {duration(forecast.seconds)}, about {size(forecast.bytes)} of memory"

@@ -124,7 +124,8 @@ def _write_state(model: OdeResNet, path: Path, images: Tensor, origin: SourceSpe
     state = source_state(model)
     if origin.library == "module":
         raise ResodeError("made of a network from Python: `source_state(model)` there is what its own class loads")
-    net = build(origin).eval().to(images.dtype)
+    net = build(origin).to(images.dtype)
+    net.eval()
     problems = describe_misfit(net.state_dict(), state)
     if problems:
         raise ResodeError(f"the state dict does not fit {origin}: {problems}")

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
 
 from ..errors import ResodeError
 from ..ode import MAPPING, Adjoint, Begun, Field, Monitor, Residual, solve, version
@@ -80,7 +81,8 @@ class _StemResidual(Residual):
 class Opening:
     """One run of a network from its images to its first stage's entry, nothing of which is kept.
 
-    again: runs it once more. first: whether it is not yet known that it can be. nodes: of its graph, once it is closed.
+    again: runs it once more. first: whether it is not yet known that it can be. begin, end: numbers of the nodes of
+        autograd's graph that are made meanwhile.
     """
 
     def __init__(
@@ -99,7 +101,7 @@ class Opening:
         self.versions = buffer_versions([self.module])
         self.host = HostWatch()
         self.random = RandomState.now(images.device, generators_in(outside))
-        self.nodes: set[Any] = set()
+        self.begin = self.end = _next_node()
         self.hooks = saved_tensors_hooks(lambda _: None, _refuse)
         self.hooks.__enter__()
         self.is_open, self.closed = True, False
@@ -115,7 +117,7 @@ class Opening:
         if _top_hooks() not in (None, self.hooks.pack_hook):
             self._give_up("its first stage is called inside hooks on saved tensors, such as those of a checkpoint")
         self.abandon()
-        self.closed = True
+        self.closed, self.end = True, _next_node()
         if version(self.leaf) != self.written:
             self._give_up("it writes to its images")
         if not state.requires_grad:
@@ -130,11 +132,12 @@ class Opening:
         plan = self.stem.adjoint.plan(1, MAPPING.name)
         return solve(part, MAPPING, plan, self.images, monitor=self.stem.monitor, begun=begun)
 
-    def why_not(self, result: Tensor) -> str:
+    def why_not(self, result: Any) -> str:
         """Why this run was none to be cut; empty if it was. result: the network's."""
         if not self.closed:
             return "no stage is called with a tensor"
-        return "what it computes is used beyond the first stage's entry too" if _leads_into(result, self.nodes) else ""
+        beyond = _leads_into(result, self.begin, self.end)
+        return "what it computes is used beyond the first stage's entry too" if beyond else ""
 
     def _give_up(self, why: str) -> NoReturn:
         if self.first:
@@ -142,8 +145,9 @@ class Opening:
         raise ResodeError(f"what comes before the first stage cannot be evaluated again: {why}; {_REMEDY}")
 
     def _walk(self, state: Tensor) -> tuple[nn.Parameter, ...]:
-        """The parameters that the state depends on; notes the nodes between."""
+        """The parameters that the state depends on."""
         found: dict[int, nn.Parameter] = {}
+        seen: set[Any] = set()
         waiting: list[Any] = [state.grad_fn]
         while waiting:
             node = waiting.pop()
@@ -152,8 +156,8 @@ class Opening:
                 if leaf is not self.leaf:
                     found[id(leaf)] = leaf
                 continue
-            if node not in self.nodes:
-                self.nodes.add(node)
+            if node not in seen:
+                seen.add(node)
                 waiting += [following for following, _ in node.next_functions if following is not None]
         return tuple(found.values())
 
@@ -175,17 +179,25 @@ def _top_hooks() -> Any:
     return None if found is None else found[0]
 
 
-def _leads_into(result: Tensor, nodes: set[Any]) -> bool:
-    """Whether a result's graph reaches one of the nodes."""
+def _next_node() -> int:
+    """The number that autograd gives to the next node of a graph, in this thread."""
+    with torch.enable_grad():
+        node = torch.zeros((), requires_grad=True).mul(1).grad_fn
+    return int(node._sequence_nr())  # type: ignore[union-attr]
+
+
+def _leads_into(result: Any, begin: int, end: int) -> bool:
+    """Whether the graph of a result reaches a node that was made from the one number to the other."""
     seen: set[Any] = set()
-    waiting: list[Any] = [result.grad_fn]
+    waiting: list[Any] = [leaf.grad_fn for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
     while waiting:
         node = waiting.pop()
-        if node in nodes:
+        if node is None or node in seen or hasattr(node, "variable"):
+            continue
+        if begin <= node._sequence_nr() < end:
             return True
-        if node is not None and node not in seen:
-            seen.add(node)
-            waiting += [following for following, _ in node.next_functions]
+        seen.add(node)
+        waiting += [following for following, _ in node.next_functions]
     return False
 
 

@@ -9,12 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from ..bench.run import BenchRow
+from ..bench.results import BenchRow
 from ..quantities import finite, number, size
 from .tables import plain_table
 
 if TYPE_CHECKING:
-    from ..bench.run import BenchReport
+    from ..bench.results import BenchReport
+
+
+OTHERWISE = (
+    "\n† buffers (BatchNorm's statistics) or the random generator stand otherwise after the step than by backprop"
+)
 
 
 def bench_title(report: BenchReport) -> str:
@@ -31,7 +36,8 @@ def bench_title(report: BenchReport) -> str:
 def bench_table(report: BenchReport) -> Table:
     table = plain_table(
         bench_title(report),
-        "* on the frontier: no row of its depth is as good in error, peak memory and time, and better in one",
+        "* on the frontier: no row of its depth is as good in error, peak memory and time, and better in one"
+        + OTHERWISE * any(row.leaves_as_backprop is False for row in report.rows),
     )
     searched = any(row.largest_batch is not None for row in report.rows)
     table.add_column("", no_wrap=True)
@@ -53,7 +59,7 @@ def bench_table(report: BenchReport) -> Table:
             "–" if row.peak_bytes is None else size(row.peak_bytes),
             "–" if row.bytes_kept is None else size(row.bytes_kept),
             "–" if row.evaluations_per_step is None else f"{row.evaluations_per_step:.2f}",
-            number(row.relative_error),
+            number(row.relative_error) + "†" * (row.leaves_as_backprop is False),
         ]
         if searched:
             speed = row.images_per_second_at_largest

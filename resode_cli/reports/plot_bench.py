@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .plot_gradients import pyplot, save
 
 if TYPE_CHECKING:
-    from ..bench.run import BenchReport, BenchRow
+    from ..bench.results import BenchReport, BenchRow
 
 EXACT = 1e-8  # an error of 0 has no place on a logarithmic axis
 MARKERS = "osD^vP*X<>"

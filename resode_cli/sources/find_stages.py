@@ -180,7 +180,8 @@ class _Search:
             except Exception:  # such as for a tensor with a history
                 probe = block
             try:
-                result = torch.func.functional_call(probe.eval(), zeros, x.clone(), self.seen.of(block).further)
+                probe.eval()  # its own `train` may return nothing
+                result = torch.func.functional_call(probe, zeros, x.clone(), self.seen.of(block).further)
             except (RuntimeError, ValueError, AssertionError, ArithmeticError):  # it cannot do with zeros
                 if x.is_meta:
                     raise

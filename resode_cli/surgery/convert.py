@@ -78,7 +78,8 @@ def convert(
     check_scheme_and_form(scheme, form)
     if not isinstance(source, Source):
         source = source_of(source)
-    net = source.net.eval()
+    net = source.net
+    net.eval()  # not `net = net.eval()`: a network's own `train` may return nothing
     batch = like(random_batch(source.preprocessing, images), net) if example is None else example
     with as_before(net):
         before = _logits(net, batch, str(source.spec))

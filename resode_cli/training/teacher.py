@@ -113,7 +113,8 @@ def _check_channels(given: str, teacher: Preprocessing, student: Preprocessing) 
 
 
 def _frozen(net: nn.Module, name: str, student: Preprocessing, own: Preprocessing) -> Teacher:
-    return Teacher(net.eval().requires_grad_(False), name, student, own)
+    net.eval()  # its own `train` may return nothing
+    return Teacher(net.requires_grad_(False), name, student, own)
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from resode_cli.app import main
-from resode_cli.bench.run import BenchReport, BenchRow, bench, fresh_process_growth, largest_fitting, on_frontier
+from resode_cli.bench.results import BenchReport, BenchRow, on_frontier
+from resode_cli.bench.run import bench, fresh_process_growth, largest_fitting
+from resode_cli.bench.stage_shape import StageShape
 from resode_cli.bench.workload import (
     BACKPROP,
     BASELINES,
-    StageShape,
     TorchCheckpoint,
     Trial,
     Workload,
@@ -66,7 +67,8 @@ def counted(workload: Workload, method, depth: int) -> tuple[int, float]:
     """Bytes kept and evaluations per step."""
     trial = Trial(workload, depth)
     trial.use(method)
-    return trial.counted_step()[1:]
+    counted = trial.counted_step()
+    return counted.kept, counted.evaluations
 
 
 # rows

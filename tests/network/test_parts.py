@@ -61,6 +61,18 @@ class UsesItsStemTwice(Net):
         return self.fc(self.layer2(self.layer1(stem)).mean((2, 3))) + stem.mean((1, 2, 3)).unsqueeze(1)
 
 
+class HasABranchBesides(Net):
+    """Computed before the first stage, and no part of what that is given."""
+
+    def __init__(self, drop: float = 0.0) -> None:
+        super().__init__(drop)
+        self.besides = nn.Linear(3, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        besides = torch.tanh(self.besides(x.mean((2, 3))))
+        return super().forward(x) + besides
+
+
 class WritesToItsImages(Net):
     writing = False  # or it would be no function, which `convert` finds out
 
@@ -153,7 +165,11 @@ def test_the_graph_keeps_the_inputs_of_its_parts_and_no_more():
 
 @pytest.mark.parametrize(
     ("kind", "reason"),
-    [(UsesItsStemTwice, "is used beyond the first stage's entry"), (WritesToItsImages, "writes to its images")],
+    [
+        (UsesItsStemTwice, "is used beyond the first stage's entry"),
+        (HasABranchBesides, "is used beyond the first stage's entry"),
+        (WritesToItsImages, "writes to its images"),
+    ],
 )
 def test_a_stem_that_cannot_be_cut_off_keeps_its_activations(kind: type[Net], reason: str):
     model, source = pair(kind)

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from resode_cli.bench.run import BenchReport, BenchRow
+from resode_cli.bench.results import BenchReport, BenchRow
 from resode_cli.commands.output import Output, _Console
 from resode_cli.commands.progress import fitting, training
 from resode_cli.gradients.check_grad import GradientReport, MethodGradients, StageGradient, SweepRow

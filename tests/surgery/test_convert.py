@@ -325,3 +325,44 @@ def test_a_network_whose_logits_are_no_numbers_is_refused_as_such(name: str, val
     usable = bool(torch.isfinite(net(images)).all())
     with nullcontext() if usable else pytest.raises(ResodeError, match="logits that are no numbers"):
         convert(net, example=images)
+
+
+class SaysNothing(nn.Module):
+    """Its `train` returns nothing, as some networks' that keep their norms frozen do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        super().train(mode)
+        self.norm.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.norm(self.conv(x)) * (1 if x.sum() == 0.5 else 2))  # only the whole is known
+
+
+class SaysNothingEither(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.layer1, self.fc = (
+            nn.Conv2d(3, 4, 1),
+            nn.Sequential(SaysNothing(), SaysNothing()),
+            nn.Linear(4, 2),
+        )
+
+    def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.layer1(self.stem(x)).mean((2, 3)))
+
+
+def test_networks_and_blocks_whose_train_returns_nothing_convert():
+    torch.manual_seed(0)
+    net, images = SaysNothingEither(), torch.rand(3, 3, 6, 6)
+    net.eval()
+    expected = net(images).detach()
+    model, _ = convert(net, example=images)
+    assert steps(model) == [2]
+    torch.testing.assert_close(model(images), expected)
