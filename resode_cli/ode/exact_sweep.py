@@ -8,14 +8,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from .field import Evaluator
-from .lean import lean
+from .lean import sparing
 from .monitor import Monitor
 from .plans import Plan, Prediction
 from .repetition import Repetition
@@ -57,27 +58,47 @@ class ExactSweep:
         self, n: int, adjoints: list[Tensor | None], per_block: Sequence[Sequence[nn.Parameter]], *, passes_on: bool
     ) -> Tensor | None:
         """a_n from a_{n+1}, which is taken out, and what step n adds to the gradients."""
-        leaf = self._state(n).detach().requires_grad_(passes_on)
+        state = [self._state(n).detach()]
+        zeros = partial(torch.zeros, state[0].shape, dtype=state[0].dtype, device=state[0].device)
+        again = self.states.again()
         self.r.used.clear()
-        with torch.enable_grad(), lean() if self.plan.lean else nullcontext():
-            out = self.scheme.advance(self.r, n, leaf)
+        with torch.enable_grad():
+            leaf = (
+                _Point.apply(torch.zeros((), device=state[0].device, requires_grad=True), state)
+                if passes_on
+                else state.pop()
+            )
+            with sparing(leaf, again, layers=self.plan.lean):
+                out = self.scheme.advance(self.r, n, leaf)
             self.repetition.watch_step(n, leaf, out)
             # A block may have frozen a parameter for this evaluation; then it has no gradient from here.
             inputs = {id(p): p for block in self.r.used for p in per_block[block] if p.requires_grad}
             if not out.requires_grad:
-                return torch.zeros_like(leaf) if passes_on else None
+                return zeros() if passes_on else None
             seed = _Seed.apply(out, adjoints)
-        del out
-        own = [leaf] * passes_on
+        own: list[Any] = [get_gradient_edge(leaf)] if passes_on else []
+        del out, leaf  # their memory is for what needs them
         grads = list(torch.autograd.grad(seed, [*own, *inputs.values()], allow_unused=True))
         before = None
         if passes_on:
             before = grads.pop(0)
-            before = torch.zeros_like(leaf) if before is None else before
+            before = zeros() if before is None else before
         for key, grad in zip(inputs, grads, strict=True):
             if grad is not None:
                 self.gradients.add(key, grad)
         return before
+
+
+class _Point(torch.autograd.Function):
+    """Where a step is differentiated: a state that the graph does not hold, unless something in it saves it."""
+
+    @staticmethod
+    def forward(ctx: Any, _: Tensor, state: list[Tensor]) -> Tensor:  # noqa: ARG004
+        return state.pop()
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[None, None]:  # noqa: ARG004
+        return None, None
 
 
 class Gradients:

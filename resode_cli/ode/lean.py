@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,25 +63,55 @@ class _Layers(TorchFunctionMode):
         one_pixel = args[1].ndim == 2 or args[1].shape[2:].numel() == 1
         return one_pixel and args[0].requires_grad and out.numel() >= EXPANDS * args[0].numel()
 
-    def pack(self, tensor: Tensor) -> Tensor | tuple[_Layer, tuple[Any, ...]]:
-        storage = tensor.untyped_storage()
+    def layer_of(self, storage: torch.UntypedStorage) -> _Layer | None:
+        """The layer whose result has this memory."""
         noted = self.made.get(storage._cdata)
-        if noted is None or noted[0]() is None or tensor.numel() * tensor.element_size() != storage.nbytes():
-            return tensor
-        return noted[1], (tensor.shape, tensor.stride())
+        return None if noted is None or noted[0]() is None else noted[1]
+
+
+@dataclass(frozen=True)
+class _Again:
+    """A tensor that is not kept: what makes the memory that it is a look at, and which look."""
+
+    make: Callable[[], Tensor]
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+    def __call__(self) -> Tensor:
+        return self.make().as_strided(self.shape, self.stride, self.offset)
 
 
 def _unpack(kept: Any) -> Tensor:
-    if isinstance(kept, Tensor):
-        return kept
-    layer, (shape, stride) = kept
-    return layer.again().as_strided(shape, stride)
+    return kept() if isinstance(kept, _Again) else kept
 
 
 @contextmanager
-def lean() -> Iterator[None]:
-    """Keep inside, for a backward pass, no result of an expanding layer."""
-    layers = _Layers()
-    with layers, saved_tensors_hooks(layers.pack, _unpack):
+def sparing(state: Tensor, again: Callable[[], Tensor] | None, *, layers: bool) -> Iterator[None]:
+    """Keep inside, for a backward pass, no state that can be made again, and no result of an expanding layer.
+
+    again: makes the state; None where it is kept. layers: whether the second holds.
+    """
+    if again is None and not layers:
         yield
-    layers.made.clear()
+        return
+    own, mode = state.untyped_storage()._cdata, _Layers()
+
+    def pack(tensor: Tensor) -> Tensor | _Again:
+        storage = tensor.untyped_storage()
+        if again is not None and storage._cdata == own:
+            make = again
+        elif (layer := mode.layer_of(storage)) is not None:
+            make = layer.again
+        else:
+            return tensor
+        return _Again(make, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+
+    with mode if layers else nullcontext(), saved_tensors_hooks(pack, _unpack):
+        yield
+    mode.made.clear()
+
+
+def lean() -> AbstractContextManager[None]:
+    """Keep inside, for a backward pass, no result of an expanding layer."""
+    return sparing(torch.empty(0), None, layers=True)

@@ -57,7 +57,6 @@ class Adjoint:
     snapshots: for checkpoint, the number of states held at a time, optimally placed, instead of a spacing.
     slices: for checkpoint, parts of the batch that are run one after the other, where a network mixes no images.
     bits: for checkpoint, hold the states as codes of so many bits a number, with the signs of the rectifiers.
-    lean: for checkpoint, make the results of cheap expanding layers again rather than keep them; see `lean`.
     """
 
     method: str = "backprop"
@@ -66,7 +65,6 @@ class Adjoint:
     snapshots: int | None = None
     slices: int = 1
     bits: int | None = None
-    lean: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -106,16 +104,12 @@ class Adjoint:
     @property
     def outside(self) -> Adjoint:
         """What goes with it for the parts of a network that are no steps: evaluated again, unless it is backprop."""
-        return (
-            Adjoint("checkpoint", slices=self.slices, bits=self.bits, lean=self.bits is not None)
-            if self.replays
-            else Adjoint()
-        )
+        return Adjoint("checkpoint", slices=self.slices, bits=self.bits) if self.replays else Adjoint()
 
     @property
     def stem(self) -> Adjoint:
         """What goes with it for what comes before the first stage, whose input, the images, is held as it is."""
-        return replace(self.outside, bits=None, lean=False)
+        return replace(self.outside, bits=None)
 
     @property
     def label(self) -> str:
@@ -124,7 +118,6 @@ class Adjoint:
         parts += [f"anchors {self.anchors}"] if self.anchors is not None else []
         parts += [f"{self.snapshots} snapshots"] if self.snapshots is not None else []
         parts += [f"{self.bits} bits"] if self.bits is not None else []
-        parts += ["lean"] if self.lean else []
         parts += [f"{self.slices} slices"] if self.slices > 1 else []
         parts += [f"{self.corrections} correction{'s' * (self.corrections > 1)}"] if self.corrections else []
         return ", ".join(parts)
@@ -148,7 +141,7 @@ def _build(adjoint: Adjoint, depth: int) -> Plan | None:
             plan = _binomial(depth, adjoint.snapshots)
         else:
             plan = replace(_spaced(depth, adjoint.anchors or 1), bits=adjoint.bits)
-        return replace(plan, slices=adjoint.slices, lean=adjoint.lean)
+        return replace(plan, slices=adjoint.slices)
     step = replace(REVERSALS[adjoint.method], corrections=adjoint.corrections)
     anchors = tuple(range(0, depth, adjoint.anchors)) if adjoint.anchors else ()
     return Plan(adjoint.method, anchors, tuple(HELD if n in set(anchors) else step for n in range(depth)))

@@ -69,7 +69,6 @@ class Plan:
 
     slices: parts of the batch that are run, and evaluated again, one after the other.
     bits: the states are held as codes of so many bits a number, with the signs of the rectifiers; None: as they are.
-    lean: what expanding layers make is not kept while a step is differentiated, but made again; see `lean`.
     """
 
     method: str
@@ -77,7 +76,11 @@ class Plan:
     steps: tuple[StepPlan, ...]
     slices: int = 1
     bits: int | None = None
-    lean: bool = False
+
+    @property
+    def lean(self) -> bool:
+        """Whether what can be made again is not kept while a step is differentiated; see `lean`."""
+        return self.bits is not None
 
     @property
     def depth(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -26,6 +26,10 @@ class States(ABC):
     @abstractmethod
     def replay(self, n: int, hold: tuple[int, ...]) -> Tensor:
         """x_n, run forward from the nearest held state below; the states of the steps `hold` are held on the way."""
+
+    def again(self) -> Callable[[], Tensor] | None:
+        """What gives the state taken last once more, so that it need not be held; None where there is no such thing."""
+        return None
 
 
 class Keeper(ABC):
@@ -128,19 +132,36 @@ class KeepCodes(Keeper):
 
 
 class CodedStates(States):
-    """Estimates of the states, each that of the next less the increment between them, which takes no evaluation."""
+    """Estimates of the states, from their codes, which takes no evaluation.
+
+    A few codes are summed up each time, and nothing is held between; of many, the estimate of a state is that of the
+    next less the increment between them.
+    """
 
     def __init__(self, codes: list[Code], layout: Layout, dtypes: Sequence[torch.dtype]) -> None:
         self.codes, self.layout, self.dtypes = codes, layout, dtypes
-        self.estimate = torch.zeros(codes[0].numbers, device=codes[0].packed.device)
-        for code in codes:
-            code.add_to(self.estimate)
+        self.running = self._sum() if len(codes) > SUMMED else None
+
+    def _sum(self) -> Tensor:
+        estimate = torch.zeros(self.codes[0].numbers, device=self.codes[0].packed.device)
+        for code in self.codes:
+            code.add_to(estimate)
+        return estimate
 
     def take(self, n: int) -> Tensor:
         while len(self.codes) > n + 1:
-            self.codes.pop().add_to(self.estimate, -1)
-        state = self.estimate.to(self.dtypes[n])
-        return self.layout.shaped(state)
+            code = self.codes.pop()
+            if self.running is not None:
+                code.add_to(self.running, -1)
+        return self._last()
+
+    def _last(self) -> Tensor:
+        estimate = self._sum() if self.running is None else self.running
+        return self.layout.shaped(estimate.to(self.dtypes[len(self.codes) - 1]))
+
+    def again(self) -> Callable[[], Tensor] | None:
+        """What gives the state taken last once more, so that it need not be held; None where it is held in any case."""
+        return self._last if self.running is None else None
 
     def replay(self, n: int, hold: tuple[int, ...]) -> Tensor:
         raise NotImplementedError("every state is coded")
@@ -148,4 +169,5 @@ class CodedStates(States):
 
 # The first state is coded as it is, which is larger than an increment, and what it misses the whole stage sees.
 FIRST_BITS = 1
+SUMMED = 8  # codes
 _NOTHING = torch.empty(0)
