@@ -10,7 +10,7 @@ import torch
 from torch import Size, Tensor, nn
 
 from ..errors import ResodeError, UsageError, first_few, unknown
-from ..ode import Adjoint, RandomState
+from ..ode import Adjoint, Monitor, RandomState
 from .between import check_state, networks_forward
 from .mixing import check_apart
 from .outside import STEM, CannotCut, Opening, Reached, Stem, outside_modules
@@ -156,6 +156,12 @@ class OdeResNet(nn.Module):
             take_hooks(stage, self.stages[name])
             stage.follow(self.stages[name])
         self.net = with_submodule(self.net, self.paths[name], stage)
+
+    @property
+    def monitors(self) -> list[Monitor]:
+        """Of every part that may be evaluated again: what comes before the first stage, transitions and steps."""
+        stages = self.stages.values()
+        return [self.stem.monitor, *(m for stage in stages for m in (stage.entry_monitor, stage.monitor))]
 
     @property
     def adjoints(self) -> dict[str, Adjoint]:

@@ -83,8 +83,8 @@ class Guard:
 
     def check(self) -> None:
         """Raises ResodeError where a block, evaluated again, was not what it was in the forward pass."""
-        for name in self.stage_names:
-            self.model.stages[name].monitor.check()
+        for monitor in self.model.monitors:
+            monitor.check()
 
     def must_redo(self, drift: Mapping[str, float | None], images: Tensor, labels: Tensor, step: int) -> bool:
         """Act on drift past what is allowed; whether the adjoints have changed, so that the step must be redone.

@@ -338,3 +338,24 @@ def test_a_compiled_stage_shows_no_signs():
     model.train().use_adjoint(Adjoint("checkpoint", bits=4))
     with pytest.raises(ResodeError, match="runs compiled"):
         model(images())
+
+
+def test_every_part_that_does_not_repeat_itself_is_an_error():
+    """A number that changes from call to call, in the stem and in a transition."""
+
+    class Counting(nn.Module):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return x * (1 + 0.5 * self.calls)
+
+    for where in ("bn", "layer1.0.bn1"):
+        model, _ = pair()
+        model.train().use_adjoint(Adjoint("checkpoint"))
+        name = next(n for n, _ in model.net.named_modules() if model.file_name(f"{n}.x") == f"{where}.x")
+        owner, _, child = name.rpartition(".")
+        norm = model.net.get_submodule(name)
+        model.net.get_submodule(owner).register_module(child, nn.Sequential(norm, Counting()))
+        with pytest.raises(ResodeError, match="gives another result than in the forward pass"):
+            train(model)
