@@ -78,11 +78,6 @@ class Plan:
     bits: int | None = None
 
     @property
-    def lean(self) -> bool:
-        """Whether what can be made again is not kept while a step is differentiated; see `lean`."""
-        return self.bits is not None
-
-    @property
     def depth(self) -> int:
         return len(self.steps)
 

@@ -132,15 +132,14 @@ class KeepCodes(Keeper):
 
 
 class CodedStates(States):
-    """Estimates of the states, from their codes, which takes no evaluation.
+    """Estimates of the states, each that of the next less the increment between them, which takes no evaluation.
 
-    A few codes are summed up each time, and nothing is held between; of many, the estimate of a state is that of the
-    next less the increment between them.
+    A single state, such as the input of a transition, is read off its code when it is needed, and not held between.
     """
 
     def __init__(self, codes: list[Code], layout: Layout, dtypes: Sequence[torch.dtype]) -> None:
         self.codes, self.layout, self.dtypes = codes, layout, dtypes
-        self.running = self._sum() if len(codes) > SUMMED else None
+        self.running = self._sum() if len(codes) > 1 else None
 
     def _sum(self) -> Tensor:
         estimate = torch.zeros(self.codes[0].numbers, device=self.codes[0].packed.device)
@@ -169,5 +168,4 @@ class CodedStates(States):
 
 # The first state is coded as it is, which is larger than an increment, and what it misses the whole stage sees.
 FIRST_BITS = 1
-SUMMED = 8  # codes
 _NOTHING = torch.empty(0)
