@@ -16,14 +16,35 @@ TOLERANCE = 1e-4  # of the largest number: what another algorithm for the same b
 
 
 def mixes_images(part: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> bool:
-    """Whether the result for an image changes with the image beside it. x: a batch that the part takes."""
+    """Whether what an image gives, its result or its gradient, changes with the image beside it.
+
+    The gradient is asked for too: a norm whose scale is zero, as the last ones of fresh blocks are, shows nothing in
+    the result. A part that writes to its buffers does so for the whole batch at once. x: a batch that the part takes.
+    """
     if len(x) < 2:
         return False
-    other = torch.stack([x[0], x[1].flip(-1) if x.is_floating_point() else x[1]])
-    other[1] = other[1] * 0.5 if x.is_floating_point() else other[0]
-    with as_before(part), fixed_buffers([part]), torch.no_grad():
-        first, second = (repeatable(partial(run, batch))[:1].float() for batch in (x[:2].clone(), other))
-    return not torch.allclose(first, second, rtol=0, atol=TOLERANCE * float(first.abs().max()))
+    x = x.detach()
+    other = torch.stack([x[0], x[1].flip(-1)])
+    if x.is_floating_point():
+        other[1] *= 0.5
+    trained = [p for p in part.parameters() if p.requires_grad]
+
+    def look(batch: Tensor) -> list[Tensor]:
+        with torch.enable_grad():
+            first = repeatable(partial(run, batch))[0]
+            if not first.requires_grad:
+                return [first]
+            weights = torch.randn(first.shape, generator=torch.Generator().manual_seed(0)).to(first)
+            gradients = torch.autograd.grad((first * weights).sum(), trained, allow_unused=True)
+        return [first.detach(), *(g for g in gradients if g is not None)]
+
+    with as_before(part), fixed_buffers([part]):
+        before = [buffer.clone() for buffer in part.buffers()]
+        pairs = list(zip(look(x[:2].clone()), look(other), strict=True))
+        written = any(not torch.equal(a, b) for a, b in zip(before, part.buffers(), strict=True))
+    return written or any(
+        not torch.allclose(a.float(), b.float(), rtol=0, atol=TOLERANCE * float(a.abs().max())) for a, b in pairs
+    )
 
 
 def check_apart(what: str, part: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> None:

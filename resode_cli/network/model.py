@@ -158,6 +158,13 @@ class OdeResNet(nn.Module):
         self.net = with_submodule(self.net, self.paths[name], stage)
 
     @property
+    def kept_parts(self) -> dict[str, str]:
+        """Parts whose activations are kept although their adjoint says otherwise, and why; known once they have run."""
+        stages = self.stages.items()
+        found = {STEM: self.stem.kept, **{f"{name} transition": stage.entry_kept for name, stage in stages}}
+        return {part: why for part, kept in found.items() for why in kept.values() if why}
+
+    @property
     def monitors(self) -> list[Monitor]:
         """Of every part that may be evaluated again: what comes before the first stage, transitions and steps."""
         stages = self.stages.values()

@@ -68,7 +68,7 @@ class ExactSweep:
                 if passes_on
                 else state.pop()
             )
-            with sparing(leaf, again, layers=again is not None):
+            with sparing(leaf, again):
                 out = self.scheme.advance(self.r, n, leaf)
             self.repetition.watch_step(n, leaf, out)
             # A block may have frozen a parameter for this evaluation; then it has no gradient from here.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,7 @@ class _Layer:
 
     def again(self) -> Tensor:
         if version(self.given) != self.written:
-            raise ResodeError("a block writes to a layer's input after that layer; leave out 'lean'")
+            raise ResodeError("a block writes to a layer's input after that layer; use the adjoint without bits")
         with torch.no_grad(), self.autocast.enter():
             return self.run()
 
@@ -87,19 +87,19 @@ def _unpack(kept: Any) -> Tensor:
 
 
 @contextmanager
-def sparing(state: Tensor, again: Callable[[], Tensor] | None, *, layers: bool) -> Iterator[None]:
-    """Keep inside, for a backward pass, no state that can be made again, and no result of an expanding layer.
+def sparing(state: Tensor, again: Callable[[], Tensor] | None) -> Iterator[None]:
+    """Keep inside, for a backward pass, neither a state that can be made again nor the result of an expanding layer.
 
-    again: makes the state; None where it is kept. layers: whether the second holds.
+    again: makes the state; None where it is held in any case, and all is kept then.
     """
-    if again is None and not layers:
+    if again is None:
         yield
         return
     own, mode = state.untyped_storage()._cdata, _Layers()
 
     def pack(tensor: Tensor) -> Tensor | _Again:
         storage = tensor.untyped_storage()
-        if again is not None and storage._cdata == own:
+        if storage._cdata == own:
             make = again
         elif (layer := mode.layer_of(storage)) is not None:
             make = layer.again
@@ -107,11 +107,6 @@ def sparing(state: Tensor, again: Callable[[], Tensor] | None, *, layers: bool) 
             return tensor
         return _Again(make, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
-    with mode if layers else nullcontext(), saved_tensors_hooks(pack, _unpack):
+    with mode, saved_tensors_hooks(pack, _unpack):
         yield
     mode.made.clear()
-
-
-def lean() -> AbstractContextManager[None]:
-    """Keep inside, for a backward pass, no result of an expanding layer."""
-    return sparing(torch.empty(0), None, layers=True)

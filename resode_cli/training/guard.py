@@ -63,6 +63,7 @@ class Guard:
         self.autocast, self.prepare = autocast, prepare
         self.on_message, self.on_choice = on_message, on_choice
         self.choice = settings.adjoint_choice()
+        self.told: set[str] = set()  # parts whose activations are kept
         self.state = state or GuardState()
         self.stage_names = [name for name, stage in model.stages.items() if stage.spec.depth]
 
@@ -82,9 +83,16 @@ class Guard:
         return {figure: {name: getattr(m, figure) for name, m in monitors.items()} for figure in FIGURES}
 
     def check(self) -> None:
-        """Raises ResodeError where a block, evaluated again, was not what it was in the forward pass."""
+        """Raises ResodeError where a block, evaluated again, was not what it was in the forward pass.
+
+        Says once which parts keep their activations although their adjoint says otherwise.
+        """
         for monitor in self.model.monitors:
             monitor.check()
+        for part, why in self.model.kept_parts.items():
+            if part not in self.told:
+                self.told.add(part)
+                self.on_message(f"note: {part} keeps its activations, since it cannot be evaluated again: {why}")
 
     def must_redo(self, drift: Mapping[str, float | None], images: Tensor, labels: Tensor, step: int) -> bool:
         """Act on drift past what is allowed; whether the adjoints have changed, so that the step must be redone.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import resode_cli
 from resode_cli.errors import ResodeError
+from resode_cli.network.mixing import mixes_images
 from resode_cli.network.model import OdeResNet, freeze_batch_norm
 from resode_cli.ode import Adjoint, kept_bytes
 
@@ -177,6 +178,7 @@ def test_a_stem_that_cannot_be_cut_off_keeps_its_activations(kind: type[Net], re
     model.use_adjoint(Adjoint("checkpoint"))
     assert_trains_alike(model.train(), source.train())
     assert [reason in why for why in model.stem.kept.values()] == [True]
+    assert list(model.kept_parts) == ["stem"]
     assert model.stem.monitor.evaluations == 0
 
 
@@ -271,6 +273,31 @@ def test_a_part_that_mixes_images_is_not_cut_into_slices(kind: type[Net]):
     model.train(kind is Net).use_adjoint(Adjoint("checkpoint", slices=2))
     with pytest.raises(ResodeError, match="mixes the images of a batch"):
         model(images())
+
+
+def test_batch_norm_is_seen_to_mix_images_where_its_scale_is_zero():
+    """As in a fresh network, whose blocks hand their state on: the gradient, and the statistics, are the batch's."""
+    model, _ = pair()
+    stage = model.stages["layer1"]
+    with torch.no_grad():
+        for block in stage.blocks:
+            block.bn2.weight.zero_()
+            block.bn2.bias.zero_()
+    for tracked in (True, False):
+        for module in stage.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.track_running_stats = tracked
+        x = torch.randn(3, 8, 6, 6, dtype=torch.float64)
+        assert mixes_images(stage.blocks[0].train(), stage.blocks[0], x)
+    assert not mixes_images(stage.blocks[0].train(), freeze_and_return(stage.blocks[0]), x)
+
+
+def freeze_and_return(block: nn.Module) -> nn.Module:
+    for module in block.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.track_running_stats = True
+    freeze_batch_norm(block)
+    return block
 
 
 def test_slices_would_draw_other_random_numbers_and_are_refused():

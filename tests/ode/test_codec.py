@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from resode_cli.errors import ResodeError
 from resode_cli.ode import codec
 from resode_cli.ode.codec import GROUP, Code, Layout, pack_bits, unpack_bits
-from resode_cli.ode.lean import lean
+from resode_cli.ode.lean import sparing
 from resode_cli.ode.signs import Signs, is_positive
 from resode_cli.ode.states import KeepCodes
 
@@ -137,7 +136,7 @@ def test_a_lean_evaluation_keeps_no_result_of_an_expanding_layer_and_has_the_sam
             layer.register_forward_hook(lambda _, __, out, made=made: made.append(weakref.ref(out.untyped_storage())))
             for layer in (net[0], net[3])
         ]
-        with lean() if is_lean else nullcontext():
+        with sparing(x, (lambda: x) if is_lean else None):
             out = net(x)
         for hook in hooks:
             hook.remove()
@@ -149,7 +148,7 @@ def test_a_lean_evaluation_keeps_no_result_of_an_expanding_layer_and_has_the_sam
 
 def test_a_lean_evaluation_refuses_a_layer_whose_input_is_written_to():
     x, layer, norm = torch.randn(2, 3, 4, 4), nn.Conv2d(3, 9, 1), nn.BatchNorm2d(9)
-    with lean():
+    with sparing(x, lambda: x):
         given = x.requires_grad_() * 1
         out = norm(layer(given))
         given.detach().mul_(2)
