@@ -298,6 +298,10 @@ class OdeStage(nn.Module):
             self.compilation = compilation
         self._apart = modes
 
+    def keeps_apart(self) -> None:
+        """Take it as known that in its present mode the stage mixes no images."""
+        self._apart = tuple(module.training for module in self.modules())
+
     def _run_plainly(self, x: Tensor) -> Tensor:
         x = self._run_transition(x)
         return solve(self.field(), SCHEMES[self.spec.scheme], None, x, monitor=Monitor())

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .generators import is_simulated
+
 GROUP = 64
 WIDTHS = range(2, 9)  # bits
 
@@ -33,6 +35,10 @@ class Code:
 
         In chunks that stay in a processor's cache, so that no further tensor of that size is made.
         """
+        if is_simulated(x):
+            groups = -(-len(x) // GROUP)
+            sizes = x.new_empty(groups * GROUP * bits // 8, dtype=torch.uint8), x.new_empty(2, groups).bfloat16()
+            return cls(*sizes, bits, len(x))
         packed, ranges = [], []
         for a in range(0, len(x), CHUNK):
             rows = _rows(x[a : a + CHUNK] - estimate[a : a + CHUNK])
@@ -49,6 +55,8 @@ class Code:
 
     def add_to(self, estimate: Tensor, sign: int = 1) -> None:
         """Add what it stands for to flat float32 numbers, in place, or subtract it."""
+        if is_simulated(estimate):
+            return
         for a in range(0, self.numbers, CHUNK):
             count = min(CHUNK, self.numbers - a)
             groups = -(-count // GROUP)
@@ -120,15 +128,23 @@ def _unpack(packed: Tensor, bits: int) -> Tensor:
 def pack_bits(flags: Tensor) -> Tensor:
     """Numbers 0 and 1, or truth values, eight to a byte."""
     if flags.device.type == "cpu":
+        if is_simulated(flags):
+            return flags.new_empty(-(-len(flags) // 8), dtype=torch.uint8)
         return torch.from_numpy(np.packbits(flags.view(torch.uint8).numpy(), bitorder="little"))
-    padded = torch.nn.functional.pad(flags.view(torch.uint8), (0, -len(flags) % 8)).view(-1, 8)
     weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=flags.device)
-    return (padded * weights).sum(1, dtype=torch.uint8)
+    packed = flags.new_empty(-(-len(flags) // 8), dtype=torch.uint8)
+    for a in range(0, len(flags), CHUNK):
+        part = flags[a : a + CHUNK].view(torch.uint8)
+        rows = torch.nn.functional.pad(part, (0, -len(part) % 8)).view(-1, 8)
+        packed[a // 8 : a // 8 + len(rows)] = (rows * weights).sum(1, dtype=torch.uint8)
+    return packed
 
 
 def unpack_bits(packed: Tensor, count: int) -> Tensor:
     """The first numbers 0 and 1, as uint8."""
     if packed.device.type == "cpu":
+        if is_simulated(packed):
+            return packed.new_empty(count)
         return torch.from_numpy(np.unpackbits(packed.numpy(), count=count, bitorder="little"))
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
     return packed.unsqueeze(1).bitwise_right_shift(shifts).bitwise_and_(1).view(-1)[:count]

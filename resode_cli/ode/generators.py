@@ -10,11 +10,14 @@ import ctypes
 import random
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 def _numpy_random() -> Any:
@@ -86,9 +89,10 @@ class RandomState:
     @classmethod
     def now(cls, device: torch.device, held: Iterable[Any] = ()) -> RandomState:
         """torch's generators and those of `held`."""
-        own = None if device.type in ("cpu", "meta") else _random_of(device)
-        state = None if own is None else own.get_rng_state(device)
-        return cls(torch.get_rng_state(), state, device, tuple((g, _state_of(g)) for g in held))
+        with real_tensors():
+            own = None if device.type in ("cpu", "meta") else _random_of(device)
+            state = None if own is None else own.get_rng_state(device)
+            return cls(torch.get_rng_state(), state, device, tuple((g, _state_of(g)) for g in held))
 
     @classmethod
     def everywhere(cls, device: torch.device, modules: Iterable[nn.Module] = ()) -> RandomState:
@@ -96,19 +100,35 @@ class RandomState:
         return replace(cls.now(device, generators_in(modules)), host=HostState.now())
 
     def restore(self) -> None:
-        torch.set_rng_state(self.cpu)
-        if self.accelerator is not None:
-            _random_of(self.device).set_rng_state(self.accelerator, self.device)
-        if self.host is not None:
-            self.host.restore()
-        for generator, state in self.held:
-            _set_state(generator, state)
+        with real_tensors():
+            torch.set_rng_state(self.cpu)
+            if self.accelerator is not None:
+                _random_of(self.device).set_rng_state(self.accelerator, self.device)
+            if self.host is not None:
+                self.host.restore()
+            for generator, state in self.held:
+                _set_state(generator, state)
 
     def equals(self, other: RandomState) -> bool:
         """Whether torch's generators and the held ones stand alike."""
-        same = self.accelerator is None or other.accelerator is None or torch.equal(self.accelerator, other.accelerator)
         held = zip(self.held, other.held, strict=True)
-        return same and torch.equal(self.cpu, other.cpu) and all(_same(a, b) for (_, a), (_, b) in held)
+        with real_tensors():
+            same = (
+                self.accelerator is None
+                or other.accelerator is None
+                or torch.equal(self.accelerator, other.accelerator)
+            )
+            return same and torch.equal(self.cpu, other.cpu) and all(_same(a, b) for (_, a), (_, b) in held)
+
+
+def real_tensors() -> AbstractContextManager[Any]:
+    """States of generators are numbers, in a simulation too, where tensors have none."""
+    return _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nullcontext()  # type: ignore
+
+
+def is_simulated(x: Tensor) -> bool:
+    """Whether a tensor has a shape and no numbers."""
+    return isinstance(x, FakeTensor)
 
 
 def _random_of(device: torch.device) -> Any:

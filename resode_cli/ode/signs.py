@@ -87,7 +87,7 @@ class _Repeating(_Signs):
         self.signs = signs
 
     def positive(self, x: Tensor) -> Tensor:
-        return _unpacked(x, self._next(x)).bool()
+        return _unpacked(x, self._next(x))
 
     def rectify(self, call: _Rectifier) -> Tensor:
         result: Tensor = _Rectify.apply(call.x, self._next(call.x), call.slope, call.in_place)
@@ -106,25 +106,29 @@ class _Rectify(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, packed: Tensor, slope: float, in_place: bool) -> Tensor:
         ctx.packed, ctx.slope = packed, slope
-        factor = _factor(x, packed, slope)
         if in_place:
             ctx.mark_dirty(x)
-            return x.mul_(factor)
-        return x * factor
+            return _rectified_(x, packed, slope)
+        return _rectified(x, packed, slope)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = grad_outputs
-        return gradient * _factor(gradient, ctx.packed, ctx.slope), None, None, None
+        return _rectified(gradient, ctx.packed, ctx.slope), None, None, None
 
 
 def _unpacked(like: Tensor, packed: Tensor) -> Tensor:
-    return unpack_bits(packed, like.numel()).view(like.shape)
+    """Truth values. No product with them: for that, torch would first make numbers of them all."""
+    return unpack_bits(packed, like.numel()).view(torch.bool).view(like.shape)
 
 
-def _factor(like: Tensor, packed: Tensor, slope: float) -> Tensor:
-    signs = _unpacked(like, packed)
-    return signs if slope == 0.0 else torch.where(signs.bool(), like.new_tensor(1.0), like.new_tensor(slope))
+def _rectified(x: Tensor, packed: Tensor, slope: float) -> Tensor:
+    return torch.where(_unpacked(x, packed), x, x * slope if slope else 0.0)
+
+
+def _rectified_(x: Tensor, packed: Tensor, slope: float) -> Tensor:
+    below = _unpacked(x, packed).logical_not_()
+    return x.masked_fill_(below, 0.0) if slope == 0.0 else x.copy_(torch.where(below, x * slope, x))
 
 
 class Signs:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .exact_sweep import Gradients
 from .field import Evaluator
+from .generators import is_simulated
 from .monitor import Monitor
 from .plans import Carry, Plan, Prediction, StepPlan
 from .repetition import Repetition
@@ -59,7 +60,7 @@ class Smoothness:
     def finish(self) -> None:
         """Let go of the states, and send the figures to the host without waiting for them."""
         self.last.clear()
-        if self.measured:
+        if self.measured and not is_simulated(next(iter(self.measured.values()))):
             values = torch.stack(list(self.measured.values())).float()
             self.values = torch.empty(values.shape, pin_memory=values.is_cuda).copy_(values, non_blocking=True)
             self.arrived = torch.cuda.Event() if values.is_cuda else None  # type: ignore[no-untyped-call]

@@ -1,0 +1,261 @@
+"""A network's training step on tensors without numbers, piece by piece."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..network.model import OdeResNet, autocast_dtype
+from ..network.outside import STEM
+from ..network.stage import OdeStage
+from ..ode import Adjoint
+from .ledger import CPU, CUDA, Ledger
+
+REST = "rest"
+
+
+@dataclass
+class PieceUse:
+    """What one piece of a network takes in a step.
+
+    kept: bytes more that are alive after its forward pass than before it. forward, backward: the most alive in its
+    passes, above what was when they began. seconds: of both, on the simulated machine. before: bytes alive when its
+    backward pass began, those that the pieces up to it keep not counted.
+    """
+
+    kept: int = 0
+    forward: int = 0
+    backward: int = 0
+    before: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class StepUse:
+    """What a training step takes: bytes, seconds on the simulated machine, and both by piece, in order.
+
+    peak: the most bytes alive at a time, with weights, gradients and what the optimizer keeps. fixed: weights, buffers,
+    images and the optimizer's.
+    """
+
+    peak: int
+    fixed: int
+    seconds: float
+    pieces: dict[str, PieceUse] = field(default_factory=dict)
+
+
+class Simulation:
+    """A copy of a network without numbers, to take steps with.
+
+    The copy has the network's modes. What was found out about images that mix holds for it: a plan in slices is for
+    the caller to ask about. device: 'cpu' or 'cuda', which need not be there; its precisions are those of autocast.
+    """
+
+    def __init__(self, model: OdeResNet, device: str, *, channels_last: bool = False) -> None:
+        self.device, self.machine = device, CUDA if device == "cuda" else CPU
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.channels_last = channels_last or model.channels_last
+        self.model = self._copied(model)
+        self.model.channels_last = self.channels_last
+
+    def _copied(self, model: OdeResNet) -> OdeResNet:
+        memo: dict[int, Any] = {}
+        with self.mode:
+            for tensor in (*model.parameters(), *model.buffers()):
+                empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+                if self.channels_last and tensor.ndim == 4:
+                    empty = empty.contiguous(memory_format=torch.channels_last)
+                trained = isinstance(tensor, nn.Parameter)
+                memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if trained else empty
+        for stage in model.stages.values():
+            memo[id(stage.monitor.repetition)] = None  # of the last real step
+            memo[id(stage.further)] = {}
+        copied: OdeResNet = copy.deepcopy(model, memo)
+        for stage in copied.stages.values():
+            stage.compilation = None
+            stage.keeps_apart()
+        copied.stem.apart = tuple(module.training for module in copied.net.modules())
+        return copied
+
+    def step(
+        self,
+        adjoints: Adjoint | Mapping[str, Adjoint],
+        images: tuple[int, ...],
+        *,
+        amp: str = "none",
+        optimizer_slots: int = 1,
+        micro_batches: int = 1,
+    ) -> StepUse:
+        """One step by these adjoints. images: the shape (B, C, H, W) of a batch.
+
+        optimizer_slots: numbers that the optimizer keeps for each trained one.
+        """
+        model = self.model
+        model.use_adjoint(adjoints)
+        parts = -(-images[0] // micro_batches)
+        with self.mode:
+            batch, labels = torch.empty(images), torch.empty(parts, dtype=torch.long)
+        own = [*model.parameters(), *model.buffers()]
+        fixed = sum(t.nbytes for t in own) + batch.nbytes
+        fixed += optimizer_slots * sum(p.nbytes for p in model.parameters() if p.requires_grad)
+        ledger = Ledger(self.machine, [*own, batch, labels])
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(self.mode)
+                watch = stack.enter_context(_Watch(model, ledger).hooked())
+                stack.enter_context(ledger)
+                if self.device == "cuda":
+                    stack.enter_context(_InFloat32())
+                for _ in range(2 if micro_batches > 1 else 1):
+                    watch.begin()
+                    with _autocast(amp):
+                        logits = model(batch[:parts])
+                    loss = F.cross_entropy(logits.float(), labels)
+                    watch.turn()
+                    torch.autograd.backward(loss)
+                    watch.end()
+                    del logits, loss
+        finally:
+            for p in model.parameters():
+                p.grad = None
+        seconds = ledger.seconds / min(micro_batches, 2) * micro_batches
+        return StepUse(fixed + watch.peak, fixed, seconds, watch.pieces)
+
+
+def piece_names(model: OdeResNet) -> list[str]:
+    """The pieces of a network in order: what comes before the first stage, each stage's transition and steps, the rest.
+
+    What lies between stages belongs to the piece before it.
+    """
+    names = [STEM]
+    for name, stage in model.stages.items():
+        names += [f"{name} transition"] if stage.transition else []
+        names += [name] if stage.spec.depth else []
+    return [*names, REST]
+
+
+class _Watch:
+    """Reads a ledger where a step goes from one piece to the next."""
+
+    def __init__(self, model: OdeResNet, ledger: Ledger) -> None:
+        self.model, self.ledger = model, ledger
+        self.names = piece_names(model)
+        self.pieces = {name: PieceUse() for name in self.names}
+        self.peak = 0
+        self.place = 0
+        self.held = 0  # by the pieces whose backward pass is to come
+        self.start = 0
+        self.seconds = 0.0
+        self.turned = False
+
+    @contextmanager
+    def hooked(self) -> Iterator[_Watch]:
+        """Listen at the network's stages."""
+        for name, stage in self.model.stages.items():
+            self._listen(name, stage)
+        try:
+            yield self
+        finally:
+            for stage in self.model.stages.values():
+                for wrapped in ("_pass_transition", "_solve"):
+                    stage.__dict__.pop(wrapped, None)
+
+    def _listen(self, name: str, stage: OdeStage) -> None:
+        pass_transition, solve = stage._pass_transition, stage._solve
+
+        def transition(x: Tensor) -> Tensor:
+            self._enter(f"{name} transition", x)
+            return pass_transition(x)
+
+        def steps(stage_field: Any, state: list[Tensor]) -> Tensor:
+            self._enter(name, state[0])
+            result = solve(stage_field, state)
+            self._enter(self._after(name), result)
+            return result
+
+        stage.__dict__["_pass_transition"], stage.__dict__["_solve"] = transition, steps
+
+    def _after(self, name: str) -> str:
+        return self.names[min(self.names.index(name) + 1, len(self.names) - 1)]
+
+    def begin(self) -> None:
+        """The forward pass begins."""
+        self.place, self.turned = 0, False
+        self._start()
+
+    def _enter(self, name: str, x: Tensor) -> None:
+        """The forward pass comes to a piece, with its input."""
+        if name not in self.pieces or self.turned:
+            return
+        place = self.names.index(name)
+        if place > self.place:
+            self._finish_forward()
+            self.place = place
+            self._start()
+        if x.requires_grad:
+            x.register_hook(lambda _: self._leave(place))  # type: ignore[no-untyped-call]
+
+    def turn(self) -> None:
+        """The forward pass is done, and the backward pass begins."""
+        self._finish_forward()
+        self.turned, self.place = True, len(self.names) - 1
+        self.held = sum(piece.kept for piece in self.pieces.values())
+        self._start()
+
+    def _leave(self, place: int) -> None:
+        """The backward pass has come through the input of a piece."""
+        if place <= self.place:
+            self._finish_backward()
+            for passed in self.names[place : self.place + 1]:
+                self.held -= self.pieces[passed].kept
+            self.place = place - 1
+            self._start()
+
+    def end(self) -> None:
+        """The backward pass is done."""
+        if self.place >= 0:
+            self._finish_backward()
+
+    def _start(self) -> None:
+        self.start, self.seconds = self.ledger.now, self.ledger.seconds
+        self.ledger.restart_peak()
+
+    def _finish_forward(self) -> None:
+        piece = self.pieces[self.names[self.place]]
+        piece.kept, piece.forward = self.ledger.now - self.start, self.ledger.peak - self.start
+        piece.seconds = self.ledger.seconds - self.seconds
+        self.peak = max(self.peak, self.ledger.peak)
+
+    def _finish_backward(self) -> None:
+        piece = self.pieces[self.names[self.place]]
+        piece.before, piece.backward = self.start - self.held, self.ledger.peak - self.start
+        piece.seconds += self.ledger.seconds - self.seconds
+        self.peak = max(self.peak, self.ledger.peak)
+
+
+def _autocast(amp: str) -> AbstractContextManager[Any]:
+    dtype = autocast_dtype(amp)
+    return nullcontext() if dtype is None else torch.autocast("cpu", dtype=dtype)
+
+
+class _InFloat32(torch.overrides.TorchFunctionMode):
+    """On a GPU, autocast takes some functions to float32 that it leaves as they are on a CPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") not in _FLOAT32_ON_CUDA or not torch.is_autocast_enabled("cpu"):
+            return func(*args, **kwargs)
+        with torch.autocast("cpu", enabled=False):
+            args, kwargs = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.float(), (args, kwargs))
+            return func(*args, **kwargs)
+
+
+_FLOAT32_ON_CUDA = frozenset("layer_norm group_norm softmax log_softmax softmin pow norm sum prod cumsum exp log".split())
