@@ -79,18 +79,16 @@ def check_grad_command(
     start()
     from ..gradients.adjoint_choice import parse_adjoints
     from ..gradients.check_grad import StageAdjoints, SweepRow, check_gradients, choose_as_measured, sweep_depths
-    from ..machine.memory import free_bytes
     from ..measuring.forecast import forecast_gradients
     from ..network.model import as_device
     from ..ode import Adjoint
-    from ..quantities import duration, finite, number, parse_bytes, size
+    from ..quantities import duration, finite, number, size
     from ..reports.choice import choice_json, choice_table
     from ..reports.report import gradient_json, gradient_table, sweep_json, sweep_table
 
     output = Output(json_mode=json)
     choices = parse_adjoints(adjoint, **{name: getattr(backward, name) for name in ADJOINT_SETTINGS})
     check_auto(given, chooses=any(choice.fixed is None for choice in choices))
-    budget = parse_bytes(backward.memory_budget) if backward.memory_budget is not None else None
     depths = depth_list("--sweep", sweep, at_least=2) if sweep is not None else None
     if plot is not None:
         from ..reports.plot_gradients import check_plot
@@ -120,7 +118,7 @@ def check_grad_command(
                 loaded,
                 *(part.to(where) for part in batches_of.to_choose_on()),
                 tolerance=backward.grad_tol,
-                budget=budget if budget is not None else free_bytes(where),
+                budget=backward.budget_bytes,
                 methods=choice.methods,
                 batch_norm=backward.bn,
                 on_stage=lambda stage, tried: status.update(escape(f"calibrating {stage}: {tried}")),

@@ -17,7 +17,8 @@ from ..errors import UsageError
 from ..network.model import OdeResNet, freeze_batch_norm
 from ..ode import SCHEMES, Adjoint, RandomState, required_scheme
 from ..surgery.rewrite import deepen
-from .choose import ChosenAdjoints, choose_adjoints
+from .choose import choose_adjoints
+from .results import ChosenAdjoints
 
 Gradients = dict[str, Tensor]
 
@@ -155,7 +156,7 @@ def choose_as_measured(
     labels: Tensor,
     *,
     tolerance: float,
-    budget: int,
+    budget: int | None,
     methods: Sequence[str] | None = None,
     batch_norm: str = "frozen",
     on_stage: Callable[[str, str], None] = lambda stage, adjoint: None,
@@ -190,15 +191,15 @@ def _measuring(model: OdeResNet, schemes: dict[str, str], scheme: str | None, ba
     """Train mode with the chosen BatchNorm policy and forward rule; everything is put back afterwards."""
     training = {module: module.training for module in model.modules()}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    adjoints = {name: stage.adjoint for name, stage in model.stages.items()}
+    adjoints = model.adjoints
     wanted = {name: p.requires_grad for name, p in model.named_parameters()}
     try:
         model.train()
         if batch_norm == "frozen":
             freeze_batch_norm(model)
         model.requires_grad_(True)
+        model.use_adjoint(Adjoint("backprop"))
         for stage in model.stages.values():
-            stage.adjoint = Adjoint("backprop")
             stage.monitor.count_kept = True
             if scheme is not None:
                 stage.use_scheme(scheme)
@@ -206,8 +207,8 @@ def _measuring(model: OdeResNet, schemes: dict[str, str], scheme: str | None, ba
     finally:
         for name, stage in model.stages.items():
             stage.use_scheme(schemes[name])
-            stage.adjoint = adjoints[name]
             stage.monitor.count_kept = False
+        model.use_adjoint(adjoints)
         for name, p in model.named_parameters():
             p.requires_grad_(wanted[name])
         with torch.no_grad():

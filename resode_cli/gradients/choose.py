@@ -1,90 +1,38 @@
-"""`auto`: for each stage the cheapest backward plan that meets a gradient tolerance within a memory budget.
+"""`auto`: the fastest backward plan within a memory budget whose gradients are within a tolerance, piece by piece.
 
-A plan is judged by what it does to gradients on a real batch, stage by stage: the stage is run from its
-true input, its output is given its true adjoint, and the gradients that come back are compared with those
-of exact checkpoints. What was chosen is then verified on the whole network, where errors add up.
+What a plan holds and how long it takes is known from simulated steps. What it does to gradients is measured on a real
+batch, stage by stage: the stage is run from its true input, its output is given its true adjoint, and the gradients
+that come back are compared with those of exact checkpoints. What was chosen is then verified on the whole network,
+where errors add up. A plan that is exact, or plain backprop, needs no measurement.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import ResodeError
+from ..network.mixing import mixes_images
 from ..network.model import OdeResNet
-from ..network.stage import OdeStage
-from ..ode import Adjoint, RandomState
+from ..ode import Adjoint, RandomState, fixed_buffers
 from ..quantities import size
-from .candidates import Candidate, by_preference, candidates, rule_factor
-from .probe import Probe, StageBytes
+from ..simulation.step import REST, Simulation, StepUse
+from .menu import HOLD, Menu, stage_of
+from .planner import EXACT_WORTH, Option, Plan, fastest, lean, least, peak_of, seconds_of
+from .results import Alternative, ChosenAdjoints, PieceChoice
+from .trials import FIRST_WIDTH, RESERVE, Trials, Tried, predicted
 
 # Another batch has another error: what is chosen has this much of the tolerance on the batch at hand.
 MARGIN = 0.7
-
-
-@dataclass(frozen=True)
-class StageChoice:
-    """What was chosen for one stage, and the figures that it rests on.
-
-    error: relative error of the gradient of the stage's steps, in the whole network, on the batch used.
-    own_error: relative error of the stage alone, given its output's exact adjoint: the larger one of parameters and
-        input.
-    own_drift: drift of what was chosen; None if it is exact.
-    free_drift, contraction: of the best reversal without anchors; None if none was tried.
-    tried: the adjoints measured, with their own errors.
-    bytes_held: by the stage at a time at most, for the batch size planned for.
-    backprop_bytes: that plain backprop would hold.
-    """
-
-    stage: str
-    steps: int
-    adjoint: Adjoint
-    error: float
-    own_error: float
-    evaluations_per_step: float
-    own_drift: float | None
-    free_drift: float | None
-    contraction: float | None
-    tried: tuple[tuple[str, float], ...]
-    bytes_held: int
-    backprop_bytes: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class ChosenAdjoints:
-    """The choices, and the memory of a training step that they lead to: predicted bytes, and the budget."""
-
-    choices: tuple[StageChoice, ...]
-    tolerance: float
-    images: int
-    batch_size: int
-    predicted_bytes: int
-    backprop_bytes: int
-    budget: int
-
-    @property
-    def backprop_fits(self) -> bool:
-        return self.backprop_bytes <= self.budget
-
-    @property
-    def adjoints(self) -> dict[str, Adjoint]:
-        return {choice.stage: choice.adjoint for choice in self.choices}
-
-
-@dataclass
-class _Tried:
-    """One adjoint on one stage alone."""
-
-    error: float
-    evaluations: float
-    drift: float | None
-    contraction: float | None
+# Of a forward pass: what is given away for memory where no budget says how much of that there is.
+SLACK = 0.2
+ROUNDS = 8
+FASTER = 0.95  # of a time: what is worth being told
 
 
 def choose_adjoints(
@@ -93,201 +41,304 @@ def choose_adjoints(
     labels: Tensor,
     *,
     tolerance: float,
-    budget: int,
+    budget: int | None,
     batch_size: int,
     optimizer_slots: int = 2,
     methods: Sequence[str] | None = None,
+    amp: str = "none",
+    micro_batches: bool = False,
     autocast: Callable[[], Any] | None = None,
     on_stage: Callable[[str, str], None] = lambda stage, adjoint: None,
 ) -> ChosenAdjoints:
-    """Choose an adjoint for every stage and set it.
+    """Choose an adjoint for every piece of the network and set it.
 
-    images: (B, 3, H, W), labels: (B,): a real batch. The model is in the mode that it trains in; its
-    buffers and the generators are left as they were.
+    images: (B, 3, H, W), labels: (B,): a real batch, of which as many are used as the budget allows. The model is in
+    the mode that it trains in; its buffers and the generators are left as they were.
     tolerance: of ‖g − ĝ‖ / ‖g‖ of each stage's parameters in the whole network.
     budget: bytes for a training step with `batch_size` images: weights, gradients, `optimizer_slots`
-    numbers per parameter of optimizer state (Adam's 2), activations.
-    methods: to choose from; None: all but backprop.
+    numbers per parameter of optimizer state (Adam's 2), activations. None: no activations are kept for speed alone.
+    methods: of the steps, to choose from; None: all. micro_batches: whether the batch may be split.
 
     Raises ResodeError if the budget is too small for any plan.
     """
     random = RandomState.now(images.device)
+    shape = (batch_size, *images.shape[1:])
+    simulation = Simulation(model, images.device.type)
+    menu = Menu(model, simulation, shape, amp=amp, optimizer_slots=optimizer_slots)
     try:
-        on_stage("all stages", "exact")
-        probe = Probe(model, images, labels, autocast or torch.enable_grad)
-        return _Chooser(probe, tolerance, methods, on_stage).choose(budget, batch_size, optimizer_slots)
+        chooser = _Chooser(menu, images, labels, tolerance, budget, methods, autocast or torch.enable_grad, on_stage)
+        return chooser.choose(micro_batches=micro_batches)
     finally:
         random.restore()
 
 
 class _Chooser:
     def __init__(
-        self, probe: Probe, tolerance: float, methods: Sequence[str] | None, on_stage: Callable[[str, str], None]
-    ) -> None:
-        self.probe, self.model, self.stages = probe, probe.model, probe.stages
-        self.tolerance, self.methods, self.on_stage = tolerance, methods, on_stage
-        self.tried: dict[str, dict[Adjoint, _Tried]] = {name: {} for name in self.stages}
-
-    def choose(self, budget: int, batch_size: int, optimizer_slots: int) -> ChosenAdjoints:
-        images = len(self.probe.images)
-        scale = batch_size / images
-        sizes = {
-            name: StageBytes.of(stage, self.probe.passages[name].x, scale, self.probe.autocast)
-            for name, stage in self.stages.items()
-        }
-        weights = sum(t.nbytes for t in (*self.model.parameters(), *self.model.buffers()))
-        trained = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
-        working = max((size.working for size in sizes.values()), default=0)
-        fixed = int(weights + (1 + optimizer_slots) * trained + self.probe.outside * scale + working)
-        ordered = {name: self._candidates(name) for name in self.stages}
-        # Errors of several stages add up like independent ones, nearly; the whole network is verified below.
-        share = MARGIN * self.tolerance / math.sqrt(max(len(self.stages), 1))
-        caps = dict.fromkeys(self.stages, math.inf)
-        shares = dict.fromkeys(self.stages, share)
-        while True:
-            picked = {name: self._pick(name, ordered[name], caps[name], shares[name]) for name in self.stages}
-            total = fixed + sum(sizes[name].state * picked[name].states for name in picked)
-            if total > budget:
-                self._shrink(picked, ordered, caps, sizes, budget, total)
-                continue
-            errors = self._verify(picked)
-            bad = [name for name, error in errors.items() if not error <= MARGIN * self.tolerance]
-            inexact = [name for name in picked if not picked[name].exact]
-            if not bad or not inexact:
-                break
-            # What is too far off inherits its error from the stages above it too: tighten the worst of them.
-            below = list(self.stages).index(bad[0])
-            blamed = [name for name in inexact if list(self.stages).index(name) >= below] or inexact
-            worst = max(blamed, key=lambda name: self.tried[name][picked[name].adjoint].error)
-            shares[worst] = self.tried[worst][picked[worst].adjoint].error / 2
-        choices = tuple(self._describe(name, picked[name], errors[name], sizes[name], shares[name]) for name in picked)
-        backprop = fixed + sum(size.backprop for size in sizes.values())
-        return ChosenAdjoints(choices, self.tolerance, images, batch_size, total, backprop, budget)
-
-    def _candidates(self, name: str) -> list[Candidate]:
-        stage = self.stages[name]
-        return by_preference(
-            candidates(stage, self.methods, measured=lambda adjoint: self._try(name, adjoint).evaluations)
-        )
-
-    def _try(self, name: str, adjoint: Adjoint) -> _Tried:
-        """Measure an adjoint on a stage alone, once."""
-        if adjoint not in self.tried[name]:
-            self.on_stage(name, adjoint.label)
-            stage = self.stages[name]
-            stage.use_adjoint(adjoint)
-            error = self.probe.alone(name)
-            monitor = stage.monitor
-            self.tried[name][adjoint] = _Tried(
-                error,
-                monitor.evaluations / rule_factor(stage) / stage.spec.depth,
-                None if monitor.drift is None else monitor.drift.item(),
-                None if monitor.contraction is None else monitor.contraction.item(),
-            )
-        return self.tried[name][adjoint]
-
-    def _pick(self, name: str, ordered: Sequence[Candidate], cap: float, share: float) -> Candidate:
-        """The first candidate in order of preference that meets the stage's share of the tolerance."""
-        for candidate in ordered:
-            if candidate.states > cap:
-                continue
-            if candidate.exact:
-                return candidate
-            if self._promising(name, candidate, share) and self._try(name, candidate.adjoint).error <= share:
-                return candidate
-        raise ResodeError(
-            f"stage {name}: no adjoint of {', '.join(self.methods or ['all'])} with up to {cap:g} states held has a"
-            f" gradient error below {share:.2g}; raise --memory-budget or --grad-tol, or lower --batch-size"
-        )
-
-    def _promising(self, name: str, candidate: Candidate, share: float) -> bool:
-        """Whether trying a candidate is worth a pass, going by what was tried of its kind.
-
-        The error falls with the distance between anchors like a power, at most the second; which one,
-        the last two tries tell.
-        """
-        depth, distance = self.stages[name].spec.depth, candidate.adjoint.anchors
-        points = sorted(
-            ((other.anchors or depth) / depth, tried.error)
-            for other, tried in self.tried[name].items()
-            if replace(other, anchors=distance) == candidate.adjoint
-        )
-        points = [(spacing, error) for spacing, error in points if math.isfinite(error) and error > 0]
-        if not points or distance is None:
-            return True
-        (spacing, error), power = points[0], 2.0
-        if len(points) > 1 and points[1][1] > error:
-            power = min(2.0, math.log(points[1][1] / error) / math.log(points[1][0] / spacing))
-        return error * (distance / depth / spacing) ** power <= 1.5 * share
-
-    def _shrink(
         self,
-        picked: Mapping[str, Candidate],
-        ordered: Mapping[str, Sequence[Candidate]],
-        caps: dict[str, float],
-        sizes: Mapping[str, StageBytes],
-        budget: int,
-        total: int,
+        menu: Menu,
+        images: Tensor,
+        labels: Tensor,
+        tolerance: float,
+        budget: int | None,
+        methods: Sequence[str] | None,
+        autocast: Callable[[], Any],
+        on_stage: Callable[[str, str], None],
     ) -> None:
-        """Lower the cap of the stage that holds most and can hold less."""
-        for name in sorted(picked, key=lambda name: -sizes[name].state * picked[name].states):
-            least = min(c.states for c in ordered[name])
-            if least < picked[name].states:
-                # Towards a half at a time, so that no stage is starved while another feasts.
-                excess = math.ceil((total - budget) / sizes[name].state)
-                caps[name] = max(picked[name].states - excess, picked[name].states // 2, least)
-                return
-        raise ResodeError(
-            f"memory budget of {size(budget)}: a training step takes at least {size(total)};"
-            " raise --memory-budget or lower --batch-size"
+        self.menu, self.model, self.images, self.labels = menu, menu.model, images, labels
+        self.tolerance, self.methods, self.autocast, self.on_stage = tolerance, methods, autocast, on_stage
+        # Errors of several stages add up like independent ones, nearly; the whole network is verified in the end.
+        share = MARGIN * tolerance / math.sqrt(max(len(self.model.stages), 1))
+        self.budget = math.inf if budget is None else budget
+        self.trials = Trials(
+            menu, images, labels, budget=self.budget, share=share, autocast=autocast, on_stage=on_stage
+        )
+        self.mixes = True
+        self.parts = [1]
+
+    def choose(self, *, micro_batches: bool) -> ChosenAdjoints:
+        held, free = self.menu.step(HOLD), math.isinf(self.budget)
+        if not free and self.methods is None and predicted(held) <= self.budget:
+            plan = {name: Option(HOLD, use, True) for name, use in held.pieces.items()}
+            return self._chosen(plan, 1, held, {})
+        if not free:
+            self._look_for_mixing(micro_batches=micro_batches)
+        allowed = self.budget
+        for _ in range(ROUNDS):
+            plan, parts = self._plan(allowed, lean_first=free or self.methods is not None)
+            whole = self.menu.whole(_adjoints(plan), parts)
+            if predicted(whole) > self.budget:  # the sum of the pieces is an estimate
+                allowed -= (predicted(whole) - self.budget) / (1 + RESERVE) + 1
+                continue
+            inexact_somewhere = not all(option.exact for option in plan.values())
+            errors = self.trials.together(_adjoints(plan)) if inexact_somewhere else {}
+            bad = [name for name, error in errors.items() if not error <= MARGIN * self.tolerance]
+            inexact = [name for name in errors if not self._is_exact(name, plan)]
+            if not bad or not inexact:
+                return self._chosen(plan, parts, whole, errors)
+            # What is too far off inherits its error from the stages above it too: tighten the worst of them.
+            below = list(errors).index(bad[0])
+            blamed = [name for name in inexact if list(errors).index(name) >= below] or inexact
+            alone = {name: self.trials.on(name, self._inexact_of(name, plan)).error for name in blamed}
+            worst = max(alone, key=lambda name: alone[name])
+            self.trials.shares[worst] = alone[worst] / 2
+            self.trials.widths.pop(worst, None)
+        raise self._refusal()
+
+    # Planning
+
+    def _plan(self, allowed: float, *, lean_first: bool) -> tuple[Plan, int]:
+        """The fastest plan within a budget, and in how many micro-batches. Raises ResodeError if there is none."""
+        if lean_first:
+            plan = self._lean()
+            if self._peak(plan, 1) <= allowed:
+                return plan, 1
+        found = self._fastest(allowed, exact=self.methods is None)
+        if self.methods is None:
+            hoped = self._fastest(allowed, exact=False, hoping=True)
+            if hoped is not None and not _worth(hoped, found):
+                measured = self._fastest(allowed, exact=False)
+                found = found if measured is None or _worth(measured, found) else measured
+        if found is None:
+            raise self._refusal()
+        return found
+
+    def _options(self, *, exact: bool, hoping: bool = False) -> dict[str, list[Option]]:
+        """What there is to choose from. hoping: with codes and reversals that were not tried yet."""
+        widths = {name: [FIRST_WIDTH] for name in self.model.stages} if hoping else {}
+        options = self.menu.options(self.methods, {} if exact else {**widths, **self.trials.widths})
+        return {
+            name: [o for o in found if o.exact or (not exact and self.trials.may_do(name, o.adjoint))]
+            for name, found in options.items()
+        }
+
+    def _fastest(self, allowed: float, *, exact: bool, hoping: bool = False) -> tuple[Plan, int] | None:
+        """The fastest plan; unless exact or hoping, of options that were measured to be within the tolerance."""
+        if not exact and not hoping and self.methods is None and self.menu.coded:
+            self.trials.calibrate_widths()
+        while True:
+            options = self._options(exact=exact, hoping=hoping)
+            best: tuple[Plan, int] | None = None
+            for parts in self.parts:
+                own = options if parts == 1 else self.menu.in_micro_batches(options, parts)
+                room = (allowed - self._fixed) / (1 + RESERVE) - (self._gradients if parts > 1 else 0)
+                plan = fastest(own, room)
+                if plan is not None and (best is None or _seconds(plan) < _seconds(best[0])):
+                    best = plan, parts
+            if best is None or exact or hoping or self._measured(best[0]):
+                return best
+
+    def _lean(self) -> Plan:
+        """Without a budget: little memory at little time, and nothing held for speed alone."""
+        while True:
+            options = self._options(exact=False)
+            plan = lean(
+                {name: [o for o in found if name == REST or o.adjoint != HOLD] for name, found in options.items()},
+                SLACK,
+            )
+            if self._measured(plan):
+                return plan
+
+    def _measured(self, plan: Plan) -> bool:
+        """Whether every inexact choice of a plan is within its share; those not tried yet are tried."""
+        good = True
+        for name, option in plan.items():
+            if not option.exact and option.adjoint.bits is None:
+                good &= self.trials.on(name, option.adjoint).error <= self.trials.shares[name]
+        return good
+
+    # Measuring
+
+    def _look_for_mixing(self, *, micro_batches: bool) -> None:
+        """Find out whether images of the network see each other, and with it what may be split."""
+        self.on_stage("all stages", "do images mix?")
+        further = any(stage.spec.further for stage in self.model.stages.values())
+        few = self.images[:2]
+        self.model.use_adjoint(HOLD)
+        before = RandomState.everywhere(few.device, self.model.modules())
+        with self.autocast():
+            self.mixes = mixes_images(self.model.net, self.model, few)
+            with fixed_buffers([self.model]), torch.no_grad():
+                self.model(few)
+        draws = not before.equals(RandomState.now(few.device, [g for g, _ in before.held]))
+        self.menu.sliced = not (self.mixes or further or draws)
+        self.menu.coded = all(stage.compilation is None for stage in self.model.stages.values())
+        if micro_batches and not self.mixes:
+            batch = self.menu.images[0]
+            self.parts = [2**k for k in range(batch.bit_length()) if 2**k <= batch]
+
+    # Results
+
+    def _is_exact(self, stage: str, plan: Plan) -> bool:
+        return all(option.exact for name, option in plan.items() if stage_of(name) == stage)
+
+    def _inexact_of(self, stage: str, plan: Plan) -> Adjoint:
+        """The inexact adjoint of a stage's steps, or of its transition."""
+        own = [o.adjoint for name, o in plan.items() if stage_of(name) == stage and not o.exact]
+        return own[-1]
+
+    @property
+    def _fixed(self) -> int:
+        return self.menu.step(HOLD).fixed
+
+    @property
+    def _gradients(self) -> int:
+        return sum(self.menu.trained.values())
+
+    def _peak(self, plan: Plan, parts: int) -> float:
+        further = self._gradients if parts > 1 else 0
+        return self._fixed + (1 + RESERVE) * (peak_of(plan.values()) + further)
+
+    def _chosen(self, plan: Plan, parts: int, whole: StepUse, errors: Mapping[str, float]) -> ChosenAdjoints:
+        """The plan, set, with the figures that it rests on."""
+        adjoints = _adjoints(plan)
+        self.model.use_adjoint(adjoints)
+        held = self.menu.step(HOLD)
+        choices = tuple(self._describe(name, option, errors) for name, option in plan.items() if name != REST)
+        return ChosenAdjoints(
+            choices,
+            self.tolerance,
+            self.trials.count,
+            self.menu.images[0],
+            parts,
+            predicted(whole),
+            predicted(held),
+            None if math.isinf(self.budget) else int(self.budget),
+            whole.seconds / held.seconds,
+            self._alternatives(predicted(whole), whole.seconds, held),
         )
 
-    def _verify(self, picked: Mapping[str, Candidate]) -> dict[str, float]:
-        """Set what was picked; each stage's error in the whole network."""
-        self.on_stage("all stages", "together")
-        for name, candidate in picked.items():
-            self.stages[name].use_adjoint(candidate.adjoint)
-        return self.probe.together()
+    def _alternatives(self, bytes_now: int, seconds_now: float, held: StepUse) -> tuple[Alternative, ...]:
+        """The nearest plan that holds clearly less, and the nearest that is clearly faster, of what is known to do."""
+        if self.methods is not None:
+            return ()
+        room, found = bytes_now - held.fixed, []
+        for share in (0.75, 0.6, 0.45, 0.3):
+            other = self._fastest(held.fixed + share * room, exact=True)
+            if other is not None:
+                found.append(self._alternative(*other, seconds_now, bytes_now))
+                break
+        for share in (1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0):
+            other = self._fastest(held.fixed + share * room, exact=True)
+            if other is not None and _seconds(other[0]) < FASTER * seconds_now:
+                found.append(self._alternative(*other, seconds_now, bytes_now))
+                break
+        return tuple(found)
 
-    def _describe(self, name: str, chosen: Candidate, error: float, size: StageBytes, share: float) -> StageChoice:
-        tried = self.tried[name]
-        own = tried.get(chosen.adjoint, _Tried(0.0, chosen.evaluations, None, None))
-        free = [t for adjoint, t in tried.items() if adjoint.anchors is None and not adjoint.corrections]
+    def _alternative(self, plan: Plan, parts: int, seconds_now: float, bytes_now: int) -> Alternative:
+        needed = round(self._peak(plan, parts))
+        return Alternative(needed, needed / bytes_now, _seconds(plan) / seconds_now)
+
+    def _describe(self, name: str, chosen: Option, errors: Mapping[str, float]) -> PieceChoice:
+        stage = self.model.stages.get(name)
+        tried = self.trials.tried.get(name, {})
+        planned = self.menu.evaluations(name, chosen.adjoint) if stage is not None else float(chosen.adjoint.replays)
+        own = tried.get(replace(chosen.adjoint, slices=1), Tried(0.0, planned, None, None))
+        free = [
+            t
+            for adjoint, t in tried.items()
+            if adjoint.anchors is None and not adjoint.corrections and adjoint.method != "checkpoint"
+        ]
         best = min(free, key=lambda t: t.error, default=None)
-        return StageChoice(
+        return PieceChoice(
             name,
-            self.stages[name].spec.depth,
+            0 if stage is None else stage.spec.depth,
             chosen.adjoint,
-            error,
+            errors.get(name, 0.0),
             own.error,
             own.evaluations,
             own.drift,
             None if best is None else best.drift,
             own.contraction if best is None else best.contraction,
             tuple((adjoint.label, t.error) for adjoint, t in tried.items()),
-            size.state * chosen.states,
-            size.backprop,
-            _reason(chosen, best, share),
+            max(chosen.use.kept, 0),
+            max(self.menu.step(HOLD).pieces[name].kept, 0),
+            _reason(chosen, best, self.trials.shares.get(name, 0.0)),
+        )
+
+    def _refusal(self) -> ResodeError:
+        """Name the least that can be had, and what would lower it."""
+        options = self._options(exact=False, hoping=True)
+        needed = math.inf
+        for parts in self.parts:
+            own = options if parts == 1 else self.menu.in_micro_batches(options, parts)
+            needed = min(needed, self._peak(least(own), parts))
+        advice = "raise --memory-budget or lower --batch-size"
+        if self.mixes:
+            advice += ", or freeze BatchNorm (--bn frozen), so that the batch can be run in parts"
+        return ResodeError(
+            f"memory budget of {size(int(self.budget))}: a training step takes at least {size(int(needed))}; {advice}"
         )
 
 
-def _reason(chosen: Candidate, free: _Tried | None, share: float) -> str:
-    if chosen.adjoint.anchors is None and not chosen.exact:
+def _adjoints(plan: Plan) -> dict[str, Adjoint]:
+    return {name: option.adjoint for name, option in plan.items() if name != REST}
+
+
+def _seconds(plan: Plan) -> float:
+    return seconds_of(plan.values())
+
+
+def _worth(inexact: tuple[Plan, int], exact: tuple[Plan, int] | None) -> bool:
+    """Whether there is an exact plan that is not much slower."""
+    return exact is not None and _seconds(exact[0]) <= (1 + EXACT_WORTH) * _seconds(inexact[0])
+
+
+def _reason(chosen: Option, free: Tried | None, share: float) -> str:
+    adjoint = chosen.adjoint
+    if adjoint == HOLD:
+        return "nothing is faster"
+    if adjoint.bits is not None:
+        return "codes that are fine enough"
+    if adjoint.anchors is None and not chosen.exact:
         return "reversal alone is accurate enough"
     if free is None:
         return "exact"
     if free.error <= share:
         return (
             f"reversal alone is accurate enough (off by {free.error:.2g}), but takes {free.evaluations:.2g} evaluations"
-            f" per step where this takes {chosen.evaluations:.2g}"
+            " per step"
         )
     why = f"reversal alone is off by {free.error:.2g}"
     if free.contraction is not None and not free.contraction < 1:
         why += f": it cannot converge (contraction {free.contraction:.2g})"
     return why + ("; exact anchors" if chosen.exact else "; anchors bring it below the tolerance")
-
-
-def exact_adjoint(stage: OdeStage, state_bytes: int, available: int) -> Adjoint:
-    """Exact checkpoints: all states if they fit, else as many as do, but two at least."""
-    fit = available // max(state_bytes, 1)
-    return Adjoint("checkpoint") if fit >= stage.spec.depth else Adjoint("checkpoint", snapshots=max(int(fit), 2))

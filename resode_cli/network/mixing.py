@@ -47,10 +47,12 @@ def mixes_images(part: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) ->
     )
 
 
-def check_apart(what: str, part: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> None:
+def check_apart(
+    what: str, part: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor, *, into: str = "slices"
+) -> None:
     """Raises ResodeError for a part that mixes images, and cannot be run in slices of the batch."""
     if mixes_images(part, run, x):
         raise ResodeError(
             f"{what} mixes the images of a batch, as BatchNorm does with the batch's statistics, and cannot be run in"
-            " slices; freeze BatchNorm, or leave out the slices"
+            f" {into}; freeze BatchNorm, or leave out the {into}"
         )

@@ -161,22 +161,24 @@ class OdeResNet(nn.Module):
     def kept_parts(self) -> dict[str, str]:
         """Parts whose activations are kept although their adjoint says otherwise, and why; known once they have run."""
         stages = self.stages.items()
-        found = {STEM: self.stem.kept, **{f"{name} transition": stage.entry_kept for name, stage in stages}}
+        found = {STEM: self.stem.kept, **{transition_of(name): stage.entry.kept for name, stage in stages}}
         return {part: why for part, kept in found.items() for why in kept.values() if why}
 
     @property
     def monitors(self) -> list[Monitor]:
         """Of every part that may be evaluated again: what comes before the first stage, transitions and steps."""
         stages = self.stages.values()
-        return [self.stem.monitor, *(m for stage in stages for m in (stage.entry_monitor, stage.monitor))]
+        return [self.stem.monitor, *(m for stage in stages for m in (stage.entry.monitor, stage.monitor))]
 
     @property
     def adjoints(self) -> dict[str, Adjoint]:
         """The backward method of every part, as `use_adjoint` takes them."""
-        return {STEM: self.stem.adjoint, **{name: stage.adjoint for name, stage in self.stages.items()}}
+        found = {STEM: self.stem.adjoint, **{name: stage.adjoint for name, stage in self.stages.items()}}
+        own = {transition_of(name): stage.entry.adjoint for name, stage in self.stages.items()}
+        return found | {name: adjoint for name, adjoint in own.items() if adjoint is not None}
 
     def use_adjoint(self, adjoint: Adjoint | Mapping[str, Adjoint]) -> None:
-        """Set the backward method of every part, or of the parts named: stages by their names, and 'stem'.
+        """Set the backward method of every part, or of the parts named: stages, 'stem', and 'layer2 transition'.
 
         What comes before the first stage, and a stage's transition, is no reversible step: under every method but
         'backprop' it is evaluated again from its input.
@@ -186,8 +188,11 @@ class OdeResNet(nn.Module):
         for name, stage in self.stages.items():
             if isinstance(adjoint, Adjoint):
                 stage.use_adjoint(adjoint)
-            elif name in adjoint:
+                continue
+            if name in adjoint:
                 stage.use_adjoint(adjoint[name])
+            if transition_of(name) in adjoint:
+                stage.entry.adjoint = adjoint[transition_of(name)].outside
 
     def use_scheme(self, scheme: str) -> None:
         """Switch the forward rule of every stage. That changes the network's function."""
@@ -252,12 +257,17 @@ class OdeResNet(nn.Module):
             for prefix, name, transition in stages:
                 if key.startswith(prefix):
                     child = key[len(prefix) :].split(".")[0]
-                    groups[key] = f"{name} transition" if child in transition else name
+                    groups[key] = transition_of(name) if child in transition else name
                     group = "head"
                     break
             else:
                 groups[key] = group
         return groups
+
+
+def transition_of(stage: str) -> str:
+    """What the part in front of a stage's steps is called."""
+    return f"{stage} transition"
 
 
 def take_hooks(module: nn.Module, other: nn.Module) -> None:

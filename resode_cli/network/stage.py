@@ -12,16 +12,16 @@ import torch.fx
 from torch import Tensor, nn
 
 from ..errors import ResodeError, UsageError, first_few
-from ..ode import MAPPING, SCHEMES, Adjoint, Evaluator, Field, Monitor, RandomState, Residual, solve, trajectory
+from ..ode import SCHEMES, Adjoint, Evaluator, Field, Monitor, Residual, solve, trajectory
 from .between import Emptied, Entrance, OnePiece, check_state, enter_stage, is_watched, stand_in_for
 from .block_inputs import WithArguments, further_arguments, tensors_in
 from .compilation import Compilation, CompiledResidual
+from .entry import Entry
 from .mixing import check_apart
 from .parts import BlockSplit
 from .premises import has_hooks
 from .reading import read_again, whole
-from .repeat import remember
-from .residual import ACTIVATIONS, GENERIC, LINEAR, BlendedResidual, BlockCall, BlockResidual, Form, check_form
+from .residual import ACTIVATIONS, GENERIC, LINEAR, BlendedResidual, BlockResidual, Form, check_form
 from .specs import StageSpec
 
 
@@ -53,9 +53,7 @@ class OdeStage(nn.Module):
 
     adjoint: the method of the backward pass; see `resode_cli.ode.METHODS`.
     splits: how each block is run, as found when the stage last ran.
-    monitor: what the last passes did (drift, evaluations). entry_monitor: those of the transition.
-    entry_kept: by the modes of its modules, why the transition's activations are kept although the adjoint says
-        otherwise; empty where they are not. The first pass in these modes finds it out.
+    monitor: what the last passes did (drift, evaluations). entry: the transition, as a part by itself.
     compilation: the compiled residual functions, if the steps run compiled.
     further: what the blocks were called with beside the state, the last time that the stage ran: for looks at
         the stage by itself, as `stage(x, **stage.further)`.
@@ -81,8 +79,7 @@ class OdeStage(nn.Module):
         self.splits = self._checked(splits)
         self.adjoint = Adjoint("backprop")
         self.monitor = Monitor()
-        self.entry_monitor = Monitor()
-        self.entry_kept: dict[tuple[bool, ...], str] = {}
+        self.entry = Entry()
         self.compilation: Compilation | None = None
         self.tap: Tap | None = None
         self._apart: tuple[bool, ...] = ()  # the modes in which it was seen to keep images apart
@@ -247,9 +244,12 @@ class OdeStage(nn.Module):
         self.spec = replace(self.spec, form=form)
 
     def use_adjoint(self, adjoint: Adjoint) -> None:
-        """Set the method of the backward pass. Raises UsageError if the forward rule does not suit it."""
+        """Set the method of the backward pass. Raises UsageError if the forward rule does not suit it.
+
+        The transition's is what goes with it, until `entry.adjoint` says otherwise.
+        """
         adjoint.plan(self.spec.depth, self.spec.scheme)
-        self.adjoint = adjoint
+        self.adjoint, self.entry.adjoint = adjoint, None
 
     # A compiled network runs its stages as they are, between its own graphs: the engine counts, looks at states and
     # evaluates again, and `compile_branch` compiles what there is to gain from.
@@ -283,7 +283,8 @@ class OdeStage(nn.Module):
     def _check_slices(self, x: Tensor) -> None:
         """Raises ResodeError where the adjoint asks for slices and the stage, in its present mode, mixes images."""
         modes = tuple(module.training for module in self.modules())
-        if self.adjoint.slices == 1 or modes == self._apart or not torch.is_grad_enabled():
+        slices = max(self.adjoint.slices, self.entry_adjoint.slices)
+        if slices == 1 or modes == self._apart or not torch.is_grad_enabled():
             return
         if self.spec.further:
             raise ResodeError(
@@ -332,26 +333,16 @@ class OdeStage(nn.Module):
 
     def _pass_transition(self, x: Tensor) -> Tensor:
         """The transition's output, which is evaluated again in the backward pass unless that is found not to do."""
-        blocks, adjoint = self.transition, self.adjoint.outside
-        modes = tuple(module.training for block in blocks for module in block.modules())
-        exporting = torch.compiler.is_exporting()
-        if not (adjoint.replays and blocks and torch.is_grad_enabled()) or exporting or self.entry_kept.get(modes):
+        adjoint = self.entry_adjoint
+        if not adjoint.replays:
             return self._run_transition(x)
-        names = tuple(f"{self.spec.container}.{name}" for name in self.spec.transition)
-        part = Field(tuple(map(BlockCall, blocks)), tuple(range(len(blocks))), 1.0, names)
-        plan = adjoint.plan(len(blocks), MAPPING.name)
-        if modes in self.entry_kept:
-            return solve(part, MAPPING, plan, x, monitor=self.entry_monitor)
-        restore, random = remember(blocks), RandomState.everywhere(x.device, part.modules())
-        try:
-            result = solve(part, MAPPING, plan, x.clone(), monitor=self.entry_monitor)
-        except ResodeError as reason:
-            self.entry_kept[modes] = str(reason)
-            restore()
-            random.restore()
-            return self._run_transition(x)
-        self.entry_kept[modes] = ""
-        return result
+        names = [f"{self.spec.container}.{name}" for name in self.spec.transition]
+        return self.entry.run(self.transition, names, adjoint, self._run_transition, x)
+
+    @property
+    def entry_adjoint(self) -> Adjoint:
+        """The method of the transition's backward pass."""
+        return self.entry.adjoint or self.adjoint.outside
 
     def _run_transition(self, x: Tensor) -> Tensor:
         for block in self.transition:

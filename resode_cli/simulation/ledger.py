@@ -39,7 +39,7 @@ _CONVOLUTIONS = ("convolution", "convolution_backward")
 _FREE = frozenset("empty empty_strided empty_like new_empty detach alias new_empty_strided lift_fresh".split())
 
 
-class Ledger(LiveBytes):
+class Ledger(LiveBytes):  # type: ignore[no-untyped-call]
     """Counts, as operations go by, the bytes alive and the seconds spent.
 
     now, peak: bytes, as `LiveBytes` counts them; on a machine that copies, with the copies while they are made.

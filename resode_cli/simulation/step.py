@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..network.model import OdeResNet, autocast_dtype
+from ..network.model import OdeResNet, autocast_dtype, transition_of
 from ..network.outside import STEM
 from ..network.stage import OdeStage
 from ..ode import Adjoint
@@ -26,16 +26,18 @@ REST = "rest"
 class PieceUse:
     """What one piece of a network takes in a step.
 
-    kept: bytes more that are alive after its forward pass than before it. forward, backward: the most alive in its
-    passes, above what was when they began. seconds: of both, on the simulated machine. before: bytes alive when its
-    backward pass began, those that the pieces up to it keep not counted.
+    kept, left: bytes more that are alive after its forward pass, its backward pass, than before it. forward, backward:
+    the most alive in its passes, above what was when they began. seconds: of both, on the simulated machine.
+    once: of the forward pass alone. state: bytes of one state of a stage's steps.
     """
 
     kept: int = 0
+    left: int = 0
     forward: int = 0
     backward: int = 0
-    before: int = 0
     seconds: float = 0.0
+    once: float = 0.0
+    state: int = 0
 
 
 @dataclass
@@ -137,7 +139,7 @@ def piece_names(model: OdeResNet) -> list[str]:
     """
     names = [STEM]
     for name, stage in model.stages.items():
-        names += [f"{name} transition"] if stage.transition else []
+        names += [transition_of(name)] if stage.transition else []
         names += [name] if stage.spec.depth else []
     return [*names, REST]
 
@@ -151,7 +153,6 @@ class _Watch:
         self.pieces = {name: PieceUse() for name in self.names}
         self.peak = 0
         self.place = 0
-        self.held = 0  # by the pieces whose backward pass is to come
         self.start = 0
         self.seconds = 0.0
         self.turned = False
@@ -172,11 +173,13 @@ class _Watch:
         pass_transition, solve = stage._pass_transition, stage._solve
 
         def transition(x: Tensor) -> Tensor:
-            self._enter(f"{name} transition", x)
+            self._enter(transition_of(name), x)
             return pass_transition(x)
 
         def steps(stage_field: Any, state: list[Tensor]) -> Tensor:
             self._enter(name, state[0])
+            if name in self.pieces:
+                self.pieces[name].state = state[0].nbytes
             result = solve(stage_field, state)
             self._enter(self._after(name), result)
             return result
@@ -207,15 +210,12 @@ class _Watch:
         """The forward pass is done, and the backward pass begins."""
         self._finish_forward()
         self.turned, self.place = True, len(self.names) - 1
-        self.held = sum(piece.kept for piece in self.pieces.values())
         self._start()
 
     def _leave(self, place: int) -> None:
         """The backward pass has come through the input of a piece."""
         if place <= self.place:
             self._finish_backward()
-            for passed in self.names[place : self.place + 1]:
-                self.held -= self.pieces[passed].kept
             self.place = place - 1
             self._start()
 
@@ -231,12 +231,12 @@ class _Watch:
     def _finish_forward(self) -> None:
         piece = self.pieces[self.names[self.place]]
         piece.kept, piece.forward = self.ledger.now - self.start, self.ledger.peak - self.start
-        piece.seconds = self.ledger.seconds - self.seconds
+        piece.seconds = piece.once = self.ledger.seconds - self.seconds
         self.peak = max(self.peak, self.ledger.peak)
 
     def _finish_backward(self) -> None:
         piece = self.pieces[self.names[self.place]]
-        piece.before, piece.backward = self.start - self.held, self.ledger.peak - self.start
+        piece.left, piece.backward = self.ledger.now - self.start, self.ledger.peak - self.start
         piece.seconds += self.ledger.seconds - self.seconds
         self.peak = max(self.peak, self.ledger.peak)
 
@@ -258,4 +258,6 @@ class _InFloat32(torch.overrides.TorchFunctionMode):
             return func(*args, **kwargs)
 
 
-_FLOAT32_ON_CUDA = frozenset("layer_norm group_norm softmax log_softmax softmin pow norm sum prod cumsum exp log".split())
+_FLOAT32_ON_CUDA = frozenset(
+    "layer_norm group_norm softmax log_softmax softmin pow norm sum prod cumsum exp log".split()
+)

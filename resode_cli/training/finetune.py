@@ -15,13 +15,13 @@ from torch import Tensor
 from ..data import Batch, ImageData, batches
 from ..errors import ResodeError
 from ..files import model_file
-from ..gradients.choose import ChosenAdjoints
+from ..gradients.results import ChosenAdjoints
 from ..machine.locks import FolderLock
 from ..measuring.evaluate import Evaluation, evaluate
 from ..network.model import OdeResNet, check_finite, freeze_batch_norm
 from ..ode import RandomState, fixed_buffers
 from . import run_folder
-from .guard import Guard, GuardState
+from .guard import Figures, Guard, GuardState, together
 from .loop import DONE, INTERRUPTED, Loop, training_batches
 from .objective import Objective
 from .optimizer_state import OptimizerState
@@ -161,8 +161,8 @@ class _Run:
 
     def _chosen(self, chosen: ChosenAdjoints) -> None:
         self.chosen = chosen
-        by_stage = {c.stage: {"adjoint": c.adjoint.label, "error": c.error} for c in chosen.choices}
-        self.model.record("calibrate", step=self.progress.step, stages=by_stage)
+        by_piece = {c.piece: {"adjoint": c.adjoint.label, "error": c.error} for c in chosen.choices}
+        self.model.record("calibrate", step=self.progress.step, pieces=by_piece, micro_batches=chosen.micro_batches)
         self.callbacks.on_choice(chosen)
 
     def _train_mode(self) -> None:
@@ -317,19 +317,19 @@ class _Run:
         return StepRecord(step, self.total, epoch, taken.loss, taken.accuracy, lr, speed, peak, taken.monitor)
 
     def _forward_backward(self, images: Tensor, labels: Tensor) -> Taken:
-        """What a batch gives; and .grad set."""
-        with self.loop.autocast():
-            loss, logits = self.objective(images, labels)
-        self.loop.backward(loss)
+        """What a batch gives; and .grad set. Where it is split, the gradients of its parts add up."""
+        count = -(-len(labels) // self.guard.state.micro_batches)
+        cuts = [slice(a, a + count) for a in range(0, len(labels), count)]
+        parts = [self._part(images[cut], labels[cut], len(labels[cut]) / len(labels)) for cut in cuts]
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         look = gradients and not self.loop.scaler.is_enabled()
-        steepest = torch.nn.utils.get_total_norm(gradients, math.inf) if look else loss.new_zeros(())
+        steepest = torch.nn.utils.get_total_norm(gradients, math.inf) if look else parts[0][0].new_zeros(())
         # One transfer per step: the loss, the accuracy, the gradient's size and every stage's figures together.
-        right = (logits.argmax(1) == labels).float().mean()
-        figures = self.guard.figures()
+        loss = torch.stack([loss for loss, _, _ in parts]).sum()
+        right = torch.stack([right for _, right, _ in parts]).sum()
+        figures = together([figures for _, _, figures in parts])
         known = (value for stages in figures.values() for value in stages.values() if value is not None)
-        tensors = [loss.detach(), right, steepest, *known]
-        values = iter(torch.stack([tensor.float() for tensor in tensors]).tolist())
+        values = iter(torch.stack([tensor.float() for tensor in (loss, right, steepest, *known)]).tolist())
         self.guard.check()
         total, accuracy, largest = (next(values) for _ in range(3))
         monitor = {
@@ -337,6 +337,14 @@ class _Run:
             for figure, stages in figures.items()
         }
         return Taken(len(labels), total, accuracy, largest, monitor)
+
+    def _part(self, images: Tensor, labels: Tensor, share: float) -> tuple[Tensor, Tensor, Figures]:
+        """The share of a batch's loss and accuracy that some of its images have, and the monitor's figures."""
+        with self.loop.autocast():
+            loss, logits = self.objective(images, labels)
+        self.loop.backward(loss if share == 1 else loss * share)
+        right = (logits.argmax(1) == labels).float().mean()
+        return loss.detach() * share, right * share, self.guard.figures()
 
     def _evaluate(self) -> Evaluation:
         assert self.test is not None

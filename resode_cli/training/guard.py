@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from ..errors import ResodeError
-from ..gradients.choose import ChosenAdjoints, choose_adjoints
+from ..gradients.choose import choose_adjoints
+from ..gradients.results import ChosenAdjoints
 from ..machine.memory import free_bytes
+from ..network.mixing import check_apart
 from ..network.model import OdeResNet
-from ..network.outside import STEM
 from ..ode import Adjoint
-from ..quantities import parse_bytes
-from .settings import Settings
+from .optimization import optimizer_slots
+from .settings import LEAN, Settings
 
 # After a choice asked for by the monitor: a stage that drifts again within so many steps gets exact anchors.
 PATIENCE = 20
@@ -27,6 +28,7 @@ CHANCE = 1.5
 # Of the free memory, what a stage that moves to anchors may take: other stages may follow.
 SHARE = 0.5
 FIGURES = ("drift", "correction", "contraction")
+Figures = dict[str, dict[str, Tensor | None]]  # by figure and stage
 
 
 @dataclass
@@ -39,6 +41,19 @@ class GuardState:
     moved_to_anchors: list[str] = field(default_factory=list)
     recalibrations: int = 0
     warned: list[str] = field(default_factory=list)
+    micro_batches: int = 1
+
+
+def together(parts: Sequence[Figures]) -> Figures:
+    """The largest of each figure over the parts of a batch."""
+    if len(parts) == 1:
+        return parts[0]
+    found: Figures = {figure: {} for figure in FIGURES}
+    for figure in FIGURES:
+        for name in parts[0][figure]:
+            values = [value for part in parts if (value := part[figure][name]) is not None]
+            found[figure][name] = torch.stack(values).max() if values else None
+    return found
 
 
 class Guard:
@@ -69,6 +84,9 @@ class Guard:
 
     def start(self, batch: Callable[[], tuple[Tensor, Tensor]]) -> None:
         """Set every stage's adjoint: as it was, as given, or chosen on a batch."""
+        if not self.state.adjoints and self.settings.micro_batches > 1:
+            self._check_apart(batch)
+            self.state.micro_batches = self.settings.micro_batches
         if self.state.adjoints:
             self.model.use_adjoint({name: Adjoint(**values) for name, values in self.state.adjoints.items()})
         elif self.choice.fixed is not None:
@@ -77,7 +95,13 @@ class Guard:
         else:
             self._choose(*batch(), step=0)
 
-    def figures(self) -> dict[str, dict[str, Tensor | None]]:
+    def _check_apart(self, batch: Callable[[], tuple[Tensor, Tensor]]) -> None:
+        """Raises ResodeError for micro-batches of a network that mixes the images of a batch."""
+        self.prepare()
+        with self.autocast():
+            check_apart("the network", self.model.net, self.model, batch()[0], into="micro-batches")
+
+    def figures(self) -> Figures:
         """What the monitors tell of the last pass, on the device, by figure and stage; None where that is nothing."""
         monitors = {name: self.model.stages[name].monitor for name in self.stage_names}
         return {figure: {name: getattr(m, figure) for name, m in monitors.items()} for figure in FIGURES}
@@ -138,8 +162,8 @@ class Guard:
         """Move a stage to exact checkpoints: every state if they fit, else as many snapshots as do."""
         stage = self.model.stages[name]
         available = free_bytes(self.device)
-        if self.settings.memory_budget is not None:
-            available = min(available, parse_bytes(self.settings.memory_budget))
+        if (budget := self.settings.budget_bytes) is not None:
+            available = min(available, budget)
         fit = int(SHARE * available / max(stage.monitor.state_bytes, 1))
         adjoint = Adjoint("checkpoint", snapshots=None if fit >= stage.spec.depth else max(fit, 2))
         stage.use_adjoint(adjoint)
@@ -149,24 +173,29 @@ class Guard:
 
     def _choose(self, images: Tensor, labels: Tensor, *, step: int) -> None:
         self.prepare()
-        budget = self.settings.memory_budget
+        settings = self.settings
+        budget = settings.budget_bytes or self._free()
         chosen = choose_adjoints(
             self.model,
             images,
             labels,
-            tolerance=self.settings.grad_tol,
-            budget=parse_bytes(budget) if budget is not None else self._free(),
-            batch_size=self.settings.batch_size,
+            tolerance=settings.grad_tol,
+            budget=None if settings.memory_budget == LEAN else budget,
+            batch_size=-(-settings.batch_size // settings.micro_batches),
+            optimizer_slots=optimizer_slots(settings),
             methods=self.choice.methods,
+            amp=settings.amp,
+            micro_batches=settings.micro_batches == 1 and not settings.teacher_states,
             autocast=self.autocast,
         )
+        self.state.micro_batches = settings.micro_batches * chosen.micro_batches
         self.on_choice(chosen)
         self.state.allowed = {}
-        for choice in chosen.choices:
+        for choice in chosen.stages:
             if choice.own_drift is not None:
                 room = max(self.settings.grad_tol / max(choice.error, 1e-12), CHANCE)
-                self.state.allowed[choice.stage] = room * choice.own_drift
-            self.state.calibrated_at[choice.stage] = step
+                self.state.allowed[choice.piece] = room * choice.own_drift
+            self.state.calibrated_at[choice.piece] = step
         self._remember()
 
     def _free(self) -> int:
@@ -174,5 +203,4 @@ class Guard:
         return free_bytes(self.device) + sum(t.nbytes for t in (*self.model.parameters(), *self.model.buffers()))
 
     def _remember(self) -> None:
-        known = {STEM, *self.stage_names}
-        self.state.adjoints = {name: asdict(a) for name, a in self.model.adjoints.items() if name in known}
+        self.state.adjoints = {name: asdict(adjoint) for name, adjoint in self.model.adjoints.items()}

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..gradients.choose import ChosenAdjoints
+from ..gradients.results import ChosenAdjoints
 from ..measuring.evaluate import Evaluation
 from .run_folder import StepRecord
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from ..errors import UsageError
 from ..options import ADJOINT_SETTINGS, check_options, option
 from ..quantities import (
     BITS,
@@ -30,6 +31,7 @@ AMP = ("none", "bf16", "fp16")
 BATCH_NORM = ("frozen", "batch")
 ON_DRIFT = ("anchors", "warn", "stop")
 ON_NONFINITE = ("stop", "skip")
+LEAN = "lean"  # as a memory budget
 
 length = partial(option, group="Length of the run")
 backward = partial(option, group="Backward pass")
@@ -79,11 +81,21 @@ class Settings:
         range=COUNT,
         resume="stays",
     )
+    micro_batches: int = backward(
+        1,
+        "Split every batch in so many parts, one after the other, whose gradients add up: exact where a network mixes"
+        " no images. 'auto' may choose more.",
+        range=COUNT,
+        resume="stays",
+    )
     grad_tol: float = backward(
         0.02, "Relative gradient error of a stage that 'auto' may accept.", range=POSITIVE, resume="stays"
     )
     memory_budget: str | None = backward(
-        None, "Memory of a training step for 'auto', e.g. 8GiB. Default: what the device has free.", resume="stays"
+        None,
+        "Memory of a training step for 'auto', e.g. 8GiB. Default: what the device has free. 'lean': activations are"
+        " kept by no stage for speed alone.",
+        resume="stays",
     )
     epochs: int | None = length(
         None, "Passes over the images. Default: one, or as many as --max-steps needs.", range=COUNT
@@ -149,11 +161,21 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_options(self)
-        if self.memory_budget is not None:
-            parse_bytes(self.memory_budget)
+        _ = self.budget_bytes
+        if self.micro_batches > self.batch_size:
+            raise UsageError(f"--micro-batches {self.micro_batches}: a batch has {self.batch_size} images")
+        if self.micro_batches > 1 and self.teacher_states:
+            raise UsageError("--teacher-states compares whole batches, which --micro-batches splits: leave out one")
         given = (self.anchors, self.snapshots, self.bits, self.slices)
         if self.adjoint != "auto" or self.corrections or any(value is not None for value in given):
             self.adjoint_choice()  # which is a mistake if there is no such; it needs torch, and help does not
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """The memory budget; None if there is none, or 'lean'. Raises UsageError for anything else."""
+        if self.memory_budget is None or self.memory_budget == LEAN:
+            return None
+        return parse_bytes(self.memory_budget)
 
     def adjoint_choice(self) -> AdjointChoice:
         from ..gradients.adjoint_choice import parse_adjoint

@@ -134,7 +134,7 @@ def test_gradients_buffers_and_random_numbers_are_backprops(adjoint: Adjoint, dr
     model.use_adjoint(adjoint)
     assert_trains_alike(model.train(training), source.train(training))
     assert model.stem.monitor.evaluations == 1 and not any(model.stem.kept.values())
-    assert all(stage.entry_monitor.evaluations == 1 for stage in model.stages.values())
+    assert all(stage.entry.monitor.evaluations == 1 for stage in model.stages.values())
 
 
 @pytest.mark.parametrize("part", ["stem", "layer1", "layer2"])

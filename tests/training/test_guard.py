@@ -162,7 +162,7 @@ def test_a_tolerance_that_a_resumed_run_lowers_binds_stages_that_auto_has_calibr
 
 def test_a_part_that_keeps_its_activations_all_the_same_is_said_once(model, tmp_path):
     messages: list[str] = []
-    model.stages["layer2"].entry_kept[(True,)] = "it writes to its input"
+    model.stages["layer2"].entry.kept[(True,)] = "it writes to its input"
     train(model, tmp_path / "run", replace(SETTINGS, max_steps=3), callbacks=Callbacks(on_message=messages.append))
     said = [message for message in messages if "keeps its activations" in message]
     assert len(said) == 1 and "layer2 transition" in said[0] and said[0].endswith("it writes to its input")

@@ -1,0 +1,81 @@
+"""What `auto` chose, and the figures that it rests on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..ode import Adjoint
+
+
+@dataclass(frozen=True)
+class PieceChoice:
+    """What was chosen for a piece of a network: a stage's steps, its transition, or what comes before the first stage.
+
+    steps: of a stage, else 0.
+    error: relative error of the gradient of the stage's steps, in the whole network, on the batch used.
+    own_error: relative error of the stage alone, given its output's exact adjoint: the larger one of parameters and
+        input.
+    evaluations_per_step: in the backward pass; of a transition, of the whole of it.
+    own_drift: drift of what was chosen; None if it is exact.
+    free_drift, contraction: of the best reversal without anchors; None if none was tried.
+    tried: the adjoints measured, with their own errors.
+    bytes_held: between its forward and its backward pass, for the batch size planned for.
+    backprop_bytes: that plain backprop would hold.
+    """
+
+    piece: str
+    steps: int
+    adjoint: Adjoint
+    error: float
+    own_error: float
+    evaluations_per_step: float
+    own_drift: float | None
+    free_drift: float | None
+    contraction: float | None
+    tried: tuple[tuple[str, float], ...]
+    bytes_held: int
+    backprop_bytes: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """Another plan: its bytes, and memory and time against the chosen one's."""
+
+    bytes: int
+    memory: float
+    time: float
+
+
+@dataclass(frozen=True)
+class ChosenAdjoints:
+    """The choices, and what a training step takes by them.
+
+    images: that were calibrated on; 0 where nothing had to be measured. micro_batches: parts of the batch, one after
+    the other. predicted_bytes, backprop_bytes: of a step. budget: in bytes; None where there was none.
+    time: of a step against plain backprop's, on the simulated machine.
+    """
+
+    choices: tuple[PieceChoice, ...]
+    tolerance: float
+    images: int
+    batch_size: int
+    micro_batches: int
+    predicted_bytes: int
+    backprop_bytes: int
+    budget: int | None
+    time: float
+    alternatives: tuple[Alternative, ...] = ()
+
+    @property
+    def backprop_fits(self) -> bool:
+        return self.budget is not None and self.backprop_bytes <= self.budget
+
+    @property
+    def adjoints(self) -> dict[str, Adjoint]:
+        return {choice.piece: choice.adjoint for choice in self.choices}
+
+    @property
+    def stages(self) -> tuple[PieceChoice, ...]:
+        """The choices for steps."""
+        return tuple(choice for choice in self.choices if choice.steps)
