@@ -25,6 +25,7 @@ ROOMS = [
     "sources",
     "surgery",
     "files",
+    "simulation",
     "gradients",
     "measuring",
     "training",

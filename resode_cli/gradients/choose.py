@@ -179,10 +179,11 @@ class _Chooser:
                 return plan
 
     def _measured(self, plan: Plan) -> bool:
-        """Whether every inexact choice of a plan is within its share; those not tried yet are tried."""
+        """Whether every inexact choice is within its share; those not tried yet are tried, and may cost more then."""
         good = True
         for name, option in plan.items():
             if not option.exact and option.adjoint.bits is None:
+                good &= self.trials.knows(name, option.adjoint)
                 good &= self.trials.on(name, option.adjoint).error <= self.trials.shares[name]
         return good
 

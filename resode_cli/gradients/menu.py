@@ -27,6 +27,8 @@ class Menu:
 
     sliced: whether nothing in the network mixes images, so that it can be run in slices of the batch.
     coded: whether states may be held as codes.
+    measured: evaluations of Φ per step of a stage by an adjoint, where they were counted. What they are where states
+        are extrapolated depends on the weights, and until it is known the least is hoped for.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Menu:
     ) -> None:
         self.model, self.simulation, self.images = model, simulation, images
         self.amp, self.slots, self.sliced, self.coded = amp, optimizer_slots, sliced, coded
+        self.measured: dict[tuple[str, Adjoint], float] = {}
         self.names = piece_names(model)
         self.steps: dict[tuple[Adjoint, int], StepUse] = {}
         self.trained = _trained_bytes(model, self.names)
@@ -106,7 +109,13 @@ class Menu:
             else:
                 most = MOST_CORRECTIONS if methods is None and REVERSALS[method].modified else 0
                 for corrections in range(most + 1):
-                    found += self._reversals(name, stage, Adjoint(method, corrections=corrections))
+                    free = Adjoint(method, corrections=corrections)
+                    # With every state held it is a checkpoint.
+                    found += [
+                        option
+                        for option in self._reversals(name, stage, free)
+                        if option.adjoint.anchors != 1 or (methods is not None and set(methods) <= REVERSALS.keys())
+                    ]
         return found
 
     def _use(self, name: str, adjoint: Adjoint) -> PieceUse:
@@ -160,13 +169,16 @@ class Menu:
         depth, use = stage.spec.depth, self._use(name, free)
         alone = free.plan(depth, stage.spec.scheme)
         assert alone is not None
+        # What extrapolation takes is much the same with anchors; without a measurement the least is hoped for.
+        extra = self.measured.get((name, free), 0.0)
         found = []
         for every in spacings(depth):
             adjoint = replace(free, anchors=every)
             plan = adjoint.plan(depth, stage.spec.scheme)
             assert plan is not None
             more = (plan.states_kept - alone.states_kept) * use.state
-            fewer = planned_evaluations(alone) - planned_evaluations(plan)
+            least = self.measured.get((name, adjoint), planned_evaluations(plan))
+            fewer = use.evaluations - (max(least, extra) if alone.extrapolates else least)
             found.append(
                 Option(
                     adjoint,

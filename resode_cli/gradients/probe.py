@@ -19,13 +19,10 @@ from ..errors import ResodeError
 from ..network.model import OdeResNet
 from ..network.outside import STEM
 from ..network.stage import OdeStage
-from ..ode import SCHEMES, Adjoint, RandomState, fixed_buffers, kept_bytes
-from ..ode.field import Evaluator
+from ..ode import Adjoint, RandomState, fixed_buffers
 
 # A power of two changes no relative error, and keeps small adjoints from vanishing in fp16.
 LOSS_SCALE = 1024.0
-# States besides the held ones that a sweep has at a time: adjoints, estimates, values off and on the tape.
-WORKING_STATES = 8
 # Images on which the exact pass is held against plain backprop, and the least relative difference that is more than
 # rounding; sums over the steps that share a block are rounded otherwise in the two.
 COMPARED = 2
@@ -45,7 +42,7 @@ class Passage:
 class Probe:
     """A batch in a network: what its exact pass gives every stage, and what other adjoints make of it.
 
-    stages: those that gradients pass through, by name. outside: bytes kept outside the stages' steps.
+    stages: those that gradients pass through, by name.
     The model is in the mode that it trains in. Buffers and generators are left as they were.
     """
 
@@ -55,14 +52,13 @@ class Probe:
         for stage in self.stages.values():
             stage.use_adjoint(reference_adjoint(stage))
         model.use_adjoint({STEM: Adjoint("checkpoint")})
-        self.passages, self.exact, self.outside = self._exact_pass()
+        self.passages, self.exact = self._exact_pass()
 
-    def _exact_pass(self) -> tuple[dict[str, Passage], dict[str, tuple[Tensor, ...]], int]:
-        """Exact gradients of the whole network, every stage's passage, and the bytes kept outside the stages."""
+    def _exact_pass(self) -> tuple[dict[str, Passage], dict[str, tuple[Tensor, ...]]]:
+        """Exact gradients of the whole network, and every stage's passage."""
         passages: dict[str, Passage] = {}
         hooks = []
         for name, stage in self.stages.items():
-            stage.monitor.count_kept = True
 
             def before(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
                 passage = passages[name] = Passage(args[0].detach(), self._random(module))
@@ -80,19 +76,15 @@ class Probe:
 
             hooks += [stage.register_forward_pre_hook(before), stage.register_forward_hook(after)]
         try:
-            with kept_bytes(self.model.parameters()) as count:
-                loss = self._loss()
-            outside = count() or 0
+            loss = self._loss()
             gradients = self._gradients(loss)
         finally:
             for hook in hooks:
                 hook.remove()
-            for stage in self.stages.values():
-                stage.monitor.count_kept = False
         # No gradient passes through a stage in front of everything that is trained.
         self.stages = {name: stage for name, stage in self.stages.items() if passages[name].adjoint is not None}
         self._check_reference()
-        return passages, gradients, outside
+        return passages, gradients
 
     def _check_reference(self) -> None:
         """Raises ResodeError if exact methods do not give backprop's gradients: each evaluates its blocks again."""
@@ -162,34 +154,6 @@ class Probe:
         if passage.input_gradient is not None:
             errors.append(relative_error([passage.input_gradient], [_or_zero(input_gradient, leaf)]))
         return max(error if math.isfinite(error) else math.inf for error in errors)
-
-
-@dataclass(frozen=True)
-class StageBytes:
-    """Bytes of one state of a stage, of what plain backprop keeps, and of what a sweep works with."""
-
-    state: int
-    backprop: int
-    working: int
-
-    @classmethod
-    def of(
-        cls, stage: OdeStage, x: Tensor, scale: float, autocast: Callable[[], Any] = torch.enable_grad
-    ) -> StageBytes:
-        """Measured on the stage's first step; scale: planned batch size over the batch at hand."""
-        with fixed_buffers([stage]), autocast(), torch.no_grad():
-            state = stage.enter(x).detach()
-        field, scheme = stage.field(), SCHEMES[stage.spec.scheme]
-        leaf = state.clone().requires_grad_()
-        with fixed_buffers([stage]), autocast(), kept_bytes(stage.parameters()) as count, torch.enable_grad():
-            scheme.increment(Evaluator(field), 0, leaf)
-            kept = count() or 0
-        # The forward rule adds a state per step to what the branch keeps.
-        return cls(
-            int(state.nbytes * scale),
-            int(kept * scale) * stage.spec.depth,
-            int((kept + WORKING_STATES * state.nbytes) * scale),
-        )
 
 
 def reference_adjoint(stage: OdeStage) -> Adjoint:

@@ -94,13 +94,19 @@ class Trials:
             stage.use_adjoint(alone)
             error = probe.alone(name)
             monitor = stage.monitor
+            evaluations = monitor.evaluations / SCHEMES[stage.spec.scheme].evaluations / stage.spec.depth
+            self.menu.measured[name, alone] = evaluations
             self.tried[name][alone] = Tried(
                 error,
-                monitor.evaluations / SCHEMES[stage.spec.scheme].evaluations / stage.spec.depth,
+                evaluations,
                 None if monitor.drift is None else monitor.drift.item(),
                 None if monitor.contraction is None else monitor.contraction.item(),
             )
         return self.tried[name][alone]
+
+    def knows(self, name: str, adjoint: Adjoint) -> bool:
+        """Whether an adjoint was tried already, or cannot be."""
+        return replace(adjoint, slices=1) in self.tried[name] or name not in self.opened().stages
 
     def may_do(self, name: str, adjoint: Adjoint) -> bool:
         """Whether an inexact adjoint has not been found, and is not expected, to be too far off."""

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..network.model import OdeResNet, autocast_dtype, transition_of
 from ..network.outside import STEM
 from ..network.stage import OdeStage
-from ..ode import Adjoint
+from ..ode import SCHEMES, Adjoint, Monitor
 from .ledger import CPU, CUDA, Ledger
 
 REST = "rest"
@@ -28,7 +28,8 @@ class PieceUse:
 
     kept, left: bytes more that are alive after its forward pass, its backward pass, than before it. forward, backward:
     the most alive in its passes, above what was when they began. seconds: of both, on the simulated machine.
-    once: of the forward pass alone. state: bytes of one state of a stage's steps.
+    once: of the forward pass alone. state: bytes of one state of a stage's steps. evaluations: of Φ per step, in the
+    backward pass.
     """
 
     kept: int = 0
@@ -38,6 +39,7 @@ class PieceUse:
     seconds: float = 0.0
     once: float = 0.0
     state: int = 0
+    evaluations: float = 0.0
 
 
 @dataclass
@@ -78,12 +80,12 @@ class Simulation:
                 trained = isinstance(tensor, nn.Parameter)
                 memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if trained else empty
         for stage in model.stages.values():
-            memo[id(stage.monitor.repetition)] = None  # of the last real step
             memo[id(stage.further)] = {}
         copied: OdeResNet = copy.deepcopy(model, memo)
         for stage in copied.stages.values():
-            stage.compilation = None
+            stage.compilation, stage.monitor, stage.entry.monitor = None, Monitor(), Monitor()
             stage.keeps_apart()
+        copied.stem.monitor = Monitor()
         copied.stem.apart = tuple(module.training for module in copied.net.modules())
         return copied
 
@@ -124,6 +126,7 @@ class Simulation:
                     watch.turn()
                     torch.autograd.backward(loss)
                     watch.end()
+                    watch.count_evaluations()
                     del logits, loss
         finally:
             for p in model.parameters():
@@ -186,7 +189,8 @@ class _Watch:
 
         stage.__dict__["_pass_transition"], stage.__dict__["_solve"] = transition, steps
 
-    def _after(self, name: str) -> str:
+    def _after(self, stage: str) -> str:
+        name = stage if stage in self.pieces else transition_of(stage)
         return self.names[min(self.names.index(name) + 1, len(self.names) - 1)]
 
     def begin(self) -> None:
@@ -223,6 +227,12 @@ class _Watch:
         """The backward pass is done."""
         if self.place >= 0:
             self._finish_backward()
+
+    def count_evaluations(self) -> None:
+        for name, stage in self.model.stages.items():
+            if name in self.pieces:
+                done = stage.monitor.evaluations / SCHEMES[stage.spec.scheme].evaluations
+                self.pieces[name].evaluations = done / stage.spec.depth
 
     def _start(self) -> None:
         self.start, self.seconds = self.ledger.now, self.ledger.seconds

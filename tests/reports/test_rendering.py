@@ -19,7 +19,7 @@ from resode_cli.bench.results import BenchReport, BenchRow
 from resode_cli.commands.output import Output, _Console
 from resode_cli.commands.progress import fitting, training
 from resode_cli.gradients.check_grad import GradientReport, MethodGradients, StageGradient, SweepRow
-from resode_cli.gradients.choose import ChosenAdjoints, StageChoice
+from resode_cli.gradients.results import Alternative, ChosenAdjoints, PieceChoice
 from resode_cli.ode import Adjoint
 from resode_cli.reports.bench import bench_table
 from resode_cli.reports.choice import choice_table
@@ -69,7 +69,7 @@ def bench() -> Table:
 
 def calibration() -> Table:
     choices = tuple(
-        StageChoice(
+        PieceChoice(
             name,
             100,
             Adjoint("multistep", anchors=7),
@@ -86,7 +86,9 @@ def calibration() -> Table:
         )
         for name in STAGES
     )
-    return choice_table(ChosenAdjoints(choices, 0.05, 16, 64, 10**9, 10**10, 2 * 10**9))
+    return choice_table(
+        ChosenAdjoints(choices, 0.05, 16, 64, 4, 10**9, 10**10, 2 * 10**9, 1.3, (Alternative(10**9, 0.7, 1.2),))
+    )
 
 
 def stages() -> Table:

@@ -23,6 +23,7 @@ from resode_cli.training.settings import Settings
 
 PRE = Preprocessing(size=8, crop_fraction=1.0)
 SETTINGS = Settings(batch_size=16, max_steps=6, lr=0.01, log_every=1, save_every=2)
+LEAN = replace(SETTINGS, memory_budget="lean")  # or plain backprop would be chosen, which fits
 
 
 @pytest.fixture
@@ -51,27 +52,32 @@ def scale_last_norms(model: OdeResNet, factor: float) -> None:
                 parameter.mul_(factor)
 
 
+def test_where_everything_fits_auto_is_plain_backprop(model, tmp_path):
+    result = train(model, tmp_path / "run", replace(SETTINGS, max_steps=1))
+    assert set(result.adjoints.values()) == {"backprop"} and model.stem.adjoint == Adjoint("backprop")
+    assert result.chosen is not None and result.chosen.images == 0  # nothing was measured
+
+
 def test_auto_is_the_default_and_its_decision_is_stored(model, tmp_path):
     assert Settings().adjoint == "auto" and Settings().on_drift == "anchors"
     told = []
-    result = train(model, tmp_path / "run", SETTINGS, callbacks=Callbacks(on_choice=told.append))
-    assert len(told) == 1 and {c.stage for c in told[0].choices} == {"layer1", "layer2", "layer3"}
-    assert result.adjoints == {c.stage: c.adjoint.label for c in told[0].choices}
+    result = train(model, tmp_path / "run", LEAN, callbacks=Callbacks(on_choice=told.append))
+    assert len(told) == 1 and {c.piece for c in told[0].stages} == {"layer1", "layer2", "layer3"}
+    assert result.adjoints == {c.piece: c.adjoint.label for c in told[0].stages}
     stored = run_folder.load_state(tmp_path / "run").progress["guard"]["adjoints"]
-    expected = {"stem": Adjoint("checkpoint"), **told[0].adjoints}
-    assert {name: Adjoint(**values) for name, values in stored.items()} == expected
+    assert {name: Adjoint(**values) for name, values in stored.items()} == told[0].adjoints
     history = model_file.load(tmp_path / "run" / "last.safetensors").info.history
     assert [entry for entry in history if entry["command"] == "calibrate"]
 
 
 def test_a_resumed_run_goes_on_with_the_stored_decision(model, tmp_path, monkeypatch):
-    train(model, tmp_path / "whole", SETTINGS)
+    train(model, tmp_path / "whole", LEAN)
     seen = []
     stop = Callbacks(on_step=seen.append, should_stop=lambda: len(seen) >= 3)
-    train(model_file.load(tmp_path / "m.safetensors"), tmp_path / "parts", SETTINGS, callbacks=stop)
+    train(model_file.load(tmp_path / "m.safetensors"), tmp_path / "parts", LEAN, callbacks=stop)
     monkeypatch.setattr(guard, "choose_adjoints", lambda *args, **kwargs: pytest.fail("calibrated again"))
     state = run_folder.load_state(tmp_path / "parts")
-    train(state.model, tmp_path / "parts", SETTINGS, resume=state)
+    train(state.model, tmp_path / "parts", LEAN, resume=state)
     whole, parts = (model_file.load(tmp_path / n / "last.safetensors").state_dict() for n in ("whole", "parts"))
     assert all(torch.equal(whole[k], parts[k]) for k in whole)
 
@@ -95,7 +101,14 @@ def test_a_stage_made_to_drift_moves_to_anchors_within_one_step(adjoint, model, 
             contraction.append(max(known, default=0.0))
 
         callbacks = Callbacks(on_step=spoil, on_message=messages.append)
-        settings = replace(SETTINGS, adjoint=name, lr=1e-4, clip_grad=1.0, grad_tol=0.3, drift_tolerance=0.5)
+        settings = replace(
+            LEAN if name == "auto" else SETTINGS,
+            adjoint=name,
+            lr=1e-4,
+            clip_grad=1.0,
+            grad_tol=0.3,
+            drift_tolerance=0.5,
+        )
         results[name] = train(loaded, tmp_path / name, settings, callbacks=callbacks)
         losses[name] = [float(row["loss"]) for row in log(tmp_path / name)]
     assert losses[adjoint] == pytest.approx(losses["backprop"], rel=2e-3)
@@ -126,9 +139,9 @@ def test_drift_past_what_was_calibrated_calibrates_again_and_then_anchors(model,
             scale_last_norms(model, 60.0)
 
     callbacks = Callbacks(on_step=spoil, on_message=messages.append, on_choice=told.append)
-    settings = replace(SETTINGS, lr=1e-5, clip_grad=1.0)
+    settings = replace(LEAN, lr=1e-5, clip_grad=1.0)
     result = train(model, tmp_path / "run", settings, callbacks=callbacks)
-    assert {c.adjoint.method for c in told[0].choices} == {"multistep"}
+    assert {c.adjoint.method for c in told[0].stages} == {"multistep"}
     assert result.recalibrations + len(result.moved_to_anchors) >= 1
     assert all(stage.adjoint.method == "checkpoint" for stage in model.stages.values())
 
@@ -146,12 +159,12 @@ def test_settings_reach_the_stages(model, tmp_path):
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_auto_calibrates_under_autocast(amp, model, tmp_path):
-    result = train(model, tmp_path / "run", replace(SETTINGS, amp=amp, max_steps=2))
+    result = train(model, tmp_path / "run", replace(LEAN, amp=amp, max_steps=2))
     assert result.steps == 2 and result.chosen is not None
 
 
 def test_a_tolerance_that_a_resumed_run_lowers_binds_stages_that_auto_has_calibrated(model, tmp_path):
-    settings = replace(SETTINGS, grad_tol=0.5, max_steps=2)
+    settings = replace(LEAN, grad_tol=0.5, max_steps=2)
     train(model, tmp_path / "run", settings)
     state = run_folder.load_state(tmp_path / "run")
     assert state.progress["guard"]["allowed"], "no stage is reconstructed with drift, so that nothing is tried"
