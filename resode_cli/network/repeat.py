@@ -13,6 +13,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from ..ode.generators import is_simulated
+
 Result = TypeVar("Result")
 
 
@@ -71,7 +73,7 @@ def remember(nets: Iterable[nn.Module]) -> Callable[[], None]:
             module._buffers.update(tensors)
         with torch.no_grad():
             for buffer, value in buffers:
-                if not (buffer.is_meta or torch.equal(buffer, value)):
+                if not (buffer.is_meta or is_simulated(buffer) or torch.equal(buffer, value)):
                     buffer.copy_(value)
         for module, attributes in plain:
             module.__dict__.update(attributes)

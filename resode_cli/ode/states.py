@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -92,71 +92,87 @@ class HeldStates(States):
         return state
 
 
+@dataclass(frozen=True)
+class CodedState:
+    """The code of a state. starts: whether it is that of the state itself, and not of a difference."""
+
+    code: Code
+    layout: Layout
+    dtype: torch.dtype
+    starts: bool
+
+
 class KeepCodes(Keeper):
     """Keeps each state as the code of its increment over the estimate of the one before, which starts from zero.
 
         d_n = Q(x_n − x̂_{n−1}),   x̂_n = x̂_{n−1} + d_n,   x̂_{−1} = 0
 
     The loop is closed: what one code misses the next one sees, so that errors do not add up (design: differential
-    pulse-code modulation of order 0). x_N is not kept.
+    pulse-code modulation of order 0). x_N is not kept. Between the blocks of a transition states may have another
+    shape, where it starts from zero again.
     """
 
     def __init__(self, bits: int, depth: int) -> None:
         self.bits, self.depth = bits, depth
-        self.codes: list[Code] = []
-        self.layout: Layout | None = None
-        self.dtypes: list[torch.dtype] = []
+        self.coded: list[CodedState] = []
         self.estimate: Tensor | None = None  # x̂_n, flat, in float32
 
     def see(self, n: int, x: Tensor) -> None:
         if n == self.depth:
             self.estimate = None
             return
-        self.layout = self.layout or Layout.of(x)
-        self.dtypes.append(x.dtype)
-        numbers = self.layout.flat(x.detach())
-        bits = self.bits if n else min(self.bits + FIRST_BITS, 8)
-        if self.estimate is None:
+        layout = Layout.of(x)
+        numbers = layout.flat(x.detach())
+        starts = not self.coded or layout != self.coded[-1].layout
+        if starts or self.estimate is None:
             self.estimate = torch.zeros_like(numbers)
-        self.codes.append(Code.of_difference(numbers, self.estimate, bits))
+        bits = min(self.bits + FIRST_BITS, 8) if starts else self.bits
+        code = Code.of_difference(numbers, self.estimate, bits)
+        self.coded.append(CodedState(code, layout, x.dtype, starts))
 
     def saved(self) -> list[Tensor]:
-        tensors = [tensor for code in self.codes for tensor in (code.packed, code.ranges)]
-        self.codes = [replace(code, packed=_NOTHING, ranges=_NOTHING) for code in self.codes]
+        tensors = [tensor for state in self.coded for tensor in (state.code.packed, state.code.ranges)]
+        self.coded = [_with(state, _NOTHING, _NOTHING) for state in self.coded]
         return tensors
 
     def states(self, saved: Iterator[Tensor], r: Evaluator, scheme: Scheme) -> CodedStates:  # noqa: ARG002
-        assert self.layout is not None
-        codes = [replace(code, packed=next(saved), ranges=next(saved)) for code in self.codes]
-        return CodedStates(codes, self.layout, self.dtypes)
+        return CodedStates([_with(state, next(saved), next(saved)) for state in self.coded])
+
+
+def _with(state: CodedState, packed: Tensor, ranges: Tensor) -> CodedState:
+    return replace(state, code=replace(state.code, packed=packed, ranges=ranges))
 
 
 class CodedStates(States):
     """Estimates of the states, each that of the next less the increment between them, which takes no evaluation.
 
-    A single state, such as the input of a transition, is read off its code when it is needed, and not held between.
+    A state that is coded as it is, and not followed by differences, such as the input of a transition, is read off its
+    code when it is needed, and not held between.
     """
 
-    def __init__(self, codes: list[Code], layout: Layout, dtypes: Sequence[torch.dtype]) -> None:
-        self.codes, self.layout, self.dtypes = codes, layout, dtypes
-        self.running = self._sum() if len(codes) > 1 else None
-
-    def _sum(self) -> Tensor:
-        estimate = torch.zeros(self.codes[0].numbers, device=self.codes[0].packed.device)
-        for code in self.codes:
-            code.add_to(estimate)
-        return estimate
+    def __init__(self, coded: list[CodedState]) -> None:
+        self.coded = coded
+        self.running: Tensor | None = None  # the estimate of the last state
 
     def take(self, n: int) -> Tensor:
-        while len(self.codes) > n + 1:
-            code = self.codes.pop()
-            if self.running is not None:
-                code.add_to(self.running, -1)
+        while len(self.coded) > n + 1:
+            state = self.coded.pop()
+            if state.starts:
+                self.running = None
+            elif self.running is not None:
+                state.code.add_to(self.running, -1)
         return self._last()
 
     def _last(self) -> Tensor:
-        estimate = self._sum() if self.running is None else self.running
-        return self.layout.shaped(estimate.to(self.dtypes[len(self.codes) - 1]))
+        state = self.coded[-1]
+        estimate = self.running
+        if estimate is None:
+            first = max(i for i, coded in enumerate(self.coded) if coded.starts)
+            estimate = torch.zeros(state.code.numbers, device=state.code.packed.device)
+            for coded in self.coded[first:]:
+                coded.code.add_to(estimate)
+            self.running = None if state.starts else estimate
+        return state.layout.shaped(estimate.to(state.dtype))
 
     def again(self) -> Callable[[], Tensor] | None:
         """What gives the state taken last once more, so that it need not be held; None where it is held in any case."""

@@ -61,7 +61,6 @@ def test_auto_gives_anchors_to_the_native_network(native, cifar10):
     model = copy.deepcopy(native)
     calibration = choose_as_measured(model, *batch(model, cifar10, "train"), tolerance=0.02, budget=None)
     assert {choice.adjoint.method for choice in calibration.stages} == {"checkpoint"}
-    assert all("cannot converge" in choice.reason for choice in calibration.stages)
     chosen = StageAdjoints("auto", calibration.adjoints)
     report = check_gradients(model, *batch(model, cifar10, "test"), methods=[chosen])
     assert report.methods[0].largest_error <= 1e-5

@@ -154,3 +154,17 @@ def test_a_lean_evaluation_refuses_a_layer_whose_input_is_written_to():
         given.detach().mul_(2)
     with pytest.raises(ResodeError, match="writes to a layer's input"):
         out.sum().backward()
+
+
+def test_states_may_change_their_shape_on_the_way():
+    """As between the blocks of a transition: codes then start from the state itself again."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 3, 8, 8), (2, 3, 8, 8), (2, 6, 4, 4), (2, 6, 4, 4), (2, 6, 4, 4), (2, 9, 2, 2)]
+    states = [torch.randn(shape, generator=generator) for shape in shapes]
+    keeper = KeepCodes(8, len(states))
+    for n, x in enumerate([*states, states[-1]]):
+        keeper.see(n, x)
+    found = keeper.states(iter(keeper.saved()), None, None)  # type: ignore[arg-type]
+    for n in reversed(range(len(states))):
+        assert (found.take(n) - states[n]).abs().max() < 0.05 * states[n].abs().max()
+        assert (found.again() is None) == (n in (1, 3, 4) or n in (0, 2))
