@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from ..errors import UsageError
+from ..errors import UsageError, unknown
 from ..options import ADJOINT_SETTINGS
 from ..quantities import COUNT, SEED
 from ..training.settings import Settings
@@ -27,6 +27,7 @@ from .parameters import Fields, takes
 
 if TYPE_CHECKING:
     from ..bench.stage_shape import StageShape
+    from ..bench.workload import Workload
     from ..ode import Adjoint
 
 
@@ -82,6 +83,14 @@ def bench_command(
     largest_batch: Annotated[
         bool, typer.Option("--largest-batch", help="On a GPU: also find the largest batch that fits, to within 2 %.")
     ] = False,
+    simulate: Annotated[
+        str | None,
+        typer.Option(
+            "--simulate",
+            help="'cuda' or 'cpu': predict the peak memory of plain backprop and of the methods there, without running"
+            " them. The device need not be there.",
+        ),
+    ] = None,
     device: DeviceOption = "auto",
     seed: Annotated[int, number("--seed", range=SEED, help="Of random weights, labels and layers.")] = 0,
     csv: Annotated[Path | None, typer.Option("--csv", help="Write the rows to this file.")] = None,
@@ -97,6 +106,9 @@ def bench_command(
         raise UsageError("give either a model file or --stage-shape C,H,W" + (", not both" if model else ""))
     methods = _methods(adjoint, **{name: getattr(backward, name) for name in ADJOINT_SETTINGS})
     steps = depth_list("--depths", depths) if depths is not None else None
+    if simulate is not None:
+        others = {"--rivals": rivals, "--largest-batch": largest_batch, "--csv": csv, "--plot": plot}
+        _check_simulation(simulate, model, others)
     _check_files(csv, plot)
     start()
     from ..bench.run import bench
@@ -123,6 +135,9 @@ def bench_command(
         device=str(as_device(device)),
         seed=seed,
     )
+    if simulate is not None:
+        _simulate(output, workload, methods, simulate, steps)
+        return
     with output.aside.status("measuring") as status:
         report = bench(
             workload,
@@ -146,6 +161,37 @@ def bench_command(
         plot_bench(report, plot)
         output.note(f"wrote {plot}")
     output.json(bench_json(report))
+
+
+def _check_simulation(device: str, model: Path | None, others: dict[str, Any]) -> None:
+    """Raises UsageError for what cannot be simulated."""
+    if device not in ("cpu", "cuda"):
+        raise unknown("device to simulate", device, ("cpu", "cuda"))
+    if model is None:
+        raise UsageError("--simulate needs a model file: a stage by itself is measured")
+    for flag, value in others.items():
+        if value:
+            raise UsageError(f"{flag} is for what is measured, and --simulate runs nothing: leave out one")
+
+
+def _simulate(
+    output: Output, workload: Workload, methods: list[Adjoint], device: str, depths: list[int] | None
+) -> None:
+    from dataclasses import asdict
+
+    from ..bench.simulated import simulate
+    from ..reports.bench import simulated_table
+
+    with output.aside.status("simulating") as status:
+        report = simulate(
+            workload,
+            methods,
+            device=device,
+            depths=depths,
+            on_progress=lambda what: status.update(escape(f"simulating {what}")),
+        )
+    output.show(simulated_table(report))
+    output.json(asdict(report))
 
 
 def _methods(adjoint: str, **settings: Any) -> list[Adjoint]:

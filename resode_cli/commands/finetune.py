@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import UsageError, join
+from ..errors import ResodeError, UsageError, join
 from ..machine.locks import FolderLock, refuse_several_processes
 from ..machine.signals import exit_code
 from ..quantities import COUNT
@@ -52,6 +52,13 @@ def finetune_command(
         number("--test-images", range=COUNT, help="Evaluate on this many test images; all by default.", group=DATA),
     ] = None,
     device: DeviceOption = "auto",
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Check data, weights and budget, print plan and predicted peak, and train and write nothing.",
+        ),
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, as if never stopped.")] = False,
     origin: Origin,
     recipe: RecipeOption = None,
@@ -88,6 +95,8 @@ def finetune_command(
     if not resume:
         _check_teacher(settings, given)
     check_optimizer(settings)
+    if resume and dry_run:
+        raise UsageError("--dry-run looks at a run before it begins, and --resume goes on with one: leave out one")
     if resume and force:
         raise UsageError("--resume goes on with the run in --out, --force replaces it: give one of them")
     if not resume:
@@ -120,6 +129,9 @@ def finetune_command(
         check_resumable(state, train, test, settings, learned_from)
         early = ends_early(settings, given.all, len(train))
         output.notes([unknown_contents(state), early, f"resuming at step {state.progress['step']}"])
+    if dry_run:
+        _dry_run(loaded, train, settings, where, output)
+        return
     done = state.progress["step"] if state is not None else 0
     total = settings.steps(len(train))
     with working() as stop, training(output, total, done) as on_step:
@@ -166,6 +178,41 @@ def finetune_command(
     if result.interrupted:
         output.note(f"interrupted at step {result.steps} of {result.total_steps}; --resume goes on from there")
         raise typer.Exit(exit_code(stop.number or signal.SIGINT))
+
+
+def _dry_run(model: OdeResNet, train: ImageData, settings: Settings, device: torch.device, output: Output) -> None:
+    """Say what a run would do and take."""
+    from dataclasses import asdict
+
+    from ..quantities import counted, size
+    from ..reports.choice import choice_table
+    from ..training.dry_run import dry_run
+
+    with output.aside.status("planning"):
+        found = dry_run(
+            model,
+            train,
+            settings,
+            device,
+            on_message=output.note,
+            on_choice=lambda chosen: output.aside.print(choice_table(chosen)),
+        )
+    output.notes([f"unreadable: {name}" for name in found.skipped])
+    if settings.adjoint_choice().fixed is not None:
+        output.show("adjoints: " + ", ".join(f"{piece} {label}" for piece, label in found.adjoints.items()))
+    split = f" in {found.micro_batches} micro-batches" if found.micro_batches > 1 else ""
+    output.show(
+        f"dry run: {counted(found.steps, 'step')} of {counted(found.batch_size, 'image')}{split}, predicted peak"
+        f" {size(found.predicted_bytes)} (weights {size(found.weights)}, gradients {size(found.gradients)}, optimizer"
+        f" {size(found.optimizer)}, activations {size(found.activations)}, and a reserve);"
+        f" {size(found.free_bytes)} are free; nothing was written"
+    )
+    output.json({"dry_run": True, **asdict(found)})
+    if found.predicted_bytes > found.free_bytes:
+        raise ResodeError(
+            f"a step would take {size(found.predicted_bytes)}, and {size(found.free_bytes)} are free; use --adjoint"
+            " auto, a smaller --batch-size, or --micro-batches"
+        )
 
 
 def _on_test(

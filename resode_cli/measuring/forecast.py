@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..network.model import OdeResNet
-from ..ode import Adjoint, fixed_buffers, peak_kept_bytes
+from ..ode import Adjoint, fixed_buffers, required_scheme
 from ..ode.memory import LiveBytes
+from ..simulation.step import Simulation
 
 FEW = 2  # images that are run for a prediction
 GRADIENT = 3.0  # forward passes that a forward and a backward pass cost
@@ -70,10 +71,10 @@ def forecast_conversion(net: nn.Module, image: Tensor, images: int) -> Forecast 
 
 
 def forecast_gradients(model: OdeResNet, images: Tensor, methods: Sequence[Adjoint]) -> Forecast:
-    """Backprop's gradients and each method's on a batch (B, 3, H, W), from backprop on a few of its images.
+    """Backprop's gradients and each method's on a batch (B, 3, H, W).
 
-    Methods that keep no activations evaluate the branches again; the choice of adjoints is not included. The model is
-    left as it was.
+    Seconds: from backprop on a few of its images; methods that keep no activations evaluate the branches again. Bytes:
+    of simulated steps. The choice of adjoints is not included. The model is left as it was.
     """
     few = images[: min(FEW, len(images))].clone()  # a view would keep the storage of all
     adjoints = model.adjoints
@@ -83,17 +84,24 @@ def forecast_gradients(model: OdeResNet, images: Tensor, methods: Sequence[Adjoi
         model.use_adjoint(Adjoint("backprop"))
         with fixed_buffers([model]), torch.enable_grad():
             parameters = [p for p in model.parameters() if p.requires_grad]
-            with peak_kept_bytes(model.parameters()) as count:
-                _gradients(model, few, parameters)
+            _gradients(model, few, parameters)
             began = time.perf_counter()
             _gradients(model, few, parameters)
             seconds = time.perf_counter() - began
+        simulation = Simulation(model, images.device.type)
+        suited = [m for m in methods if all(_suits(m, stage.spec.scheme) for stage in model.stages.values())]
+        uses = [simulation.step(m, tuple(images.shape), optimizer_slots=0) for m in (Adjoint("backprop"), *suited)]
     finally:
         model.use_adjoint(adjoints)
         model.train(training)
     scale = len(images) / len(few)
     backward = sum(1 + (REPLAYED + m.corrections) / GRADIENT if m.replays else 1 for m in methods)
-    return Forecast(seconds * scale * (1 + backward), int(count() * scale) + 3 * _weights(model))
+    # Beside a method's step, the gradients that it is compared with.
+    return Forecast(seconds * scale * (1 + backward), max(use.peak for use in uses) + _weights(model))
+
+
+def _suits(adjoint: Adjoint, scheme: str) -> bool:
+    return required_scheme(adjoint.method) in (None, scheme)
 
 
 def _gradients(model: OdeResNet, images: Tensor, parameters: list[nn.Parameter]) -> None:

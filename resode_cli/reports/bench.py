@@ -15,6 +15,7 @@ from .tables import plain_table
 
 if TYPE_CHECKING:
     from ..bench.results import BenchReport
+    from ..bench.simulated import SimulatedReport
 
 
 OTHERWISE = (
@@ -66,6 +67,26 @@ def bench_table(report: BenchReport) -> Table:
             cells += [str(row.largest_batch), "–" if speed is None else f"{speed:.3g}"]
         name = row.method if row.status == "ok" else f"{row.method}: {row.status}"
         table.add_row("*" if row.frontier else "", name, str(row.depth), *cells)
+    return table
+
+
+def simulated_table(report: SimulatedReport) -> Table:
+    """What methods would hold; the caption says what that is."""
+    layout = ", channels last" * report.channels_last
+    amp = "float32" if report.amp == "none" else f"float32 state, {report.amp} branches"
+    table = plain_table(
+        f"{report.what}, batch {report.batch_size}, BatchNorm {report.batch_norm}\n"
+        f"simulated on {report.device}, {amp}{layout}: nothing was run",
+        "peak: all tensors alive at a time, weights and gradients included, without what an optimizer keeps and what"
+        " libraries take for themselves; time: by the roofline model",
+    )
+    table.add_column("method")
+    for column in ("steps", "peak", "growth\nin a step", "kept between\nthe passes", "time against\nbackprop"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in report.rows:
+        table.add_row(
+            row.method, str(row.depth), size(row.peak_bytes), size(row.growth), size(row.bytes_kept), f"{row.time:.2f}×"
+        )
     return table
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ..errors import ResodeError
 from ..network.model import OdeResNet, autocast_dtype, transition_of
 from ..network.outside import STEM
 from ..network.stage import OdeStage
@@ -112,27 +113,42 @@ class Simulation:
         fixed += optimizer_slots * sum(p.nbytes for p in model.parameters() if p.requires_grad)
         ledger = Ledger(self.machine, [*own, batch, labels])
         try:
-            with ExitStack() as stack:
-                stack.enter_context(self.mode)
-                watch = stack.enter_context(_Watch(model, ledger).hooked())
-                stack.enter_context(ledger)
-                if self.device == "cuda":
-                    stack.enter_context(_InFloat32())
-                for _ in range(2 if micro_batches > 1 else 1):
-                    watch.begin()
-                    with _autocast(amp):
-                        logits = model(batch[:parts])
-                    loss = F.cross_entropy(logits.float(), labels)
-                    watch.turn()
-                    torch.autograd.backward(loss)
-                    watch.end()
-                    watch.count_evaluations()
-                    del logits, loss
+            pieces, peak = self._run(ledger, batch, labels, amp, repeats=2 if micro_batches > 1 else 1)
+        except ResodeError:
+            raise
+        except Exception as error:
+            why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise ResodeError(
+                f"this network cannot be run without numbers, to predict its memory ({why}); give an --adjoint that is"
+                " not chosen, such as checkpoint"
+            ) from error
         finally:
             for p in model.parameters():
                 p.grad = None
         seconds = ledger.seconds / min(micro_batches, 2) * micro_batches
-        return StepUse(fixed + watch.peak, fixed, seconds, watch.pieces)
+        return StepUse(fixed + peak, fixed, seconds, pieces)
+
+    def _run(
+        self, ledger: Ledger, images: Tensor, labels: Tensor, amp: str, *, repeats: int
+    ) -> tuple[dict[str, PieceUse], int]:
+        """Steps on the first images, as many as there are labels, whose gradients add up."""
+        with ExitStack() as stack:
+            stack.enter_context(self.mode)
+            watch = stack.enter_context(_Watch(self.model, ledger).hooked())
+            stack.enter_context(ledger)
+            if self.device == "cuda":
+                stack.enter_context(_InFloat32())
+            for _ in range(repeats):
+                watch.begin()
+                with _autocast(amp):
+                    logits = self.model(images[: len(labels)])
+                loss = F.cross_entropy(logits.float(), labels)
+                watch.turn()
+                torch.autograd.backward(loss)
+                watch.end()
+                watch.count_evaluations()
+                del logits, loss
+        return watch.pieces, watch.peak
 
 
 def piece_names(model: OdeResNet) -> list[str]:

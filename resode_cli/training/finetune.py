@@ -18,7 +18,7 @@ from ..files import model_file
 from ..gradients.results import ChosenAdjoints
 from ..machine.locks import FolderLock
 from ..measuring.evaluate import Evaluation, evaluate
-from ..network.model import OdeResNet, check_finite, freeze_batch_norm
+from ..network.model import OdeResNet, check_finite
 from ..ode import RandomState, fixed_buffers
 from . import run_folder
 from .guard import Figures, Guard, GuardState, together
@@ -29,7 +29,7 @@ from .results import Callbacks, FinetuneResult, Progress, peak_bytes
 from .resuming import loaded_checksum, run_fingerprint, saved_files, teacher_fingerprint, with_stage_names
 from .run_folder import StepRecord
 from .settings import Settings
-from .starting import choice_batch, switch_scheme, train_only
+from .starting import choice_batch, prepare_to_train, switch_scheme, train_only
 from .teacher import Teacher
 
 MOST_SKIPPED = 10  # steps in a row
@@ -166,9 +166,7 @@ class _Run:
         self.callbacks.on_choice(chosen)
 
     def _train_mode(self) -> None:
-        self.model.train()
-        if self.settings.bn == "frozen":
-            freeze_batch_norm(self.model)
+        prepare_to_train(self.model, self.settings)
 
     def run(self) -> FinetuneResult:
         progress, first = self.progress, self.progress.step

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from ..data import Batch, ImageData, batches
 from ..errors import ResodeError
 from ..machine.signals import Stopped
-from ..network.model import autocast_dtype
 from .optimization import create_optimizer, create_scheduler
 from .results import Progress
 from .settings import Settings
+from .starting import autocast_of
 
 Taken = TypeVar("Taken")
 
@@ -122,8 +122,7 @@ class Loop:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision of the forward pass."""
-        dtype = autocast_dtype(self.settings.amp)
-        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
+        return autocast_of(self.settings, self.device)
 
     def backward(self, loss: Tensor) -> None:
         """Set the gradients of the loss; in fp16 they are scaled."""

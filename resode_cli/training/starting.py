@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..data import ImageData, batches
-from ..network.model import OdeResNet
+from ..network.model import OdeResNet, autocast_dtype, freeze_batch_norm
 from .settings import Settings
 
 COMPARED = CALIBRATED = 32  # images
@@ -30,6 +32,19 @@ def train_only(model: OdeResNet, stages: Sequence[str] | None) -> None:
     model.requires_grad_(False)
     for stage in chosen.values():
         stage.requires_grad_(True)
+
+
+def prepare_to_train(model: OdeResNet, settings: Settings) -> None:
+    """Put the model in the mode that it trains in."""
+    model.train()
+    if settings.bn == "frozen":
+        freeze_batch_norm(model)
+
+
+def autocast_of(settings: Settings, device: torch.device) -> AbstractContextManager[Any]:
+    """The precision of the forward pass."""
+    dtype = autocast_dtype(settings.amp)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
 def switch_scheme(

@@ -1,0 +1,105 @@
+"""A training run up to its first step, which is simulated: what it would do, and what that would hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..data import ImageData
+from ..gradients.results import ChosenAdjoints
+from ..gradients.trials import predicted
+from ..machine.memory import free_bytes
+from ..network.model import OdeResNet, check_finite
+from ..ode import RandomState
+from ..simulation.step import Simulation
+from .guard import Guard
+from .loop import training_batches
+from .optimization import create_optimizer, create_scheduler, optimizer_slots
+from .settings import Settings
+from .starting import autocast_of, choice_batch, prepare_to_train, switch_scheme, train_only
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a run would do. Bytes are predicted for the most that a step has alive at a time.
+
+    free_bytes: of the device, now, weights included. trained: numbers. skipped: what is unreadable in the first batch.
+    """
+
+    steps: int
+    batch_size: int
+    micro_batches: int
+    adjoints: dict[str, str]
+    trained: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    predicted_bytes: int
+    free_bytes: int
+    skipped: tuple[str, ...]
+
+
+def dry_run(
+    model: OdeResNet,
+    train: ImageData,
+    settings: Settings,
+    device: torch.device,
+    *,
+    on_message: Callable[[str], None],
+    on_choice: Callable[[ChosenAdjoints], None],
+) -> DryRun:
+    """Do all that a run does before its first step, read the first batch, and simulate the step. Nothing is written."""
+    check_finite(model, "the model holds NaN or infinity in {}: nothing can be trained from there")
+    model.to(device)
+    train_only(model, settings.stages)
+    torch.manual_seed(settings.seed)
+    switch_scheme(model, settings, train, device, on_message)
+    if settings.channels_last:
+        model.use_channels_last()
+    total = settings.steps(len(train))
+    create_scheduler(create_optimizer(model, settings), settings, total)
+    guard = Guard(
+        model,
+        settings,
+        device,
+        autocast=lambda: autocast_of(settings, device),
+        prepare=lambda: prepare_to_train(model, settings),
+        on_message=on_message,
+        on_choice=on_choice,
+        state=None,
+    )
+    random = RandomState.now(device)
+    guard.start(lambda: choice_batch(train, settings, device))
+    random.restore()
+    source = training_batches(train, range(len(train)), settings.batch_size, seed=settings.seed, epoch=0)
+    first = next(source)
+    source.close()
+    prepare_to_train(model, settings)
+    slots, parts = optimizer_slots(settings), guard.state.micro_batches
+    found = Simulation(model, device.type).step(
+        model.adjoints,
+        (len(first.labels), *first.images.shape[1:]),
+        amp=settings.amp,
+        optimizer_slots=slots,
+        micro_batches=parts,
+    )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = sum(p.nbytes for p in trained)
+    weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    return DryRun(
+        total,
+        len(first.labels),
+        parts,
+        {name: adjoint.label for name, adjoint in model.adjoints.items()},
+        sum(p.numel() for p in trained),
+        weights,
+        gradients,
+        slots * gradients,
+        max(found.peak - weights - (1 + slots) * gradients, 0),
+        predicted(found),
+        free_bytes(device) + weights,
+        tuple(first.skipped),
+    )
