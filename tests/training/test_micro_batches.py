@@ -1,0 +1,142 @@
+"""A batch in parts, whose gradients add up: the same step, where a network mixes no images; else refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from resode_cli import data
+from resode_cli.app import main
+from resode_cli.errors import ResodeError, UsageError
+from resode_cli.files import model_file
+from resode_cli.gradients.trials import predicted
+from resode_cli.network.model import OdeResNet, freeze_batch_norm
+from resode_cli.network.parts import Preprocessing
+from resode_cli.ode import Adjoint
+from resode_cli.simulation.step import Simulation
+from resode_cli.training import guard, run_folder
+from resode_cli.training.finetune import finetune
+from resode_cli.training.optimization import optimizer_slots
+from resode_cli.training.results import Callbacks
+from resode_cli.training.settings import Settings
+
+PRE = Preprocessing(size=8, crop_fraction=1.0)
+SETTINGS = Settings(adjoint="backprop", batch_size=10, max_steps=4, lr=0.05, log_every=1, augment=False)
+
+
+@pytest.fixture
+def model(pico: OdeResNet, tmp_path: Path) -> OdeResNet:
+    model_file.save(pico, tmp_path / "m.safetensors")
+    return pico
+
+
+def train(out: Path, settings: Settings, **kwargs):
+    loaded = model_file.load(out.parent / "m.safetensors")
+    images = data.open_data("digits", PRE, "train", augment=settings.augment, images=40, seed=settings.seed)
+    result = finetune(loaded, images, None, out=out, settings=settings, device=torch.device("cpu"), **kwargs)
+    with (out / "log.csv").open(newline="") as file:
+        return result, loaded, list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("parts", [2, 4, 10])
+def test_a_batch_in_parts_is_the_same_step(parts, model, tmp_path):
+    """Ten images in four parts are three, three, three and one: each image counts alike."""
+    _, whole, rows = train(tmp_path / "whole", SETTINGS)
+    _, split, found = train(tmp_path / "split", replace(SETTINGS, micro_batches=parts))
+    for a, b in zip(whole.parameters(), split.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    for one, other in zip(rows, found, strict=True):
+        assert float(one["loss"]) == pytest.approx(float(other["loss"]), rel=1e-4)
+        assert float(one["top1"]) == pytest.approx(float(other["top1"]), rel=1e-6)
+
+
+@pytest.mark.parametrize("adjoint", ["backprop", "auto"])
+def test_images_that_mix_are_not_split(adjoint, model, tmp_path):
+    settings = replace(SETTINGS, adjoint=adjoint, micro_batches=2, bn="batch")
+    with pytest.raises(ResodeError, match="the network mixes the images .* cannot be run in micro-batches; freeze"):
+        train(tmp_path / "run", settings)
+
+
+def test_what_contradicts_is_refused():
+    with pytest.raises(UsageError, match="--micro-batches 11: a batch has 10 images"):
+        replace(SETTINGS, micro_batches=11)
+    with pytest.raises(UsageError, match="--teacher-states compares whole batches"):
+        replace(SETTINGS, micro_batches=2, teacher_states=0.5)
+
+
+def test_auto_splits_the_batch_where_that_is_the_fastest_that_fits(model, tmp_path):
+    model.train()
+    freeze_batch_norm(model)
+    settings = replace(SETTINGS, adjoint="auto", batch_size=32)
+    held = predicted(Simulation(model, "cpu").step(Adjoint(), (32, 3, 8, 8)))
+    told = []
+    tight = replace(settings, memory_budget=f"{int(0.6 * held)}B")
+    seen: list[object] = []
+    stop = Callbacks(on_choice=told.append, on_step=seen.append, should_stop=lambda: len(seen) == 2)
+    result, _, _ = train(tmp_path / "run", tight, callbacks=stop)
+    assert told[0].micro_batches > 1 and told[0].predicted_bytes <= 0.6 * held
+    assert result.steps == 2
+    state = run_folder.load_state(tmp_path / "run")
+    assert state.progress["guard"]["micro_batches"] == told[0].micro_batches
+
+
+def test_of_several_parts_the_largest_drift_counts():
+    def figures(drift: float | None) -> guard.Figures:
+        value = None if drift is None else torch.tensor(drift)
+        return {figure: {"layer1": value if figure == "drift" else None} for figure in guard.FIGURES}
+
+    found = guard.together([figures(0.1), figures(0.3), figures(0.2)])
+    assert found["drift"]["layer1"] == torch.tensor(0.3) and found["contraction"]["layer1"] is None
+    assert guard.together([figures(None), figures(0.2)])["drift"]["layer1"] == torch.tensor(0.2)
+
+
+@pytest.mark.parametrize(("optimizer", "slots"), [("momentum", 1), ("adamw", 2), ("sgd", 1), ("lion", 1)])
+def test_what_an_optimizer_keeps_is_found_by_a_step(optimizer, slots):
+    random = torch.get_rng_state()
+    assert optimizer_slots(Settings(optimizer=optimizer)) == slots
+    assert torch.equal(random, torch.get_rng_state())
+
+
+def test_a_dry_run_says_what_a_run_would_take_and_writes_nothing(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    run = ["finetune", "m.safetensors", "--trust-source", "--data", "digits", "-o", "out", "-b", "16", "--json"]
+    assert main([*run, "--dry-run", "--max-steps", "7"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["dry_run"] and found["steps"] == 7 and found["adjoints"]["stem"] == "backprop"
+    trained = sum(p.numel() for p in model.parameters())
+    assert found["trained"] == trained and found["optimizer"] == found["gradients"] == 4 * trained
+    total = found["weights"] + found["gradients"] + found["optimizer"] + found["activations"]
+    assert total < found["predicted_bytes"] <= 1.1 * total
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert main([*run, "--dry-run", "--adjoint", "checkpoint", "--bits", "4"]) == 0
+    coded = json.loads(capsys.readouterr().out)
+    assert coded["activations"] < found["activations"] and "4 bits" in coded["adjoints"]["layer2"]
+    assert main([*run, "--dry-run", "--memory-budget", "1KiB"]) == 1
+    assert "a training step takes at least" in capsys.readouterr().err
+    assert main([*run, "--dry-run", "--resume"]) == 2
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_dry_run_fails_where_a_step_would_not_fit(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("resode_cli.training.dry_run.free_bytes", lambda device: 1000)
+    run = ["finetune", "m.safetensors", "--trust-source", "--data", "digits", "-o", "out", "-b", "16"]
+    assert main([*run, "--dry-run", "--adjoint", "backprop"]) == 1
+    assert "are free; use --adjoint auto, a smaller --batch-size, or --micro-batches" in capsys.readouterr().err
+
+
+def test_a_network_that_cannot_be_simulated_is_told_so(model, tmp_path):
+    class Decides(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if float(x.detach().sum()) > 1e9 else x * 1
+
+    model.net.conv1 = nn.Sequential(model.net.conv1, Decides())
+    with pytest.raises(ResodeError, match="cannot be run without numbers, .* give an --adjoint"):
+        Simulation(model, "cpu").step(Adjoint(), (4, 3, 8, 8))
