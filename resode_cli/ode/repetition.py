@@ -32,6 +32,8 @@ def sample(x: Tensor) -> Tensor:
     if x.ndim < 2:
         return x.detach().clone()
     count = max(SAMPLES // max(len(x), 1), FEWEST)
+    if is_simulated(x):  # its places would be no numbers either, and are not to be remembered
+        return x.detach().flatten()[: len(x) * len(_strided(math.prod(x.shape[1:]), count))].clone()
     places: Any = (slice(None), *_places(tuple(x.shape[1:]), count, x.device))
     return x.detach()[places].flatten()
 
@@ -39,11 +41,14 @@ def sample(x: Tensor) -> Tensor:
 @lru_cache(maxsize=256)
 def _places(shape: tuple[int, ...], count: int, device: torch.device) -> tuple[Tensor, ...]:
     """Indices of `count` numbers, or of all. Images differ by random masks of the whole image, so none is left out."""
-    numbers = math.prod(shape)
-    # Odd, so that they do not all come from a few columns.
-    stride = max(numbers // count, 1) | 1
-    flat = torch.arange(0, numbers, stride, device=device)
+    chosen = _strided(math.prod(shape), count)
+    flat = torch.arange(0, chosen.stop, chosen.step, device=device)
     return torch.unravel_index(flat, shape)
+
+
+def _strided(numbers: int, count: int) -> range:
+    """Places spread over `numbers`. Their distance is odd, so that they do not all come from a few columns."""
+    return range(0, numbers, max(numbers // count, 1) | 1)
 
 
 def tolerance(x: Tensor) -> float:

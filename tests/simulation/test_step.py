@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from resode_cli.errors import ResodeError
 from resode_cli.network.model import OdeResNet, freeze_batch_norm
 from resode_cli.ode import Adjoint
 from resode_cli.ode.memory import LiveBytes
@@ -136,3 +137,24 @@ def test_a_gpu_need_not_be_there(model):
     assert on_cuda.machine == CUDA and not CUDA.copies
     assert on_cuda.step(Adjoint(), IMAGES).peak <= on_cpu.step(Adjoint(), IMAGES).peak
     assert on_cuda.step(Adjoint(), IMAGES, amp="bf16").peak < on_cuda.step(Adjoint(), IMAGES).peak
+
+
+@pytest.mark.parametrize("adjoint", [Adjoint("checkpoint"), Adjoint("pc", 2)])
+def test_a_simulation_leaves_nothing_behind_that_real_steps_would_take(adjoint, model):
+    """Whatever is remembered by shape: a step that does not repeat is still seen after a simulation of its shapes."""
+    simulated(model).step(adjoint, IMAGES)
+
+    class Counts(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls = [0]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls[0] += 1
+            return x * (1 + 0.1 * self.calls[0])
+
+    block = model.stages["layer2"].blocks[0]
+    block.bn2 = torch.nn.Sequential(block.bn2, Counts())
+    model.use_adjoint(adjoint)
+    with pytest.raises(ResodeError, match="gives another result than in the forward pass"):
+        torch.autograd.backward(model(torch.randn(IMAGES)).square().sum())
