@@ -130,7 +130,7 @@ def finetune_command(
         early = ends_early(settings, given.all, len(train))
         output.notes([unknown_contents(state), early, f"resuming at step {state.progress['step']}"])
     if dry_run:
-        _dry_run(loaded, train, settings, where, output)
+        _dry_run(loaded, train, settings, where, output, 0 if learned_from is None else learned_from.bytes)
         return
     done = state.progress["step"] if state is not None else 0
     total = settings.steps(len(train))
@@ -180,7 +180,14 @@ def finetune_command(
         raise typer.Exit(exit_code(stop.number or signal.SIGINT))
 
 
-def _dry_run(model: OdeResNet, train: ImageData, settings: Settings, device: torch.device, output: Output) -> None:
+def _dry_run(
+    model: OdeResNet,
+    train: ImageData,
+    settings: Settings,
+    device: torch.device,
+    output: Output,
+    teacher_bytes: int,
+) -> None:
     """Say what a run would do and take."""
     from dataclasses import asdict
 
@@ -194,6 +201,7 @@ def _dry_run(model: OdeResNet, train: ImageData, settings: Settings, device: tor
             train,
             settings,
             device,
+            teacher_bytes=teacher_bytes,
             on_message=output.note,
             on_choice=lambda chosen: output.aside.print(choice_table(chosen)),
         )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ResodeError
-from ..network.mixing import mixes_images
+from ..network.mixing import differs_in_parts, mixes_images
 from ..network.model import OdeResNet
 from ..ode import Adjoint, RandomState, fixed_buffers
 from ..quantities import size
@@ -31,7 +31,8 @@ from .trials import FIRST_WIDTH, RESERVE, Trials, Tried, predicted
 MARGIN = 0.7
 # Of a forward pass: what is given away for memory where no budget says how much of that there is.
 SLACK = 0.2
-ROUNDS = 8
+ROUNDS = 16
+ABOVE = 1.01  # of a size, so that it is not rounded down
 FASTER = 0.95  # of a time: what is worth being told
 
 
@@ -104,30 +105,35 @@ class _Chooser:
             self._look_for_mixing(micro_batches=micro_batches)
         allowed = self.budget
         for _ in range(ROUNDS):
-            plan, parts = self._plan(allowed, lean_first=free or self.methods is not None)
+            found = self._plan(allowed, lean_first=free or self.methods is not None)
+            plan, parts = found if found is not None else self._least()
             whole = self.menu.whole(_adjoints(plan), parts)
+            if found is None and predicted(whole) > self.budget:
+                raise self._refusal(predicted(whole))
             if predicted(whole) > self.budget:  # the sum of the pieces is an estimate
-                allowed -= (predicted(whole) - self.budget) / (1 + RESERVE) + 1
+                allowed = self._peak(plan, parts) - max((predicted(whole) - self.budget) / 2, 1)
                 continue
             inexact_somewhere = not all(option.exact for option in plan.values())
             errors = self.trials.together(_adjoints(plan)) if inexact_somewhere else {}
             bad = [name for name, error in errors.items() if not error <= MARGIN * self.tolerance]
-            inexact = [name for name in errors if not self._is_exact(name, plan)]
+            inexact = [name for name in self.trials.stages if not self._is_exact(name, plan)]
             if not bad or not inexact:
                 return self._chosen(plan, parts, whole, errors)
             # What is too far off inherits its error from the stages above it too: tighten the worst of them.
-            below = list(errors).index(bad[0])
-            blamed = [name for name in inexact if list(errors).index(name) >= below] or inexact
+            names = list(plan)
+            below = names.index(bad[0])
+            blamed = [name for name in inexact if names.index(name) >= below] or inexact
             alone = {name: self.trials.on(name, self._inexact_of(name, plan)).error for name in blamed}
             worst = max(alone, key=lambda name: alone[name])
             self.trials.shares[worst] = alone[worst] / 2
             self.trials.widths.pop(worst, None)
-        raise self._refusal()
+        plan, parts = self._least()
+        raise self._refusal(predicted(self.menu.whole(_adjoints(plan), parts)))
 
     # Planning
 
-    def _plan(self, allowed: float, *, lean_first: bool) -> tuple[Plan, int]:
-        """The fastest plan within a budget, and in how many micro-batches. Raises ResodeError if there is none."""
+    def _plan(self, allowed: float, *, lean_first: bool) -> tuple[Plan, int] | None:
+        """The fastest plan within a budget, and in how many micro-batches. None if there is none."""
         if lean_first:
             plan = self._lean()
             if self._peak(plan, 1) <= allowed:
@@ -138,9 +144,26 @@ class _Chooser:
             if hoped is not None and not _worth(hoped, found):
                 measured = self._fastest(allowed, exact=False)
                 found = found if measured is None or _worth(measured, found) else measured
-        if found is None:
-            raise self._refusal()
         return found
+
+    def _least(self) -> tuple[Plan, int]:
+        """The plan that holds least, of what may be done, and in how many micro-batches."""
+        if self.methods is None and self.menu.coded:
+            self.trials.calibrate_widths()
+        options = self._options(exact=False)
+        plans = []
+        for parts in self.parts:
+            own = options if parts == 1 else self.menu.in_micro_batches(options, parts)
+            own = {name: [o for o in found if self._is_known(name, o)] for name, found in own.items()}
+            if all(own.values()):
+                plans.append((least(own), parts))
+        if not plans:
+            raise self._refusal(None)
+        return min(plans, key=lambda found: self._peak(*found))
+
+    def _is_known(self, name: str, option: Option) -> bool:
+        """Whether an option is exact, or was measured to be within its share, as those that are left of them are."""
+        return option.exact or option.adjoint.bits is not None or self.trials.knows(name, option.adjoint)
 
     def _options(self, *, exact: bool, hoping: bool = False) -> dict[str, list[Option]]:
         """What there is to choose from. hoping: with codes and reversals that were not tried yet."""
@@ -201,9 +224,11 @@ class _Chooser:
             with fixed_buffers([self.model]), torch.no_grad():
                 self.model(few)
         draws = not before.equals(RandomState.now(few.device, [g for g, _ in before.held]))
+        few = self.images[: max(len(self.images) // 4 * 4, 1)]
+        self.mixes = self.mixes or differs_in_parts(self.model, few, self.autocast)
         self.menu.sliced = not (self.mixes or further or draws)
         self.menu.coded = all(stage.compilation is None for stage in self.model.stages.values())
-        if micro_batches and not self.mixes:
+        if micro_batches and not (self.mixes or draws):  # or every part would draw other numbers
             batch = self.menu.images[0]
             self.parts = [2**k for k in range(batch.bit_length()) if 2**k <= batch]
 
@@ -260,9 +285,11 @@ class _Chooser:
                 break
         for share in (1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0):
             other = self._fastest(held.fixed + share * room, exact=True)
-            if other is not None and _seconds(other[0]) < FASTER * seconds_now:
+            if other is None or _seconds(other[0]) >= FASTER * seconds_now:
+                continue
+            if self._peak(*other) > self.budget:
                 found.append(self._alternative(*other, seconds_now, bytes_now))
-                break
+            break
         return tuple(found)
 
     def _alternative(self, plan: Plan, parts: int, seconds_now: float, bytes_now: int) -> Alternative:
@@ -296,19 +323,15 @@ class _Chooser:
             _reason(chosen, best, self.trials.shares.get(name, 0.0)),
         )
 
-    def _refusal(self) -> ResodeError:
+    def _refusal(self, needed: int | None) -> ResodeError:
         """Name the least that can be had, and what would lower it."""
-        options = self._options(exact=False, hoping=True)
-        needed = math.inf
-        for parts in self.parts:
-            own = options if parts == 1 else self.menu.in_micro_batches(options, parts)
-            needed = min(needed, self._peak(least(own), parts))
         advice = "raise --memory-budget or lower --batch-size"
-        if self.mixes:
+        if self.mixes and self.methods is None:
             advice += ", or freeze BatchNorm (--bn frozen), so that the batch can be run in parts"
-        return ResodeError(
-            f"memory budget of {size(int(self.budget))}: a training step takes at least {size(int(needed))}; {advice}"
-        )
+        if needed is None:
+            return ResodeError(f"no adjoint of {', '.join(self.methods or ['all'])} is within --grad-tol; raise it")
+        budget, least_size = size(int(self.budget)), size(needed * ABOVE)
+        return ResodeError(f"memory budget of {budget}: a training step takes at least {least_size}; {advice}")
 
 
 def _adjoints(plan: Plan) -> dict[str, Adjoint]:

@@ -20,6 +20,8 @@ from .planner import Option
 HOLD, AGAIN = Adjoint("backprop"), Adjoint("checkpoint")
 SLICED = 4  # slices that are simulated
 MOST_CORRECTIONS = 2
+# Reverse Euler's prediction alone takes what `pc` takes, and is less accurate.
+_WORTH_TRYING = tuple(method for method in REVERSALS if method != "euler")
 
 
 class Menu:
@@ -95,7 +97,7 @@ class Menu:
         self, name: str, stage: OdeStage, methods: Sequence[str] | None, widths: Sequence[int]
     ) -> list[Option]:
         found: list[Option] = []
-        for method in methods if methods is not None else (*("backprop", "checkpoint"), *REVERSALS):
+        for method in methods if methods is not None else ("backprop", "checkpoint", *_WORTH_TRYING):
             if required_scheme(method) not in (None, stage.spec.scheme):
                 continue
             if method == "backprop":
@@ -166,7 +168,10 @@ class Menu:
 
     def _reversals(self, name: str, stage: OdeStage, free: Adjoint) -> list[Option]:
         """A reversal without anchors and with ever more of them."""
-        depth, use = stage.spec.depth, self._use(name, free)
+        depth, use = stage.spec.depth, self._use(name, replace(free, corrections=0))
+        if free.corrections:  # evaluations more
+            more = free.corrections
+            use = replace(use, seconds=use.seconds + more * use.once, evaluations=use.evaluations + more)
         alone = free.plan(depth, stage.spec.scheme)
         assert alone is not None
         # What extrapolation takes is much the same with anchors; without a measurement the least is hoped for.

@@ -20,6 +20,7 @@ from ..simulation.step import PieceUse
 # A plan that is this much faster is worth an inexact gradient, and a change for less than the second is none.
 EXACT_WORTH = 0.05
 LEAST_GAIN = 1e-6
+MOST_PAIRS = 8000  # so that planning takes a second or so
 
 
 @dataclass(frozen=True)
@@ -120,10 +121,16 @@ def _assignments(names: Sequence[str], options: Options) -> Iterable[Plan]:
             yield {names[0]: option, **rest}
 
 
+def _counts(options: Options) -> tuple[int, ...]:
+    """How many pieces are changed at once: two, where there are not too many pairs."""
+    total = sum(map(len, options.values()))
+    return (1, 2) if total * total <= MOST_PAIRS else (1,)
+
+
 def _lowered(plan: Plan, options: Options) -> Plan | None:
     """A change for the smallest peak; None if there is none."""
     now = peak_of(plan.values())
-    for count in (1, 2):
+    for count in _counts(options):
         found = min(_changes(plan, options, count), key=lambda p: peak_of(p.values()), default=None)
         if found is not None and peak_of(found.values()) < now:
             return found
@@ -135,7 +142,7 @@ def _within(plan: Plan, options: Options, budget: float) -> Plan | None:
     while (now := peak_of(plan.values())) > budget:
         seconds = seconds_of(plan.values())
         best: tuple[float, Plan] | None = None
-        for count in (1, 2):
+        for count in _counts(options):
             for changed in _changes(plan, options, count):
                 saved = now - max(peak_of(changed.values()), budget)
                 if saved <= 0:
@@ -155,7 +162,7 @@ def _quickened(plan: Plan, options: Options, budget: float) -> Plan:
     """Changes of one or two pieces that save time within the budget, until there are none."""
     while True:
         seconds = seconds_of(plan.values())
-        for count in (1, 2):
+        for count in _counts(options):
             fitting = (p for p in _changes(plan, options, count) if seconds_of(p.values()) < seconds * (1 - LEAST_GAIN))
             found = min(
                 (p for p in fitting if peak_of(p.values()) <= budget),

@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ResodeError
-from ..network.model import OdeResNet
+from ..network.model import OdeResNet, transition_of
 from ..network.outside import STEM
 from ..network.stage import OdeStage
 from ..ode import Adjoint, RandomState, fixed_buffers
+from ..simulation.step import piece_names
 
 # A power of two changes no relative error, and keeps small adjoints from vanishing in fp16.
 LOSS_SCALE = 1024.0
@@ -52,6 +53,7 @@ class Probe:
         for stage in self.stages.values():
             stage.use_adjoint(reference_adjoint(stage))
         model.use_adjoint({STEM: Adjoint("checkpoint")})
+        self.wanted = self._wanted()
         self.passages, self.exact = self._exact_pass()
 
     def _exact_pass(self) -> tuple[dict[str, Passage], dict[str, tuple[Tensor, ...]]]:
@@ -83,8 +85,20 @@ class Probe:
                 hook.remove()
         # No gradient passes through a stage in front of everything that is trained.
         self.stages = {name: stage for name, stage in self.stages.items() if passages[name].adjoint is not None}
+        kept = {STEM, *self.stages, *(transition_of(name) for name in self.stages)}
+        self.wanted = {name: own for name, own in self.wanted.items() if name in kept}
         self._check_reference()
         return passages, gradients
+
+    def _wanted(self) -> dict[str, tuple[nn.Parameter, ...]]:
+        """The trained parameters of every piece that a plan has something to say of, in the order of the pieces."""
+        groups = self.model.parameter_groups()
+        found: dict[str, dict[int, nn.Parameter]] = {name: {} for name in piece_names(self.model)}
+        for key, p in self.model.net.named_parameters():
+            if p.requires_grad and groups[key] in found:
+                found[groups[key]][id(p)] = p
+        own = {name: tuple(parameters.values()) for name, parameters in found.items()}
+        return {name: parameters for name, parameters in own.items() if parameters or name in self.stages}
 
     def _check_reference(self) -> None:
         """Raises ResodeError if exact methods do not give backprop's gradients: each evaluates its blocks again."""
@@ -124,22 +138,23 @@ class Probe:
             current.restore()
 
     def _gradients(self, loss: Tensor) -> dict[str, tuple[Tensor, ...]]:
-        """Gradients of each stage's steps; the first parameters too, so that the whole network is passed."""
-        wanted = {name: step_parameters(stage) for name, stage in self.stages.items()}
+        """Gradients of each piece: stages' steps, transitions and the stem; so the whole network is passed."""
+        wanted = self.wanted
         flat = [p for parameters in wanted.values() for p in parameters]
         first = next(p for p in self.model.parameters() if p.requires_grad)
         found = iter(torch.autograd.grad(loss, [*flat, first], allow_unused=True))
         return {name: tuple(_or_zero(next(found), p) for p in parameters) for name, parameters in wanted.items()}
 
     def together(self) -> dict[str, float]:
-        """Each stage's gradient error in the whole network, under the stages' present adjoints."""
+        """Each piece's gradient error in the whole network, under the present adjoints; in the order of the pieces."""
         gradients = self._gradients(self._loss())
-        return {name: relative_error(self.exact[name], gradients[name]) for name in self.stages}
+        return {name: relative_error(self.exact[name], gradients[name]) for name in self.wanted}
 
     def alone(self, name: str) -> float:
-        """A stage's gradient error under its present adjoint: the larger of its parameters' and its input's."""
+        """A stage's gradient error under its present adjoint: the largest of its steps', transition's and input's."""
         stage, passage = self.stages[name], self.passages[name]
-        parameters = step_parameters(stage)
+        steps, transition = self.wanted[name], self.wanted.get(transition_of(name), ())
+        parameters = [*steps, *transition]
         leaf = passage.x.clone().requires_grad_()
         current = self._random(stage)
         passage.random.restore()
@@ -150,7 +165,9 @@ class Probe:
             current.restore()
         *found, input_gradient = torch.autograd.grad(out, [*parameters, leaf], passage.adjoint, allow_unused=True)
         gradients = [_or_zero(g, p) for g, p in zip(found, parameters, strict=True)]
-        errors = [relative_error(self.exact[name], gradients)]
+        errors = [relative_error(self.exact[name], gradients[: len(steps)])]
+        if transition:
+            errors.append(relative_error(self.exact[transition_of(name)], gradients[len(steps) :]))
         if passage.input_gradient is not None:
             errors.append(relative_error([passage.input_gradient], [_or_zero(input_gradient, leaf)]))
         return max(error if math.isfinite(error) else math.inf for error in errors)
@@ -159,11 +176,6 @@ class Probe:
 def reference_adjoint(stage: OdeStage) -> Adjoint:
     """Exact gradients at the memory of about 2 √N states."""
     return Adjoint("checkpoint", max(math.isqrt(stage.spec.depth), 1))
-
-
-def step_parameters(stage: OdeStage) -> list[nn.Parameter]:
-    """The trained parameters of the stage's steps, without its transition."""
-    return list({id(p): p for block in stage.blocks for p in block.parameters() if p.requires_grad}.values())
 
 
 def relative_error(exact: Sequence[Tensor], found: Sequence[Tensor]) -> float:

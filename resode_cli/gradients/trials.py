@@ -66,6 +66,11 @@ class Trials:
         """Images that were calibrated on: none where nothing had to be measured."""
         return 0 if self.probe is None else len(self.probe.images)
 
+    @property
+    def stages(self) -> list[str]:
+        """Those that gradients pass through."""
+        return list(self.opened().stages)
+
     def opened(self) -> Probe:
         """The network's exact pass."""
         if self.probe is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 from pathlib import Path
@@ -31,6 +32,22 @@ def free_bytes(device: torch.device) -> int:
         except (OSError, ValueError):  # no such group, or 'max'
             continue
     return max(min(limits), 0)
+
+
+def give_back_freed_memory() -> bool:
+    """Let the C library give large blocks back to the system as soon as they are freed; whether it can.
+
+    glibc keeps freed memory for the next allocation, so that a process holds up to twice what is alive. That costs a
+    little time, and is for those who have set a budget.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library
+        return False
+    return bool(mallopt(_TRIM, _LARGE) and mallopt(_MMAP, _LARGE))
+
+
+_TRIM, _MMAP, _LARGE = -1, -3, 65536  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h; bytes
 
 
 def check_room(images: int, channels: int, height: int, width: int) -> None:

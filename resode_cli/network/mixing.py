@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from ..errors import ResodeError
 from ..ode import fixed_buffers
 from .repeat import as_before, repeatable
 
+PARTS = 0.005  # the same for whole networks, in which another batch size may take other kernels
 TOLERANCE = 1e-4  # of the largest number: what another algorithm for the same batch may round differently
 
 
@@ -45,6 +47,26 @@ def mixes_images(part: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) ->
     return written or any(
         not torch.allclose(a.float(), b.float(), rtol=0, atol=TOLERANCE * float(a.abs().max())) for a, b in pairs
     )
+
+
+def differs_in_parts(run: Callable[[Tensor], Tensor], x: Tensor, autocast: Callable[[], Any]) -> bool:
+    """Whether a network gives another result for a batch than for its parts: it may mix images from some number on."""
+    if len(x) < 4 or not isinstance(run, nn.Module):
+        return False
+
+    def look(batch: Tensor) -> Tensor:
+        with autocast(), torch.no_grad(), fixed_buffers([run]):
+            return repeatable(partial(run, batch))
+
+    with as_before(run):
+        whole = look(x)
+        for count in (2, 4):
+            parts = torch.cat([look(part) for part in x.chunk(count)])
+            spread = float((whole - whole.mean(0)).abs().max())  # of the images: all that they could give each other
+            few_digits = whole.dtype in (torch.float16, torch.bfloat16)
+            if not torch.allclose(whole, parts, rtol=0, atol=(4 if few_digits else 1) * PARTS * spread):
+                return True
+    return False
 
 
 def check_apart(

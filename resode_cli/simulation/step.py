@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
+import gc
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -11,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from ..errors import ResodeError
 from ..network.model import OdeResNet, autocast_dtype, transition_of
@@ -67,6 +70,7 @@ class Simulation:
     def __init__(self, model: OdeResNet, device: str, *, channels_last: bool = False) -> None:
         self.device, self.machine = device, CUDA if device == "cuda" else CPU
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.looked = False
         self.channels_last = channels_last or model.channels_last
         self.model = self._copied(model)
         self.model.channels_last = self.channels_last
@@ -82,7 +86,10 @@ class Simulation:
                 memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if trained else empty
         for stage in model.stages.values():
             memo[id(stage.further)] = {}
-        copied: OdeResNet = copy.deepcopy(model, memo)
+        try:
+            copied: OdeResNet = copy.deepcopy(model, memo)
+        except Exception as error:
+            raise CannotSimulate(" ".join(f"{type(error).__name__}: {error}".split())[:300]) from error
         for stage in copied.stages.values():
             stage.compilation, stage.monitor, stage.entry.monitor = None, Monitor(), Monitor()
             stage.keeps_apart()
@@ -106,27 +113,51 @@ class Simulation:
         model = self.model
         model.use_adjoint(adjoints)
         parts = -(-images[0] // micro_batches)
+        dtype = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
         with self.mode:
-            batch, labels = torch.empty(images), torch.empty(parts, dtype=torch.long)
+            batch, labels = torch.empty(images, dtype=dtype), torch.empty(parts, dtype=torch.long)
         own = [*model.parameters(), *model.buffers()]
         fixed = sum(t.nbytes for t in own) + batch.nbytes
         fixed += optimizer_slots * sum(p.nbytes for p in model.parameters() if p.requires_grad)
         ledger = Ledger(self.machine, [*own, batch, labels])
         try:
             pieces, peak = self._run(ledger, batch, labels, amp, repeats=2 if micro_batches > 1 else 1)
+            self._look_for_leaks([*own, batch, labels])
         except ResodeError:
             raise
         except Exception as error:
             why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            raise ResodeError(
-                f"this network cannot be run without numbers, to predict its memory ({why}); give an --adjoint that is"
-                " not chosen, such as checkpoint"
-            ) from error
+            raise CannotSimulate(why) from error
         finally:
             for p in model.parameters():
                 p.grad = None
         seconds = ledger.seconds / min(micro_batches, 2) * micro_batches
         return StepUse(fixed + peak, fixed, seconds, pieces)
+
+    def _look_for_leaks(self, own: list[Tensor]) -> None:
+        """Empty the caches of functions that now hold tensors without numbers, which a real step would take.
+
+        Raises CannotSimulate where something else holds them: a list, or a module's table of positions. Once.
+        """
+        if self.looked:
+            return
+        self.looked = True
+        for p in self.model.parameters():
+            p.grad = None
+        for monitor in self.model.monitors:
+            monitor.clear()
+        known = {id(tensor) for tensor in own}
+        for last in (False, True):
+            gc.collect()
+            left = [t for t in gc.get_objects() if type(t) is FakeTensor and t.fake_mode is self.mode]
+            left = [t for t in left if id(t) not in known and not _is_of(t, self.model)]
+            if not left:
+                return
+            if last:
+                raise CannotSimulate("it keeps tensors that it computes, outside of its modules")
+            for holder in [*_caches_beside(self.model), *(cache for tensor in left for cache in _holders(tensor))]:
+                holder.cache_clear()
+            del left
 
     def _run(
         self, ledger: Ledger, images: Tensor, labels: Tensor, amp: str, *, repeats: int
@@ -149,6 +180,35 @@ class Simulation:
                 watch.count_evaluations()
                 del logits, loss
         return watch.pieces, watch.peak
+
+
+class CannotSimulate(ResodeError):
+    """A network that does not run without numbers."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(f"this network cannot be run without numbers, to predict its memory: {why}")
+
+
+def _caches_beside(model: nn.Module) -> list[Any]:
+    """Caches of functions in the files that the classes of a network's modules are from."""
+    names = {kind.__module__ for module in model.modules() for kind in type(module).__mro__}
+    files = [sys.modules[name] for name in names if name in sys.modules and not name.startswith(("torch.", "builtins"))]
+    return [value for file in files for value in vars(file).values() if isinstance(value, functools._lru_cache_wrapper)]
+
+
+def _holders(tensor: Tensor) -> list[Any]:
+    """Caches of functions that hold a tensor, by itself or within a tuple or a list."""
+    found = []
+    for referrer in gc.get_referrers(tensor):
+        further = gc.get_referrers(referrer) if type(referrer) in (tuple, list) else ()
+        found += [holder for holder in (referrer, *further) if isinstance(holder, functools._lru_cache_wrapper)]
+    return found
+
+
+def _is_of(tensor: Tensor, model: nn.Module) -> bool:
+    """Whether a module of the copy holds a tensor as an attribute."""
+    attributes = {id(module.__dict__) for module in model.modules()}
+    return any(id(referrer) in attributes for referrer in gc.get_referrers(tensor))
 
 
 def piece_names(model: OdeResNet) -> list[str]:

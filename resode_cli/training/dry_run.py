@@ -48,6 +48,7 @@ def dry_run(
     settings: Settings,
     device: torch.device,
     *,
+    teacher_bytes: int = 0,
     on_message: Callable[[str], None],
     on_choice: Callable[[ChosenAdjoints], None],
 ) -> DryRun:
@@ -59,6 +60,8 @@ def dry_run(
     switch_scheme(model, settings, train, device, on_message)
     if settings.channels_last:
         model.use_channels_last()
+    if settings.compile:
+        model.compile_branches()
     total = settings.steps(len(train))
     create_scheduler(create_optimizer(model, settings), settings, total)
     guard = Guard(
@@ -70,6 +73,7 @@ def dry_run(
         on_message=on_message,
         on_choice=on_choice,
         state=None,
+        beside=teacher_bytes,
     )
     random = RandomState.now(device)
     guard.start(lambda: choice_batch(train, settings, device))
@@ -79,12 +83,9 @@ def dry_run(
     source.close()
     prepare_to_train(model, settings)
     slots, parts = optimizer_slots(settings), guard.state.micro_batches
+    shape = (len(first.labels), *first.images.shape[1:])
     found = Simulation(model, device.type).step(
-        model.adjoints,
-        (len(first.labels), *first.images.shape[1:]),
-        amp=settings.amp,
-        optimizer_slots=slots,
-        micro_batches=parts,
+        model.adjoints, shape, amp=settings.amp, optimizer_slots=slots, micro_batches=parts
     )
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = sum(p.nbytes for p in trained)
@@ -99,7 +100,7 @@ def dry_run(
         gradients,
         slots * gradients,
         max(found.peak - weights - (1 + slots) * gradients, 0),
-        predicted(found),
+        predicted(found) + teacher_bytes,
         free_bytes(device) + weights,
         tuple(first.skipped),
     )

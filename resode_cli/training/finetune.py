@@ -148,6 +148,7 @@ class _Run:
             on_message=self.callbacks.on_message,
             on_choice=self._chosen,
             state=GuardState(**self.progress.guard),
+            beside=0 if teacher is None else teacher.bytes,
         )
         self.guard.start(lambda: choice_batch(train, settings, device))
         if resume is not None:

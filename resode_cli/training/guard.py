@@ -14,10 +14,11 @@ from torch import Tensor
 from ..errors import ResodeError
 from ..gradients.choose import choose_adjoints
 from ..gradients.results import ChosenAdjoints
-from ..machine.memory import free_bytes
+from ..machine.memory import free_bytes, give_back_freed_memory
 from ..network.mixing import check_apart
 from ..network.model import OdeResNet
 from ..ode import Adjoint
+from ..simulation.step import CannotSimulate
 from .optimization import optimizer_slots
 from .settings import LEAN, Settings
 
@@ -59,7 +60,8 @@ def together(parts: Sequence[Figures]) -> Figures:
 class Guard:
     """Sets the adjoints of a run, chosen on a batch if the settings say so, and acts on the monitor.
 
-    batch: gives a batch to choose on. prepare: puts the model in the mode that it trains in.
+    batch: gives a batch to choose on. prepare: puts the model in the mode that it trains in. beside: bytes of a
+    teacher, which a budget has to hold too.
     """
 
     def __init__(
@@ -73,11 +75,13 @@ class Guard:
         on_message: Callable[[str], None],
         on_choice: Callable[[ChosenAdjoints], None],
         state: GuardState | None,
+        beside: int = 0,
     ) -> None:
         self.model, self.settings, self.device = model, settings, device
         self.autocast, self.prepare = autocast, prepare
         self.on_message, self.on_choice = on_message, on_choice
         self.choice = settings.adjoint_choice()
+        self.beside = beside
         self.told: set[str] = set()  # parts whose activations are kept
         self.state = state or GuardState()
         self.stage_names = [name for name, stage in model.stages.items() if stage.spec.depth]
@@ -173,23 +177,26 @@ class Guard:
 
     def _choose(self, images: Tensor, labels: Tensor, *, step: int) -> None:
         self.prepare()
-        settings = self.settings
-        budget = settings.budget_bytes or self._free()
-        chosen = choose_adjoints(
-            self.model,
-            images,
-            labels,
-            tolerance=settings.grad_tol,
-            budget=None if settings.memory_budget == LEAN else budget,
-            batch_size=-(-settings.batch_size // settings.micro_batches),
-            optimizer_slots=optimizer_slots(settings),
-            methods=self.choice.methods,
-            amp=settings.amp,
-            micro_batches=settings.micro_batches == 1 and not settings.teacher_states,
-            autocast=self.autocast,
-        )
-        self.state.micro_batches = settings.micro_batches * chosen.micro_batches
+        settings, given = self.settings, self.settings.micro_batches
+        part = -(-settings.batch_size // given)
+        budget = (settings.budget_bytes or self._free()) - self.beside
+        if given > 1:  # the gradients of the parts before, and the images of the others
+            budget -= sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
+            budget -= images[0].nbytes * (settings.batch_size - part)
+        if settings.budget_bytes is not None and self.device.type == "cpu":
+            give_back_freed_memory()
+        try:
+            chosen = self._chosen_on(images, labels, part, max(budget, 1))
+        except CannotSimulate as reason:
+            if settings.budget_bytes is not None or self.choice.methods is not None:
+                raise ResodeError(f"{reason}; leave out the budget, or give --adjoint checkpoint") from reason
+            self.on_message(f"note: {reason}; so 'auto' evaluates every part again (checkpoint), which is exact")
+            self.state.micro_batches = given
+            self.model.use_adjoint(Adjoint("checkpoint"))
+            self._remember()
+            return
         self.on_choice(chosen)
+        self.state.micro_batches = given * chosen.micro_batches
         self.state.allowed = {}
         for choice in chosen.stages:
             if choice.own_drift is not None:
@@ -197,6 +204,22 @@ class Guard:
                 self.state.allowed[choice.piece] = room * choice.own_drift
             self.state.calibrated_at[choice.piece] = step
         self._remember()
+
+    def _chosen_on(self, images: Tensor, labels: Tensor, part: int, budget: int) -> ChosenAdjoints:
+        settings = self.settings
+        return choose_adjoints(
+            self.model,
+            images,
+            labels,
+            tolerance=settings.grad_tol,
+            budget=None if settings.memory_budget == LEAN else budget,
+            batch_size=part,
+            optimizer_slots=optimizer_slots(settings),
+            methods=self.choice.methods,
+            amp=settings.amp,
+            micro_batches=settings.micro_batches == 1 and not settings.teacher_states,
+            autocast=self.autocast,
+        )
 
     def _free(self) -> int:
         """What the device has free, counting the weights, which are there already."""

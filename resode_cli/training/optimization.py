@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import nn
 
 from ..errors import unknown
 from .settings import Settings
+
+MOST_SLOTS = 2  # Adam's
 
 
 def create_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
@@ -31,7 +34,10 @@ def optimizer_slots(settings: Settings) -> int:
     random = torch.get_rng_state()
     layer = nn.Linear(64, 64)
     torch.set_rng_state(random)
-    optimizer = create_optimizer(layer, settings)
+    try:
+        optimizer = create_optimizer(layer, settings)
+    except AssertionError:  # one for another device
+        return MOST_SLOTS
 
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
@@ -41,7 +47,7 @@ def optimizer_slots(settings: Settings) -> int:
 
     optimizer.step(loss)  # type: ignore[arg-type]
     kept = sum(t.numel() for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor))
-    return round(kept / sum(p.numel() for p in layer.parameters()))
+    return math.ceil(kept / sum(p.numel() for p in layer.parameters()) - 0.1)
 
 
 def create_scheduler(optimizer: torch.optim.Optimizer, settings: Settings, total: int) -> Any:

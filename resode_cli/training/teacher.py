@@ -43,6 +43,11 @@ class Teacher:
             logits: Tensor = self.net(images)
         return logits.float()
 
+    @property
+    def bytes(self) -> int:
+        """Of its weights and buffers."""
+        return sum(t.nbytes for t in (*self.net.parameters(), *self.net.buffers()))
+
     def to(self, device: torch.device) -> Teacher:
         self.net.to(device)
         return self

@@ -158,3 +158,50 @@ def test_planned_evaluations_are_the_counted_ones(deep):
         stage(x.clone().requires_grad_()).sum().backward()
         plan = adjoint.plan(24, "euler")
         assert stage.monitor.evaluations / 24 == pytest.approx(planned_evaluations(plan)), adjoint
+
+
+def test_more_memory_is_never_refused_where_less_was_enough(build_tiny, images, labels):
+    """And what a refusal names is then enough."""
+    model = build_tiny()
+    free = chosen(model, images, labels, tolerance=1e-6, budget=PLENTY).predicted_bytes
+    with pytest.raises(ResodeError, match="takes at least") as refused:
+        chosen(model, images, labels, tolerance=1e-6, budget=1000)
+    number, unit = str(refused.value).split("takes at least ")[1].split(";")[0].split()
+    named = int(float(number) * {"KiB": 2**10, "MiB": 2**20}[unit])
+    previous = float("inf")
+    for budget in [named, *(named + (free - named) * k // 9 for k in range(1, 10))]:
+        found = chosen(model, images, labels, tolerance=1e-6, budget=budget)
+        assert found.predicted_bytes <= budget and found.time <= 1.3 * previous
+        previous = found.time
+
+
+def test_transitions_and_the_stem_are_within_the_tolerance_too(build_tiny, images, labels):
+    """States of transitions are coded as well, and what codes are off by reaches the stem."""
+    model = build_tiny()
+    model.train()
+    for name in model.stages:
+        model.use_adjoint({name: Adjoint("checkpoint", bits=2), f"{name} transition": Adjoint("checkpoint", bits=2)})
+    coded = model.adjoints
+    found = probe.Probe(model, images, labels, torch.enable_grad)
+    model.use_adjoint(coded)
+    errors = found.together()
+    assert list(errors) == ["stem", "layer1", "layer2 transition", "layer2", "layer3 transition", "layer3"]
+    assert all(error > 1e-4 for error in errors.values())
+
+
+class Rolls(torch.nn.Module):
+    """Mixes the images of a batch from three on."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 0.3 * x.roll(1, 0) if len(x) > 2 else x
+
+
+@pytest.mark.parametrize("layer", [Rolls(), torch.nn.Dropout(0.3), torch.nn.Identity()], ids=lambda m: type(m).__name__)
+def test_a_batch_is_split_only_where_that_changes_nothing(layer, build_tiny, labels):
+    model = build_tiny()
+    model.net.bn1 = torch.nn.Sequential(model.net.bn1, layer)
+    x, y = torch.rand(16, 3, 48, 48), labels.repeat(4)
+    free = chosen(model, x, y, tolerance=0.02, budget=PLENTY).predicted_bytes
+    found = chosen(model, x, y, tolerance=0.02, budget=int(0.8 * free), micro_batches=True)
+    assert (found.micro_batches > 1) == isinstance(layer, torch.nn.Identity)
+    assert found.predicted_bytes <= 0.8 * free

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -133,10 +134,61 @@ def test_a_dry_run_fails_where_a_step_would_not_fit(model, tmp_path, monkeypatch
 
 
 def test_a_network_that_cannot_be_simulated_is_told_so(model, tmp_path):
-    class Decides(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x if float(x.detach().sum()) > 1e9 else x * 1
+    def decides(_: nn.Module, given: tuple[torch.Tensor]) -> torch.Tensor:
+        (x,) = given
+        return x if float(x.detach().sum()) > 1e9 else x * 1
 
-    model.net.conv1 = nn.Sequential(model.net.conv1, Decides())
-    with pytest.raises(ResodeError, match="cannot be run without numbers, .* give an --adjoint"):
+    model.net.conv1.register_forward_pre_hook(decides)
+    with pytest.raises(ResodeError, match="cannot be run without numbers"):
         Simulation(model, "cpu").step(Adjoint(), (4, 3, 8, 8))
+    told: list[str] = []
+    images = data.open_data("digits", PRE, "train", augment=False, images=40)
+    settings = replace(SETTINGS, adjoint="auto", max_steps=1)
+    run = {"settings": settings, "device": torch.device("cpu"), "callbacks": Callbacks(on_message=told.append)}
+    result = finetune(model, images, None, out=tmp_path / "run", **run)
+    assert set(result.adjoints.values()) == {"checkpoint"} and any(
+        "evaluates every part again" in text for text in told
+    )
+    with pytest.raises(ResodeError, match="leave out the budget, or give --adjoint checkpoint"):
+        run["settings"] = replace(settings, memory_budget="1GiB")
+        finetune(model, images, None, out=tmp_path / "other", **run)
+
+
+@lru_cache
+def grid(size: int) -> torch.Tensor:
+    return torch.linspace(0.9, 1.1, size)
+
+
+def test_a_cache_of_the_users_own_holds_no_simulated_tensors(model, tmp_path):
+    class Scales(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * grid(x.shape[-1])
+
+    grid.cache_clear()
+    model.net.conv1 = nn.Sequential(model.net.conv1, Scales())
+    Simulation(model, "cpu").step(Adjoint("checkpoint"), (4, 3, 8, 8))
+    assert type(grid(8)) is torch.Tensor
+    assert type(model(torch.randn(2, 3, 8, 8))) is torch.Tensor
+
+
+def test_what_a_network_keeps_elsewhere_is_no_simulated_tensor_unsaid(model):
+    kept: list[torch.Tensor] = []
+    model.net.conv1.register_forward_hook(lambda module, given, out: kept.append(out))
+    with pytest.raises(ResodeError, match="it keeps tensors that it computes, outside of its modules"):
+        Simulation(model, "cpu").step(Adjoint(), (4, 3, 8, 8))
+
+
+def test_a_budget_holds_given_parts_and_a_teacher_too(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run = ["finetune", "m.safetensors", "--trust-source", "--data", "digits", "-o", "out", "-b", "64"]
+    run += ["--dry-run", "--json"]
+    assert main([*run, "--micro-batches", "4"]) == 0
+    free = json.loads(capsys.readouterr().out)["predicted_bytes"]
+    budget = int(0.9 * free)
+    assert main([*run, "--micro-batches", "4", "--memory-budget", f"{budget}B"]) == 0
+    assert json.loads(capsys.readouterr().out)["predicted_bytes"] <= 1.02 * budget
+    assert main([*run, "--teacher", "m.safetensors"]) == 0
+    taught = json.loads(capsys.readouterr().out)["predicted_bytes"]
+    assert main(run) == 0
+    plain = json.loads(capsys.readouterr().out)["predicted_bytes"]
+    assert taught - plain == sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
