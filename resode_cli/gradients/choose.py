@@ -116,8 +116,8 @@ class _Chooser:
             inexact_somewhere = not all(option.exact for option in plan.values())
             errors = self.trials.together(_adjoints(plan)) if inexact_somewhere else {}
             bad = [name for name, error in errors.items() if not error <= MARGIN * self.tolerance]
-            inexact = [name for name in self.trials.stages if not self._is_exact(name, plan)]
-            if not bad or not inexact:
+            inexact = [name for name in self.trials.stages if not self._is_exact(name, plan)] if bad else []
+            if not inexact:
                 return self._chosen(plan, parts, whole, errors)
             # What is too far off inherits its error from the stages above it too: tighten the worst of them.
             names = list(plan)
@@ -128,7 +128,10 @@ class _Chooser:
             self.trials.shares[worst] = alone[worst] / 2
             self.trials.widths.pop(worst, None)
         plan, parts = self._least()
-        raise self._refusal(predicted(self.menu.whole(_adjoints(plan), parts)))
+        whole = self.menu.whole(_adjoints(plan), parts)
+        if predicted(whole) <= self.budget and all(option.exact for option in plan.values()):
+            return self._chosen(plan, parts, whole, {})
+        raise self._refusal(predicted(whole) if predicted(whole) > self.budget else None)
 
     # Planning
 

@@ -160,6 +160,14 @@ def test_planned_evaluations_are_the_counted_ones(deep):
         assert stage.monitor.evaluations / 24 == pytest.approx(planned_evaluations(plan)), adjoint
 
 
+def test_an_exact_plan_is_not_measured(build_tiny, images, labels, monkeypatch):
+    model = build_tiny()
+    free = chosen(model, images, labels, tolerance=0.02, budget=PLENTY).predicted_bytes
+    monkeypatch.setattr(probe.Probe, "__init__", lambda *_: pytest.fail("nothing needs to be measured"))
+    found = chosen(model, images, labels, tolerance=0.02, budget=int(0.8 * free))
+    assert found.images == 0 and all(choice.error == 0 for choice in found.choices)
+
+
 def test_more_memory_is_never_refused_where_less_was_enough(build_tiny, images, labels):
     """And what a refusal names is then enough."""
     model = build_tiny()
