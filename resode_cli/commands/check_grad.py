@@ -85,6 +85,7 @@ def check_grad_command(
     from ..quantities import duration, finite, number, size
     from ..reports.choice import choice_json, choice_table
     from ..reports.report import gradient_json, gradient_table, sweep_json, sweep_table
+    from ..simulation.step import CannotSimulate
 
     output = Output(json_mode=json)
     choices = parse_adjoints(adjoint, **{name: getattr(backward, name) for name in ADJOINT_SETTINGS})
@@ -104,9 +105,10 @@ def check_grad_command(
     wide = f" at each of {len(depths)} depths" if depths is not None else ""
     tuned = ", and calibration" if any(c.fixed is None for c in choices) else ""
     held = "; a process on the CPU grows by two to three times that" if where.type == "cpu" else ""
-    output.note(
-        f"predicted{wide}: {duration(forecast.seconds)}{tuned}, {size(forecast.bytes)} of tensors at a time{held}"
-    )
+    tensors = "its memory cannot be predicted"
+    if forecast.bytes is not None:
+        tensors = f"{size(forecast.bytes)} of tensors at a time{held}"
+    output.note(f"predicted{wide}: {duration(forecast.seconds)}{tuned}, {tensors}")
     methods: list[Adjoint | StageAdjoints] = []
     chosen = []
     with output.aside.status("calibrating") as status:
@@ -114,15 +116,18 @@ def check_grad_command(
             if choice.fixed is not None:
                 methods.append(choice.fixed)
                 continue
-            found = choose_as_measured(
-                loaded,
-                *(part.to(where) for part in batches_of.to_choose_on()),
-                tolerance=backward.grad_tol,
-                budget=backward.budget_bytes,
-                methods=choice.methods,
-                batch_norm=backward.bn,
-                on_stage=lambda stage, tried: status.update(escape(f"calibrating {stage}: {tried}")),
-            )
+            try:
+                found = choose_as_measured(
+                    loaded,
+                    *(part.to(where) for part in batches_of.to_choose_on()),
+                    tolerance=backward.grad_tol,
+                    budget=backward.budget_bytes,
+                    methods=choice.methods,
+                    batch_norm=backward.bn,
+                    on_stage=lambda stage, tried: status.update(escape(f"calibrating {stage}: {tried}")),
+                )
+            except CannotSimulate as reason:
+                raise ResodeError(f"{reason}; name methods, as in --adjoint checkpoint,pc") from reason
             chosen.append(found)
             methods.append(StageAdjoints(choice.label, found.adjoints))
             output.show(choice_table(found))

@@ -110,7 +110,7 @@ def convert_command(
     image = like(random_batch(opened.preprocessing, 1), opened.net)
     opened.net.eval()
     forecast = forecast_conversion(opened.net, image, VERIFIED)
-    if forecast is not None:
+    if forecast is not None and forecast.bytes is not None:
         output.note(
             f"predicted: {duration(forecast.seconds)}, about {size(forecast.bytes)} of memory"
             " beside what Python and torch take"

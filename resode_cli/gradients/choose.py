@@ -21,11 +21,11 @@ from ..network.mixing import differs_in_parts, mixes_images
 from ..network.model import OdeResNet
 from ..ode import Adjoint, RandomState, fixed_buffers
 from ..quantities import size
-from ..simulation.step import REST, Simulation, StepUse
+from ..simulation.step import RESERVE, REST, Simulation, StepUse, predicted
 from .menu import HOLD, Menu, stage_of
 from .planner import EXACT_WORTH, Option, Plan, fastest, lean, least, peak_of, seconds_of
 from .results import Alternative, ChosenAdjoints, PieceChoice
-from .trials import FIRST_WIDTH, RESERVE, Trials, Tried, predicted
+from .trials import FIRST_WIDTH, Trials, Tried
 
 # Another batch has another error: what is chosen has this much of the tolerance on the batch at hand.
 MARGIN = 0.7
@@ -85,7 +85,7 @@ class _Chooser:
         autocast: Callable[[], Any],
         on_stage: Callable[[str, str], None],
     ) -> None:
-        self.menu, self.model, self.images, self.labels = menu, menu.model, images, labels
+        self.menu, self.model, self.images = menu, menu.model, images
         self.tolerance, self.methods, self.autocast, self.on_stage = tolerance, methods, autocast, on_stage
         # Errors of several stages add up like independent ones, nearly; the whole network is verified in the end.
         share = MARGIN * tolerance / math.sqrt(max(len(self.model.stages), 1))
@@ -144,16 +144,17 @@ class _Chooser:
         found = self._fastest(allowed, exact=self.methods is None)
         if self.methods is None:
             hoped = self._fastest(allowed, exact=False, hoping=True)
-            if hoped is not None and not _worth(hoped, found):
+            if hoped is not None and not _worth(hoped, found) and self.trials.affordable:
                 measured = self._fastest(allowed, exact=False)
                 found = found if measured is None or _worth(measured, found) else measured
         return found
 
     def _least(self) -> tuple[Plan, int]:
         """The plan that holds least, of what may be done, and in how many micro-batches."""
-        if self.methods is None and self.menu.coded:
+        measuring = self.methods is not None or self.trials.affordable
+        if self.methods is None and self.menu.coded and measuring:
             self.trials.calibrate_widths()
-        options = self._options(exact=False)
+        options = self._options(exact=not measuring)
         plans = []
         for parts in self.parts:
             own = options if parts == 1 else self.menu.in_micro_batches(options, parts)
@@ -228,7 +229,8 @@ class _Chooser:
                 self.model(few)
         draws = not before.equals(RandomState.now(few.device, [g for g, _ in before.held]))
         few = self.images[: max(len(self.images) // 4 * 4, 1)]
-        self.mixes = self.mixes or differs_in_parts(self.model, few, self.autocast)
+        with self.autocast():
+            self.mixes = self.mixes or differs_in_parts(self.model, few)
         self.menu.sliced = not (self.mixes or further or draws)
         self.menu.coded = all(stage.compilation is None for stage in self.model.stages.values())
         if micro_batches and not (self.mixes or draws):  # or every part would draw other numbers

@@ -41,11 +41,10 @@ class Menu:
         *,
         amp: str,
         optimizer_slots: int,
-        sliced: bool = False,
-        coded: bool = True,
     ) -> None:
         self.model, self.simulation, self.images = model, simulation, images
-        self.amp, self.slots, self.sliced, self.coded = amp, optimizer_slots, sliced, coded
+        self.amp, self.slots = amp, optimizer_slots
+        self.sliced, self.coded = False, True
         self.measured: dict[tuple[str, Adjoint], float] = {}
         self.names = piece_names(model)
         self.steps: dict[tuple[Adjoint, int], StepUse] = {}

@@ -68,10 +68,6 @@ class ChosenAdjoints:
     alternatives: tuple[Alternative, ...] = ()
 
     @property
-    def backprop_fits(self) -> bool:
-        return self.budget is not None and self.backprop_bytes <= self.budget
-
-    @property
     def adjoints(self) -> dict[str, Adjoint]:
         return {choice.piece: choice.adjoint for choice in self.choices}
 

@@ -12,19 +12,12 @@ from torch import Tensor
 from ..network.outside import STEM
 from ..ode import SCHEMES, Adjoint
 from ..ode.codec import WIDTHS
-from ..simulation.step import StepUse
+from ..simulation.step import predicted
 from .menu import AGAIN, Menu
 from .probe import Probe, reference_adjoint
 
-# Of what a step holds beside weights and the optimizer's numbers, what a library may take for itself.
-RESERVE = 0.1
 FIRST_WIDTH = 4  # bits, of the codes that are tried first
 FEWEST = 2  # images to calibrate on
-
-
-def predicted(use: StepUse) -> int:
-    """Bytes of a simulated step, with a reserve for what libraries take for themselves."""
-    return use.fixed + round((1 + RESERVE) * (use.peak - use.fixed))
 
 
 @dataclass
@@ -65,6 +58,11 @@ class Trials:
     def count(self) -> int:
         """Images that were calibrated on: none where nothing had to be measured."""
         return 0 if self.probe is None else len(self.probe.images)
+
+    @property
+    def affordable(self) -> bool:
+        """Whether gradients of a few images can be compared within the budget: three of each are held at a time."""
+        return self._bytes(min(FEWEST, len(self.images))) + 2 * sum(self.menu.trained.values()) <= self.budget
 
     @property
     def stages(self) -> list[str]:

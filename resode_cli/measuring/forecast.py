@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import ResodeError
 from ..network.model import OdeResNet
 from ..ode import Adjoint, fixed_buffers, required_scheme
 from ..ode.memory import LiveBytes
@@ -24,14 +25,14 @@ REPLAYED = 2.0  # evaluations per step of a method that keeps no activations, co
 
 @dataclass(frozen=True)
 class Forecast:
-    """bytes: of weights, gradients and activations that are alive at a time.
+    """bytes: of weights, gradients and activations that are alive at a time; None where they are not known.
 
     On top come images, Python, torch, and what the C library's allocator keeps of freed memory: with many methods in
     turn a process on the CPU grew by 2.0 to 2.4 times the bytes of `check-grad` where these were more than 200 MiB.
     """
 
     seconds: float
-    bytes: int
+    bytes: int | None
 
 
 def forecast_conversion(net: nn.Module, image: Tensor, images: int) -> Forecast | None:
@@ -74,7 +75,8 @@ def forecast_gradients(model: OdeResNet, images: Tensor, methods: Sequence[Adjoi
     """Backprop's gradients and each method's on a batch (B, 3, H, W).
 
     Seconds: from backprop on a few of its images; methods that keep no activations evaluate the branches again. Bytes:
-    of simulated steps. The choice of adjoints is not included. The model is left as it was.
+    of simulated steps; None for a network that cannot be simulated. The choice of adjoints is not included. The model
+    is left as it was.
     """
     few = images[: min(FEW, len(images))].clone()  # a view would keep the storage of all
     adjoints = model.adjoints
@@ -88,16 +90,24 @@ def forecast_gradients(model: OdeResNet, images: Tensor, methods: Sequence[Adjoi
             began = time.perf_counter()
             _gradients(model, few, parameters)
             seconds = time.perf_counter() - began
-        simulation = Simulation(model, images.device.type)
-        suited = [m for m in methods if all(_suits(m, stage.spec.scheme) for stage in model.stages.values())]
-        uses = [simulation.step(m, tuple(images.shape), optimizer_slots=0) for m in (Adjoint("backprop"), *suited)]
+        peak = _simulated(model, tuple(images.shape), images.device.type, methods)
     finally:
         model.use_adjoint(adjoints)
         model.train(training)
     scale = len(images) / len(few)
     backward = sum(1 + (REPLAYED + m.corrections) / GRADIENT if m.replays else 1 for m in methods)
-    # Beside a method's step, the gradients that it is compared with.
-    return Forecast(seconds * scale * (1 + backward), max(use.peak for use in uses) + _weights(model))
+    return Forecast(seconds * scale * (1 + backward), peak)
+
+
+def _simulated(model: OdeResNet, shape: tuple[int, ...], device: str, methods: Sequence[Adjoint]) -> int | None:
+    """Bytes of the largest of the methods' steps, and of the gradients that they are compared with."""
+    suited = [m for m in methods if all(_suits(m, stage.spec.scheme) for stage in model.stages.values())]
+    try:
+        simulation = Simulation(model, device)
+        uses = [simulation.step(m, shape, optimizer_slots=0) for m in (Adjoint("backprop"), *suited)]
+    except ResodeError:  # it may decide by its numbers; a prediction stops nothing
+        return None
+    return max(use.peak for use in uses) + _weights(model)
 
 
 def _suits(adjoint: Adjoint, scheme: str) -> bool:

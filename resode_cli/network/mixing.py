@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,13 +48,13 @@ def mixes_images(part: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) ->
     )
 
 
-def differs_in_parts(run: Callable[[Tensor], Tensor], x: Tensor, autocast: Callable[[], Any]) -> bool:
+def differs_in_parts(run: Callable[[Tensor], Tensor], x: Tensor) -> bool:
     """Whether a network gives another result for a batch than for its parts: it may mix images from some number on."""
     if len(x) < 4 or not isinstance(run, nn.Module):
-        return False
+        return False  # of a part of a network the caller keeps what it writes
 
     def look(batch: Tensor) -> Tensor:
-        with autocast(), torch.no_grad(), fixed_buffers([run]):
+        with torch.no_grad(), fixed_buffers([run]):
             return repeatable(partial(run, batch))
 
     with as_before(run):
@@ -73,7 +72,7 @@ def check_apart(
     what: str, part: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor, *, into: str = "slices"
 ) -> None:
     """Raises ResodeError for a part that mixes images, and cannot be run in slices of the batch."""
-    if mixes_images(part, run, x):
+    if mixes_images(part, run, x) or differs_in_parts(run, x[: len(x) // 4 * 4]):
         raise ResodeError(
             f"{what} mixes the images of a batch, as BatchNorm does with the batch's statistics, and cannot be run in"
             f" {into}; freeze BatchNorm, or leave out the {into}"

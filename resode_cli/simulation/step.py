@@ -60,6 +60,15 @@ class StepUse:
     pieces: dict[str, PieceUse] = field(default_factory=dict)
 
 
+# Of what a step holds beside weights and the optimizer's numbers, what a library may take for itself.
+RESERVE = 0.1
+
+
+def predicted(use: StepUse) -> int:
+    """Bytes of a simulated step, with a reserve for what libraries take for themselves."""
+    return use.fixed + round((1 + RESERVE) * (use.peak - use.fixed))
+
+
 class Simulation:
     """A copy of a network without numbers, to take steps with.
 

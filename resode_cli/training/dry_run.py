@@ -9,11 +9,10 @@ import torch
 
 from ..data import ImageData
 from ..gradients.results import ChosenAdjoints
-from ..gradients.trials import predicted
 from ..machine.memory import free_bytes
 from ..network.model import OdeResNet, check_finite
 from ..ode import RandomState
-from ..simulation.step import Simulation
+from ..simulation.step import Simulation, predicted
 from .guard import Guard
 from .loop import training_batches
 from .optimization import create_optimizer, create_scheduler, optimizer_slots

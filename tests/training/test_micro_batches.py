@@ -16,11 +16,10 @@ from resode_cli import data
 from resode_cli.app import main
 from resode_cli.errors import ResodeError, UsageError
 from resode_cli.files import model_file
-from resode_cli.gradients.trials import predicted
 from resode_cli.network.model import OdeResNet, freeze_batch_norm
 from resode_cli.network.parts import Preprocessing
 from resode_cli.ode import Adjoint
-from resode_cli.simulation.step import Simulation
+from resode_cli.simulation.step import Simulation, predicted
 from resode_cli.training import guard, run_folder
 from resode_cli.training.finetune import finetune
 from resode_cli.training.optimization import optimizer_slots
@@ -62,6 +61,18 @@ def test_images_that_mix_are_not_split(adjoint, model, tmp_path):
     settings = replace(SETTINGS, adjoint=adjoint, micro_batches=2, bn="batch")
     with pytest.raises(ResodeError, match="the network mixes the images .* cannot be run in micro-batches; freeze"):
         train(tmp_path / "run", settings)
+
+
+def test_images_that_mix_from_three_on_are_not_split_either(model, tmp_path):
+    def rolls(_: nn.Module, given: tuple[torch.Tensor]) -> torch.Tensor:
+        (x,) = given
+        return x + x.roll(1, 0) if len(x) > 2 else x
+
+    model.net.conv1.register_forward_pre_hook(rolls)
+    images = data.open_data("digits", PRE, "train", augment=False, images=40)
+    settings = replace(SETTINGS, micro_batches=2)
+    with pytest.raises(ResodeError, match="cannot be run in micro-batches"):
+        finetune(model, images, None, out=tmp_path / "run", settings=settings, device=torch.device("cpu"))
 
 
 def test_what_contradicts_is_refused():
