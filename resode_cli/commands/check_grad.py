@@ -12,7 +12,7 @@ from rich.markup import escape
 from ..errors import ResodeError
 from ..options import ADJOINT_SETTINGS
 from ..quantities import COUNT, NOT_NEGATIVE
-from ..training.settings import Settings
+from ..training.settings import Settings, budget_bytes
 from .options import (
     DATA,
     DeviceOption,
@@ -88,6 +88,7 @@ def check_grad_command(
     from ..simulation.step import CannotSimulate
 
     output = Output(json_mode=json)
+    budget = budget_bytes(backward.memory_budget)
     choices = parse_adjoints(adjoint, **{name: getattr(backward, name) for name in ADJOINT_SETTINGS})
     check_auto(given, chooses=any(choice.fixed is None for choice in choices))
     depths = depth_list("--sweep", sweep, at_least=2) if sweep is not None else None
@@ -121,7 +122,7 @@ def check_grad_command(
                     loaded,
                     *(part.to(where) for part in batches_of.to_choose_on()),
                     tolerance=backward.grad_tol,
-                    budget=backward.budget_bytes,
+                    budget=budget,
                     methods=choice.methods,
                     batch_norm=backward.bn,
                     on_stage=lambda stage, tried: status.update(escape(f"calibrating {stage}: {tried}")),

@@ -97,7 +97,7 @@ class _Chooser:
         self.parts = [1]
 
     def choose(self, *, micro_batches: bool) -> ChosenAdjoints:
-        held, free = self.menu.step(HOLD), math.isinf(self.budget)
+        held, free = self.menu.held(), math.isinf(self.budget)
         if not free and self.methods is None and predicted(held) <= self.budget:
             plan = {name: Option(HOLD, use, True) for name, use in held.pieces.items()}
             return self._chosen(plan, 1, held, {})
@@ -249,7 +249,7 @@ class _Chooser:
 
     @property
     def _fixed(self) -> int:
-        return self.menu.step(HOLD).fixed
+        return self.menu.held().fixed
 
     @property
     def _gradients(self) -> int:
@@ -263,7 +263,7 @@ class _Chooser:
         """The plan, set, with the figures that it rests on."""
         adjoints = _adjoints(plan)
         self.model.use_adjoint(adjoints)
-        held = self.menu.step(HOLD)
+        held = self.menu.held()
         choices = tuple(self._describe(name, option, errors) for name, option in plan.items() if name != REST)
         return ChosenAdjoints(
             choices,
@@ -324,7 +324,7 @@ class _Chooser:
             own.contraction if best is None else best.contraction,
             tuple((adjoint.label, t.error) for adjoint, t in tried.items()),
             max(chosen.use.kept, 0),
-            max(self.menu.step(HOLD).pieces[name].kept, 0),
+            max(self.menu.held().pieces[name].kept, 0),
             _reason(chosen, best, self.trials.shares.get(name, 0.0)),
         )
 

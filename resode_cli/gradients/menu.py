@@ -13,12 +13,13 @@ from ..network.model import OdeResNet, transition_of
 from ..network.outside import STEM
 from ..network.stage import OdeStage
 from ..ode import REVERSALS, Adjoint, required_scheme
+from ..simulation.shallow import pieces_of
 from ..simulation.step import REST, PieceUse, Simulation, StepUse, piece_names
 from .candidates import planned_evaluations, snapshot_counts, spacings
 from .planner import Option
 
 HOLD, AGAIN = Adjoint("backprop"), Adjoint("checkpoint")
-SLICED = 4  # slices that are simulated
+SLICED = 2  # slices that are simulated: each takes the time of a step
 MOST_CORRECTIONS = 2
 # Reverse Euler's prediction alone takes what `pc` takes, and is less accurate.
 _WORTH_TRYING = tuple(method for method in REVERSALS if method != "euler")
@@ -47,23 +48,32 @@ class Menu:
         self.sliced, self.coded = False, True
         self.measured: dict[tuple[str, Adjoint], float] = {}
         self.names = piece_names(model)
-        self.steps: dict[tuple[Adjoint, int], StepUse] = {}
+        self.steps: dict[tuple[Adjoint, int], dict[str, PieceUse]] = {}
+        self._held: StepUse | None = None
         self.trained = _trained_bytes(model, self.names)
 
-    def step(self, adjoint: Adjoint, batch: int | None = None) -> StepUse:
-        """A step in which every piece is run by this adjoint."""
+    def held(self) -> StepUse:
+        """A step in which every piece keeps its activations."""
+        if self._held is None:
+            self._held = self.whole(HOLD)
+        return self._held
+
+    def pieces(self, adjoint: Adjoint, batch: int | None = None) -> dict[str, PieceUse]:
+        """What each piece takes in a step in which every one is run by this adjoint."""
         shape = (batch or self.images[0], *self.images[1:])
+        if (adjoint, shape) == (HOLD, self.images):
+            return self.held().pieces
         key = adjoint, shape[0]
         if key not in self.steps:
             needed = required_scheme(adjoint.method)
             stages = self.model.stages.items()
             suited = {name: adjoint if needed in (None, stage.spec.scheme) else HOLD for name, stage in stages}
-            self.steps[key] = self.simulation.step(
-                {**suited, STEM: adjoint}, shape, amp=self.amp, optimizer_slots=self.slots
+            self.steps[key] = pieces_of(
+                self.simulation, {**suited, STEM: adjoint}, shape, amp=self.amp, optimizer_slots=self.slots
             )
         return self.steps[key]
 
-    def whole(self, adjoints: Mapping[str, Adjoint], micro_batches: int = 1) -> StepUse:
+    def whole(self, adjoints: Adjoint | Mapping[str, Adjoint], micro_batches: int = 1) -> StepUse:
         """A step by the adjoints of a plan."""
         return self.simulation.step(
             adjoints, self.images, amp=self.amp, optimizer_slots=self.slots, micro_batches=micro_batches
@@ -76,7 +86,7 @@ class Menu:
             stage = self.model.stages.get(name)
             widths = bits.get(stage_of(name), ()) if self.coded and name != STEM else ()
             if name == REST:
-                found[name] = [Option(HOLD, self.step(HOLD).pieces[REST], True)]
+                found[name] = [Option(HOLD, self.pieces(HOLD)[REST], True)]
             elif stage is not None:
                 found[name] = self._of_steps(name, stage, methods, widths)
             elif methods is None:
@@ -120,7 +130,7 @@ class Menu:
         return found
 
     def _use(self, name: str, adjoint: Adjoint) -> PieceUse:
-        return self.step(adjoint).pieces[name]
+        return self.pieces(adjoint)[name]
 
     def _ways(self, name: str, adjoint: Adjoint) -> list[Option]:
         """An adjoint that evaluates again, and the same in slices of the batch: a part of it is divided by them."""
@@ -201,7 +211,7 @@ class Menu:
         """The options where the batch is split in `count`, one part after the other; gradients add up."""
         batch = self.images[0]
         small = max(batch // SLICED, 1)
-        at_whole, at_small = self.step(HOLD).pieces, self.step(HOLD, small).pieces
+        at_whole, at_small = self.pieces(HOLD), self.pieces(HOLD, small)
         share = -(-batch // count) / batch
         found = {}
         for name, own in options.items():

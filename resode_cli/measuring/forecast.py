@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import ResodeError
 from ..network.model import OdeResNet
-from ..ode import Adjoint, fixed_buffers, required_scheme
+from ..ode import Adjoint, fixed_buffers
 from ..ode.memory import LiveBytes
 from ..simulation.step import Simulation
 
@@ -75,7 +75,7 @@ def forecast_gradients(model: OdeResNet, images: Tensor, methods: Sequence[Adjoi
     """Backprop's gradients and each method's on a batch (B, 3, H, W).
 
     Seconds: from backprop on a few of its images; methods that keep no activations evaluate the branches again. Bytes:
-    of simulated steps; None for a network that cannot be simulated. The choice of adjoints is not included. The model
+    of a simulated step; None for a network that cannot be simulated. The choice of adjoints is not included. The model
     is left as it was.
     """
     few = images[: min(FEW, len(images))].clone()  # a view would keep the storage of all
@@ -90,7 +90,7 @@ def forecast_gradients(model: OdeResNet, images: Tensor, methods: Sequence[Adjoi
             began = time.perf_counter()
             _gradients(model, few, parameters)
             seconds = time.perf_counter() - began
-        peak = _simulated(model, tuple(images.shape), images.device.type, methods)
+        peak = _simulated(model, tuple(images.shape), images.device.type)
     finally:
         model.use_adjoint(adjoints)
         model.train(training)
@@ -99,19 +99,12 @@ def forecast_gradients(model: OdeResNet, images: Tensor, methods: Sequence[Adjoi
     return Forecast(seconds * scale * (1 + backward), peak)
 
 
-def _simulated(model: OdeResNet, shape: tuple[int, ...], device: str, methods: Sequence[Adjoint]) -> int | None:
-    """Bytes of the largest of the methods' steps, and of the gradients that they are compared with."""
-    suited = [m for m in methods if all(_suits(m, stage.spec.scheme) for stage in model.stages.values())]
+def _simulated(model: OdeResNet, shape: tuple[int, ...], device: str) -> int | None:
+    """Bytes of a step by backprop, which no method exceeds, and of the gradients that are compared with its."""
     try:
-        simulation = Simulation(model, device)
-        uses = [simulation.step(m, shape, optimizer_slots=0) for m in (Adjoint("backprop"), *suited)]
+        return Simulation(model, device).step(Adjoint("backprop"), shape, optimizer_slots=0).peak + _weights(model)
     except ResodeError:  # it may decide by its numbers; a prediction stops nothing
         return None
-    return max(use.peak for use in uses) + _weights(model)
-
-
-def _suits(adjoint: Adjoint, scheme: str) -> bool:
-    return required_scheme(adjoint.method) in (None, scheme)
 
 
 def _gradients(model: OdeResNet, images: Tensor, parameters: list[nn.Parameter]) -> None:

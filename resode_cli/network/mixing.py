@@ -14,6 +14,7 @@ from .repeat import as_before, repeatable
 
 PARTS = 0.005  # the same for whole networks, in which another batch size may take other kernels
 TOLERANCE = 1e-4  # of the largest number: what another algorithm for the same batch may round differently
+SAMPLE = 4096  # numbers of each gradient that are compared, beside its length
 
 
 def mixes_images(part: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> bool:
@@ -36,8 +37,7 @@ def mixes_images(part: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) ->
             if not first.requires_grad:
                 return [first]
             weights = torch.randn(first.shape, generator=torch.Generator().manual_seed(0)).to(first)
-            gradients = torch.autograd.grad((first * weights).sum(), trained, allow_unused=True)
-        return [first.detach(), *(g for g in gradients if g is not None)]
+            return [first.detach(), *_samples((first * weights).sum(), trained)]
 
     with as_before(part), fixed_buffers([part]):
         before = [buffer.clone() for buffer in part.buffers()]
@@ -46,6 +46,25 @@ def mixes_images(part: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) ->
     return written or any(
         not torch.allclose(a.float(), b.float(), rtol=0, atol=TOLERANCE * float(a.abs().max())) for a, b in pairs
     )
+
+
+def _samples(loss: Tensor, trained: list[nn.Parameter]) -> list[Tensor]:
+    """Numbers of the gradient of each parameter, and its length. One gradient is held at a time, never all of them."""
+    found: dict[int, Tensor] = {}
+
+    def shorten(index: int, gradient: Tensor) -> Tensor:
+        flat = gradient.detach().reshape(-1)
+        some = flat[:: max(len(flat) // SAMPLE, 1)][:SAMPLE].float()
+        found[index] = torch.cat([some, flat.norm().float()[None]])
+        return torch.zeros((), dtype=gradient.dtype, device=gradient.device).expand_as(gradient)
+
+    hooks = [p.register_hook(partial(shorten, index)) for index, p in enumerate(trained)]  # type: ignore[no-untyped-call]
+    try:
+        torch.autograd.grad(loss, trained, allow_unused=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [numbers for _, numbers in sorted(found.items())]
 
 
 def differs_in_parts(run: Callable[[Tensor], Tensor], x: Tensor) -> bool:

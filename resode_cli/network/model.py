@@ -77,6 +77,8 @@ class OdeResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
+        if x.dtype == torch.float32 and next(self.parameters(), x).dtype == torch.float64:
+            x = x.double()  # data sets give float32
         # A stage runs between the graphs of a compiled network, which nothing else is to break.
         if torch.compiler.is_dynamo_compiling() or torch.jit.is_tracing():  # type: ignore
             return self.net(x)

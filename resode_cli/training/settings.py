@@ -172,10 +172,7 @@ class Settings:
 
     @property
     def budget_bytes(self) -> int | None:
-        """The memory budget; None if there is none, or 'lean'. Raises UsageError for anything else."""
-        if self.memory_budget is None or self.memory_budget == LEAN:
-            return None
-        return parse_bytes(self.memory_budget)
+        return budget_bytes(self.memory_budget)
 
     def adjoint_choice(self) -> AdjointChoice:
         from ..gradients.adjoint_choice import parse_adjoint
@@ -192,3 +189,8 @@ class Settings:
             return self.max_steps or self.per_epoch(images)
         total = self.per_epoch(images) * self.epochs
         return min(total, self.max_steps or total)
+
+
+def budget_bytes(memory_budget: str | None) -> int | None:
+    """A memory budget in bytes; None if there is none, or 'lean'. Raises UsageError for anything else."""
+    return None if memory_budget is None or memory_budget == LEAN else parse_bytes(memory_budget)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -18,59 +16,7 @@ from safetensors.torch import load_file
 
 from resode_cli.app import main
 
-NETWORK = """
-from resode_cli.sources.cifar import CifarResNet
-def small(num_classes=10):
-    return CifarResNet(2, widths=(4, 8, 8), num_classes=num_classes)
-def broken():
-    raise RuntimeError("no such luck")
-def plain():
-    from torch import nn
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
-def partly():
-    from torch import nn
-    class Step(nn.Sequential):
-        def forward(self, x):
-            return x + super().forward(x)
-    class Writes(nn.Sequential):
-        def forward(self, x):
-            return x.relu_() + super().forward(x)
-    layers = [Step(nn.Linear(12, 12)), Writes(nn.Linear(12, 12)), Writes(nn.Linear(12, 12))]
-    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 12), *layers, nn.Linear(12, 10))
-"""
-
-LOADS = ("info", "eval", "export", "check-grad", "finetune", "deepen", "tie", "untie", "recalibrate")
 Run = Callable[..., subprocess.CompletedProcess[str]]
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run `resode` in an empty folder; the exit code is checked, and that there is no traceback.
-
-    In this process: importing torch anew would take longer than most commands. `test_demo.py` starts processes.
-    """
-    (tmp_path / "net.py").write_text(NETWORK)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "120")
-
-    def command(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-        # The models are made by the net.py above, whose code these commands have to be told to trust.
-        trust = ["--trust-source"] if arguments and arguments[0] in LOADS and "--source" not in arguments else []
-        out, err = io.StringIO(), io.StringIO()
-        with redirect_stdout(out), redirect_stderr(err):
-            found = main([*map(str, arguments), *trust])
-        result = subprocess.CompletedProcess([], found, out.getvalue(), err.getvalue())
-        assert found == code, result.stdout + result.stderr
-        assert "Traceback" not in result.stderr
-        return result
-
-    return command
-
-
-@pytest.fixture
-def model(run: Run) -> str:
-    run("convert", "net.py:small", "--no-pretrained", "--input-size", 8, "-o", "m.safetensors")
-    return "m.safetensors"
 
 
 def error(result: subprocess.CompletedProcess[str]) -> str:
@@ -135,7 +81,7 @@ def test_small_images_are_used_whole(run: Run, model: str) -> None:
 
 def test_a_network_of_ones_own_can_bring_its_preprocessing(run: Run, tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(
-        NETWORK
+        (tmp_path / "net.py").read_text()
         + """
 def configured():
     net = small()
@@ -301,7 +247,6 @@ MISTAKES = [
 
 def test_each_mistake_gets_one_line_that_helps(run: Run, model: str, tmp_path: Path, capsys, monkeypatch) -> None:
     # In this process, because starting Python for each of them would take minutes.
-    from resode_cli.app import main
 
     monkeypatch.chdir(tmp_path)
     before = sorted(p.name for p in tmp_path.iterdir())
@@ -347,7 +292,6 @@ def test_export_says_what_was_read_back(run: Run, model: str, tmp_path: Path) ->
 
 
 def test_debug_shows_the_traceback(run: Run, tmp_path: Path, capsys, monkeypatch) -> None:
-    from resode_cli.app import main
 
     monkeypatch.chdir(tmp_path)
     assert main(["info", "none.safetensors", "--debug"]) == 2

@@ -15,6 +15,7 @@ from resode_cli.errors import ResodeError
 from resode_cli.network.mixing import mixes_images
 from resode_cli.network.model import OdeResNet, freeze_batch_norm
 from resode_cli.ode import Adjoint, kept_bytes
+from resode_cli.ode.memory import LiveBytes
 
 IMAGES, PIXELS, CLASSES = 5, 12, 3
 LABELS = torch.tensor([0, 1, 2, 1, 0])
@@ -290,6 +291,13 @@ def test_batch_norm_is_seen_to_mix_images_where_its_scale_is_zero():
         x = torch.randn(3, 8, 6, 6, dtype=torch.float64)
         assert mixes_images(stage.blocks[0].train(), stage.blocks[0], x)
     assert not mixes_images(stage.blocks[0].train(), freeze_and_return(stage.blocks[0]), x)
+
+
+def test_looking_for_images_that_mix_holds_no_two_gradients_at_a_time():
+    net = nn.Sequential(nn.Flatten(), *[nn.Linear(300, 300) for _ in range(8)])
+    with LiveBytes(net.parameters()) as live:
+        assert not mixes_images(net, net, torch.randn(2, 300))
+    assert live.peak < 3 * 300 * 300 * 4
 
 
 def freeze_and_return(block: nn.Module) -> nn.Module:
