@@ -49,7 +49,9 @@ def bench_command(
     ] = None,
     scheme: Annotated[
         str | None,
-        typer.Option("--scheme", help="Forward rule of --stage-shape: 'euler' (default), 'heun', 'midpoint' or 'rk4'."),
+        typer.Option(
+            "--scheme", help="Forward rule of --stage-shape: 'euler' (default), 'heun', 'heunnet', 'midpoint' or 'rk4'."
+        ),
     ] = None,
     adjoint: Annotated[
         str,

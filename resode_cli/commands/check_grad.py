@@ -49,8 +49,8 @@ def check_grad_command(
         str,
         typer.Option(
             "--adjoint",
-            help="Methods, comma-separated: auto, backprop, checkpoint, multistep, pc, euler, heun, midpoint, rk4;"
-            " with settings of their own as in pc:anchors=10,checkpoint:snapshots=12.",
+            help="Methods, comma-separated: auto, backprop, checkpoint, multistep, pc, euler, heun, heunnet, midpoint,"
+            " rk4; with settings of their own as in pc:anchors=10,checkpoint:snapshots=12.",
         ),
     ] = "auto,checkpoint,multistep,pc,euler,heun",
     backward: Any,

@@ -46,7 +46,11 @@ def convert_command(
         str | None, typer.Option("--shortcut", help="Of cifar: networks: A (parameter-free) or B (projection).")
     ] = None,
     scheme: Annotated[
-        str, typer.Option("--scheme", help="Forward rule: 'euler' (the source's own), 'heun', 'midpoint' or 'rk4'.")
+        str,
+        typer.Option(
+            "--scheme",
+            help="Forward rule: 'euler' (the source's own), 'heun', 'heunnet' (the paper's), 'midpoint' or 'rk4'.",
+        ),
     ] = "euler",
     form: Annotated[
         str, typer.Option("--form", help="'exact', or 'pre': drop the activation after each addition.")

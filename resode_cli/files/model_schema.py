@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -22,7 +23,9 @@ from ..network.specs import BlockSpec, StageSpec
 from ..ode import SCHEMES
 from ..quantities import CROPS, LONGEST_STAGE, Range
 
-FORMAT_VERSION = 3  # 2: blocks that share tensors, weights linear in depth; 3: a checksum
+# 2: blocks that share tensors, weights linear in depth; 3: a checksum; 4: 'heun' takes the weights of one step, and
+# what was called so is 'heunnet'
+FORMAT_VERSION = 4
 
 _ITEMS, _LETTERS, _DEEPEST = 1_000_000, 100_000, 32  # of a list, of a text, of lists in lists
 _CLASSES = Range(1, 10**8)
@@ -85,7 +88,11 @@ def parse_metadata(metadata: Mapping[str, Any]) -> tuple[ModelInfo, list[StageSp
         tuple(found["history"]),
         tuple(found.get("left_out", ())),
     )
-    return info, found["stages"]
+    return info, [_as_named_now(spec, found["format"]) for spec in found["stages"]]
+
+
+def _as_named_now(spec: StageSpec, version: int) -> StageSpec:
+    return replace(spec, scheme="heunnet") if version < 4 and spec.scheme == "heun" else spec
 
 
 def _object(

@@ -5,7 +5,8 @@
 | multistep  | extrapolated from taped values, carry the corrected state            | 1, and 1 more per run     |
 | pc         | modified reverse Euler, carry the corrected state                    | 2                         |
 | euler      | reverse Euler, carry the prediction (the paper's eq. 6–7)            | 2                         |
-| heun       | reverse Heun, carry the prediction (the paper's eq. 8–9)             | 2                         |
+| heun       | Heun's rule with time reversed, carry the prediction                 | 2                         |
+| heunnet    | the same of the paper's rule (eq. 8–9)                               | 2                         |
 
 So does every other forward rule that has a step back of its own: its name is that of the method.
 

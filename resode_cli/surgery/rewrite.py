@@ -76,7 +76,8 @@ def deepen(stage: OdeStage, blocks: int, *, mode: str = "replicate", depth_weigh
     """Take a stage to `blocks` steps.
 
     replicate: each step becomes a run of steps of its block; T stays, so h shrinks: a finer
-        discretisation of the same ODE. Steps are spread evenly: σ'(n) = σ(⌊n N / N'⌋).
+        discretisation of the same ODE. Steps are spread evenly: σ'(n) = σ(⌊n N / N'⌋). Where N' is no multiple of N,
+        some blocks have a step more than others, and the error against that ODE is O(h) whatever the forward rule.
     interpolate: every step gets weights of its own, linear in depth between the steps' weights at
         their midpoints (n + ½)/N; T stays.
     identity: steps whose last norm (or last convolution) is zero are inserted; h stays, so T grows

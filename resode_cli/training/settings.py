@@ -56,7 +56,7 @@ class Settings:
     adjoint: str = backward(
         "auto",
         "Backward method: auto, backprop, checkpoint (exact), multistep, pc, euler; or the reversal of a forward rule"
-        " of that name: heun, midpoint, rk4.",
+        " of that name: heun, heunnet (the paper's), midpoint, rk4.",
         resume="stays",
     )
     anchors: str | None = backward(

@@ -39,8 +39,6 @@ def test_check_grad_chooses_by_default(run: Run, deep: str, budget: tuple[str, .
 
 def test_a_budget_of_check_grad_that_is_none(run: Run, deep: str) -> None:
     assert "error: " in run("check-grad", deep, "--memory-budget", "much", code=2).stderr
-    refused = run("check-grad", deep, "--images", 8, "--memory-budget", "1KiB", code=1).stderr
-    assert "a training step takes at least" in refused
 
 
 def test_a_network_of_float64_takes_the_images_of_a_data_set(run: Run, deep: str) -> None:
@@ -49,7 +47,7 @@ def test_a_network_of_float64_takes_the_images_of_a_data_set(run: Run, deep: str
     data = ("--data", "digits", "--test-images", 20)
     run("finetune", "f64.safetensors", *data, "-o", "run", "--max-steps", 1, "--batch-size", 8)
     run("eval", "run/last.safetensors", "--data", "digits", "--images", 20)
-    run("check-grad", "f64.safetensors", "--data", "digits", "--images", 4, "--adjoint", "auto,pc")
+    run("check-grad", "f64.safetensors", "--data", "digits", "--images", 4, "--adjoint", "pc")
     run("recalibrate", "f64.safetensors", *data, "--images", 8, "-o", "r.safetensors")
     fit = ("--fit", "digits", "--fit-steps", 1, "--fit-images", 16)
     run("deepen", "f64.safetensors", "--blocks", 9, *fit, "-o", "fitted.safetensors")

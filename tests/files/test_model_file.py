@@ -62,6 +62,19 @@ def rewrite(path: Path, change: Change) -> None:
     save_file(tensors, path, metadata={"resode": json.dumps(metadata)})
 
 
+def test_a_file_from_before_format_4_keeps_the_papers_rule(saved: Path):
+    """Its 'heun' took the weights of the next step too, as `heunnet` does now."""
+
+    def as_then(tensors: dict, metadata: dict) -> None:
+        for stage in metadata["stages"]:
+            stage["scheme"] = "heun"
+
+    rewrite(saved, as_then)
+    assert {stage.spec.scheme for stage in load(saved).stages.values()} == {"heunnet"}
+    save(load(saved), saved)
+    assert {stage.spec.scheme for stage in load(saved).stages.values()} == {"heunnet"}
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_round_trip_is_exact(variant: str, tiny: OdeResNet, images, tmp_path):
     model = apply(tiny, *VARIANTS[variant])
@@ -239,7 +252,7 @@ def test_a_source_file_that_has_changed_since_is_refused(tiny_file: Path, saved:
 
 def test_metadata_says_what_the_file_is(saved: Path):
     metadata = read_metadata(saved)
-    assert metadata["format"] == 3
+    assert metadata["format"] == 4
     assert [stage["name"] for stage in metadata["stages"]] == ["layer1", "layer2", "layer3"]
     assert metadata["num_classes"] == 5 and metadata["preprocessing"]["size"] == 16
 

@@ -35,14 +35,14 @@ def labels() -> torch.Tensor:
 
 @pytest.fixture
 def deep(build_tiny) -> OdeResNet:
-    """In `pre` form, 24 steps per stage, double precision: easy to reverse, but not exactly."""
-    return _deepened(build_tiny, 24)
+    """In `pre` form, 20 steps per stage, double precision: easy to reverse, but not exactly."""
+    return _deepened(build_tiny, 20)
 
 
 @pytest.fixture
 def medium(build_tiny) -> OdeResNet:
-    """The same with 8 steps, which takes less time to plan for."""
-    return _deepened(build_tiny, 8)
+    """The same with 6 steps, which takes less time to plan for."""
+    return _deepened(build_tiny, 6)
 
 
 def _deepened(build_tiny, steps: int) -> OdeResNet:
@@ -162,6 +162,7 @@ def test_the_model_and_the_generators_are_left_as_they_were(deep, images, labels
     assert all(p.grad is None for p in deep.parameters())
 
 
+@pytest.mark.slow
 def test_heun_stages_can_be_calibrated(deep, images, labels):
     deep.use_scheme("heun")
     calibration = chosen(deep, images, labels, tolerance=0.02)
@@ -174,8 +175,8 @@ def test_planned_evaluations_are_the_counted_ones(deep):
     for adjoint in (*spaced, *(Adjoint("checkpoint", snapshots=s) for s in (1, 2, 5, 11))):
         stage.use_adjoint(adjoint)
         stage(x.clone().requires_grad_()).sum().backward()
-        plan = adjoint.plan(24, "euler")
-        assert stage.monitor.evaluations / 24 == pytest.approx(planned_evaluations(plan)), adjoint
+        plan = adjoint.plan(20, "euler")
+        assert stage.monitor.evaluations / 20 == pytest.approx(planned_evaluations(plan)), adjoint
 
 
 def test_an_exact_plan_is_not_measured(build_tiny, images, labels, monkeypatch):
@@ -186,6 +187,7 @@ def test_an_exact_plan_is_not_measured(build_tiny, images, labels, monkeypatch):
     assert found.images == 0 and all(choice.error == 0 for choice in found.choices)
 
 
+@pytest.mark.slow
 def test_more_memory_is_never_refused_where_less_was_enough(build_tiny, images, labels):
     """And what a refusal names is then enough."""
     model = build_tiny()

@@ -41,7 +41,7 @@ def increments(field: Field, scheme: str):
 
     if scheme == "euler":
         return [r[b] for b in field.schedule], [(b,) for b in field.schedule]
-    pairs = list(zip(field.schedule, follows, strict=True))
+    pairs = list(zip(field.schedule, follows if scheme == "heunnet" else field.schedule, strict=True))
     return [heun(a, b) for a, b in pairs], pairs
 
 
@@ -100,7 +100,7 @@ def by_hand(field: Field, x: Tensor, *, scheme: str, every: int | None, correcti
 @pytest.mark.parametrize("corrections", [0, 1])
 @pytest.mark.parametrize("every", [None, 3, 4])
 @pytest.mark.parametrize("kind", ["tied", "runs", "smooth", "alternating", "rough", "half"])
-@pytest.mark.parametrize("scheme", ["euler", "heun"])
+@pytest.mark.parametrize("scheme", ["euler", "heun", "heunnet"])
 def test_multistep_is_the_loop(scheme, kind, every, corrections, make_field, make_runs, field_gradients, state):
     field = make_runs() if kind == "runs" else make_field(kind, 16, horizon=2.0)
     expected, drift, count = by_hand(field, state, scheme=scheme, every=every, corrections=corrections)
@@ -108,7 +108,7 @@ def test_multistep_is_the_loop(scheme, kind, every, corrections, make_field, mak
     adjoint = Adjoint("multistep", every, corrections)
     assert_same(field_gradients(field, adjoint, state, scheme=scheme, monitor=monitor), expected)
     assert monitor.drift.item() == pytest.approx(drift, rel=1e-6, abs=1e-15)
-    assert monitor.evaluations == count * (2 if scheme == "heun" else 1)
+    assert monitor.evaluations == count * SCHEMES[scheme].evaluations
 
 
 def test_on_rough_weights_it_is_reverse_euler_with_the_corrected_state_carried(
@@ -235,7 +235,7 @@ def test_every_evaluation_of_a_step_sees_the_forward_pass_masks(method, as_field
     assert not any(torch.equal(a, b) for a, b in zip(forward, forward[1:], strict=False))
     if method == "checkpoint":
         order = [3, 4, 5, 4, 3, 0, 1, 2, 1, 0]
-    elif method == "heun":
+    elif method in ("heun", "heunnet"):
         order = [k for n in reversed(range(depth)) for k in (2 * n + 1, 2 * n, 2 * n, 2 * n + 1)]
     elif required_scheme(method):  # a step back evaluates in the order of a step
         order = [slots * n + k for n in reversed(range(depth)) for _ in range(2) for k in range(slots)]

@@ -108,7 +108,7 @@ def test_every_rule_with_a_step_back_is_a_method_of_its_own():
     for scheme in SCHEMES.values():
         if scheme.step_back is not None:
             assert Adjoint(scheme.name).plan(4, scheme.name) is not None
-    assert {"heun", "midpoint", "rk4"} <= {s.name for s in SCHEMES.values() if s.step_back is not None}
+    assert {"heun", "heunnet", "midpoint", "rk4"} <= {s.name for s in SCHEMES.values() if s.step_back is not None}
 
 
 # --- a rule that carries a second state: the reversible Heun method (Kidger et al. 2021, algorithm 1) -------

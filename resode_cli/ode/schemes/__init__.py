@@ -2,11 +2,12 @@
 
 from .euler import EULER
 from .heun import HEUN
+from .heunnet import HEUNNET
 from .mapping import MAPPING
 from .midpoint import MIDPOINT
 from .rk4 import RK4
 from .scheme import Scheme
 
-SCHEMES = {scheme.name: scheme for scheme in (EULER, HEUN, MIDPOINT, RK4)}
+SCHEMES = {scheme.name: scheme for scheme in (EULER, HEUN, HEUNNET, MIDPOINT, RK4)}
 
-__all__ = ["EULER", "HEUN", "MAPPING", "MIDPOINT", "RK4", "SCHEMES", "Scheme"]
+__all__ = ["EULER", "HEUN", "HEUNNET", "MAPPING", "MIDPOINT", "RK4", "SCHEMES", "Scheme"]
