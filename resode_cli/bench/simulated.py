@@ -12,7 +12,7 @@ from ..network.model import OdeResNet, freeze_batch_norm
 from ..ode import Adjoint
 from ..simulation.step import Simulation
 from ..surgery.convert import random_batch
-from ..surgery.rewrite import deepen
+from ..surgery.steps import deepened
 from .workload import BACKPROP, Workload, check_depth
 
 PROBED = 2  # images, to see whether they mix
@@ -66,7 +66,7 @@ def simulate(
             check_depth(model, depth)
             for name, stage in model.stages.items():
                 if stage.spec.depth:
-                    model.replace_stage(name, deepen(stage, depth))
+                    model.replace_stage(name, deepened(stage, depth))
         model.train()
         if workload.bn == "frozen":
             freeze_batch_norm(model)

@@ -27,7 +27,7 @@ from ..ode import SCHEMES, Adjoint
 from ..ode.field import Evaluator
 from ..ode.memory import kept_bytes
 from ..surgery.convert import random_batch
-from ..surgery.rewrite import deepen
+from ..surgery.steps import deepened
 from ..training.settings import AMP
 from .stage_shape import StageShape
 
@@ -187,7 +187,7 @@ class Trial:
                 check_depth(model, depth)
                 for name, own in model.stages.items():
                     if own.spec.depth:
-                        model.replace_stage(name, deepen(own, depth))
+                        model.replace_stage(name, deepened(own, depth))
             self.stages = model.stages
         self.depth = max((stage.spec.depth for stage in self.stages.values()), default=0)
         self.model = self.module

@@ -74,7 +74,7 @@ def deepen_command(
 ) -> None:
     """Take stages to more steps. Without --stage: all that have any. With --fit: and keep what the network knows."""
     start()
-    from ..surgery.rewrite import deepen
+    from ..surgery.steps import deepened
 
     request.check(settings, OFFERED, given)
     if request.fit is not None and mode != "replicate":
@@ -85,7 +85,7 @@ def deepen_command(
     rewrite = Rewrite("deepen", model, out, comparing, reading, origin, history, force, json)
 
     def change(old: OdeStage) -> OdeStage:
-        return deepen(old, blocks, mode=mode, depth_weights=depth_weights)
+        return deepened(old, blocks, mode=mode, depth_weights=depth_weights)
 
     own = {name: rewrite.model.stages[name].spec.depth for name in rewrite.pick(stage)}
     few = settings.substeps

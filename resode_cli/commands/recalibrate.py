@@ -56,7 +56,7 @@ def recalibrate_command(
     """Re-estimate BatchNorm statistics on training images, as after --form pre. Labels are not used."""
     start()
     from ..data import batches
-    from ..surgery.batch_norm import measure_batch_norm
+    from ..surgery.batch_norm import recalibrate
 
     comparing, reading = replace(comparing, data=data), replace(reading, images=test_images)
     history = {"data": data, "images": images}
@@ -68,7 +68,7 @@ def recalibrate_command(
 
     def change(loaded: OdeResNet) -> None:
         read = batches(train, comparing.batch_size, order=order, workers=comparing.workers)
-        measure_batch_norm(loaded, read, device=rewrite.device)
+        recalibrate(loaded, read, device=rewrite.device)
         rewrite.output.notes([train.skipped_note()])
 
     rewrite.whole(change)

@@ -64,7 +64,7 @@ def tie_command(
 ) -> None:
     """Share one block among all steps of a stage. Changes the function; --fit repairs it."""
     start()
-    from ..surgery.rewrite import tie
+    from ..surgery.steps import tied
 
     if depth_weights not in TIED:
         raise unknown("depth weights", depth_weights, TIED)
@@ -80,6 +80,6 @@ def tie_command(
     rewrite = Rewrite("tie", model, out, comparing, reading, origin, history, force, json)
 
     def change(old: OdeStage) -> OdeStage:
-        return tie(old, rule=rule, norms=norms)
+        return tied(old, rule=rule, norms=norms)
 
     rewrite.stages(stage, change, request.plan(rewrite, settings))

@@ -33,6 +33,6 @@ def untie_command(
 ) -> None:
     """Give every step a block of its own. Keeps the function."""
     start()
-    from ..surgery.rewrite import untie
+    from ..surgery.steps import untied
 
-    Rewrite("untie", model, out, comparing, reading, origin, {}, force, json).stages(stage, untie)
+    Rewrite("untie", model, out, comparing, reading, origin, {}, force, json).stages(stage, untied)

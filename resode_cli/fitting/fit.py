@@ -27,8 +27,8 @@ from ..machine.memory import free_bytes
 from ..machine.signals import Stopped
 from ..network.model import OdeResNet
 from ..ode import Adjoint, fixed_buffers, peak_kept_bytes
-from ..surgery.batch_norm import batch_norms, measure_batch_norm
-from ..surgery.rewrite import deepen
+from ..surgery.batch_norm import batch_norms, recalibrate
+from ..surgery.steps import deepened
 from ..training.loop import INTERRUPTED, SEEDS_APART, Loop, epoch_generator, shuffled, training_batches
 from ..training.results import Progress
 from ..training.settings import Settings
@@ -139,7 +139,7 @@ class _Fit:
     def _deepen(self, depths: Mapping[str, int]) -> None:
         for name, blocks in depths.items():
             stage = self.model.stages[name]
-            self.model.replace_stage(name, deepen(stage, blocks, depth_weights=self.depth_weights))
+            self.model.replace_stage(name, deepened(stage, blocks, depth_weights=self.depth_weights))
 
     def _finished(self) -> OdeResNet:
         """A copy of final depth."""
@@ -195,7 +195,7 @@ class _Fit:
             return False
         before, backup = self._check(), self._backup()
         order = shuffled(self.trained, seed=self.seed, epoch=-1)[:RECALIBRATED]
-        measure_batch_norm(self.model, self._batches(self.data.plain, order), device=self.device)
+        recalibrate(self.model, self._batches(self.data.plain, order), device=self.device)
         after = self._check()
         kept = after.distillation < before.distillation or self.settings.bn == "batch"
         if not kept:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import UsageError
 from ..network.model import OdeResNet, freeze_batch_norm
 from ..ode import SCHEMES, Adjoint, RandomState, required_scheme
-from ..surgery.rewrite import deepen
+from ..surgery.steps import deepened
 from .choose import choose_adjoints
 from .results import ChosenAdjoints
 
@@ -310,7 +310,7 @@ def sweep_depths(
         deep = copy.deepcopy(model)
         for name, stage in deep.stages.items():
             if stage.spec.depth:
-                deep.replace_stage(name, deepen(stage, depth))
+                deep.replace_stage(name, deepened(stage, depth))
         report = check_gradients(
             deep,
             images,

@@ -19,7 +19,7 @@ def batch_norms(model: nn.Module) -> Iterator[nn.modules.batchnorm._BatchNorm]:
             yield module
 
 
-def measure_batch_norm(model: OdeResNet, data: Iterable[Batch], *, device: torch.device | str = "cpu") -> int:
+def recalibrate(model: OdeResNet, data: Iterable[Batch], *, device: torch.device | str = "cpu") -> int:
     """Set every BatchNorm's running statistics to the average over the batches; returns their number of images.
 
     A block that serves several steps averages over all of them. Where weights are linear in depth, the

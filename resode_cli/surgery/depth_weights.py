@@ -153,9 +153,16 @@ def named(origins: Sequence[str]) -> tuple[BlockSpec, ...]:
     return tuple(blocks)
 
 
-def rebuilt(stage: OdeStage, spec: StageSpec, modules: Sequence[nn.Module], splits: Sequence[BlockSplit]) -> OdeStage:
-    """A stage of other steps with the same transition, adjoint and mode."""
-    transition = dict(zip(spec.transition, stage.transition, strict=True))
-    new = OdeStage(spec, transition=transition, blocks=modules, splits=splits)
+def rebuilt(
+    stage: OdeStage,
+    spec: StageSpec,
+    modules: Sequence[nn.Module],
+    splits: Sequence[BlockSplit],
+    *,
+    transition: Sequence[nn.Module] | None = None,
+) -> OdeStage:
+    """A stage of other steps with the same transition, or another one, and the same adjoint and mode."""
+    before = dict(zip(spec.transition, stage.transition if transition is None else transition, strict=True))
+    new = OdeStage(spec, transition=before, blocks=modules, splits=splits)
     new.adjoint = stage.adjoint
     return new.train(stage.training)

@@ -40,9 +40,9 @@ def finetune(
     train: ImageData,
     test: ImageData | None,
     *,
-    out: Path,
+    out: str | Path,
     settings: Settings,
-    device: torch.device,
+    device: torch.device | str = "cpu",
     callbacks: Callbacks | None = None,
     resume: run_folder.State | None = None,
     teacher: Teacher | None = None,
@@ -62,9 +62,9 @@ def finetune(
     Raises ResodeError if the loss stops being finite, on drift past the tolerance with 'stop', and if
     the memory budget is too small.
     """
-    callbacks = callbacks or Callbacks()
-    with nullcontext(lock) if lock is not None else FolderLock(out, on_message=callbacks.on_message) as held:
-        return _Run(model, train, test, held, settings, device, callbacks, resume, teacher, began_with).run()
+    callbacks, where = callbacks or Callbacks(), torch.device(device)
+    with nullcontext(lock) if lock is not None else FolderLock(Path(out), on_message=callbacks.on_message) as held:
+        return _Run(model, train, test, held, settings, where, callbacks, resume, teacher, began_with).run()
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from resode_cli.errors import ResodeError
 from resode_cli.network.assembling import assemble
 from resode_cli.network.model import OdeResNet
 from resode_cli.network.parts import StageParts
-from resode_cli.surgery.batch_norm import measure_batch_norm
+from resode_cli.surgery.batch_norm import recalibrate
 from resode_cli.surgery.convert import stage_specs
 from resode_cli.surgery.rewrite import tie
 
@@ -34,7 +34,7 @@ def assert_averages(norm: nn.BatchNorm2d, inputs: list[Tensor]) -> None:
 
 def test_the_first_norm_averages_over_the_batches(tiny: OdeResNet):
     batches = random_batches(4, 6, 3)
-    assert measure_batch_norm(tiny, batches) == 13
+    assert recalibrate(tiny, batches) == 13
     with torch.no_grad():
         assert_averages(tiny.net.bn1, [tiny.net.conv1(batch.images) for batch in batches])
     assert tiny.net.bn1.num_batches_tracked == 3
@@ -45,7 +45,7 @@ def test_a_block_that_serves_several_steps_averages_over_all_of_them(tiny: OdeRe
     norm = tiny.stages["layer1"].blocks[0].bn1
     inputs: list[Tensor] = []
     norm.register_forward_pre_hook(lambda module, args: inputs.append(args[0].clone()))
-    measure_batch_norm(tiny, random_batches(4, 4))
+    recalibrate(tiny, random_batches(4, 4))
     assert len(inputs) == 2 * 3
     assert_averages(norm, inputs)
 
@@ -56,14 +56,14 @@ def test_the_old_statistics_do_not_matter(tiny: OdeResNet):
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean += 5
     for model in (tiny, other):
-        measure_batch_norm(model, random_batches(4, 4))
+        recalibrate(model, random_batches(4, 4))
     buffers = dict(other.named_buffers())
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in tiny.named_buffers())
 
 
 def test_parameters_stay(tiny: OdeResNet):
     before = [p.clone() for p in tiny.parameters()]
-    measure_batch_norm(tiny, random_batches(4))
+    recalibrate(tiny, random_batches(4))
     assert all(torch.equal(a, b) for a, b in zip(before, tiny.parameters(), strict=True))
 
 
@@ -73,7 +73,7 @@ def test_momentum_and_every_training_flag_are_put_back(training: bool, tiny: Ode
     tiny.net.bn1.train(not training)
     tiny.net.bn1.momentum = 0.3
     before = [module.training for module in tiny.modules()]
-    measure_batch_norm(tiny, random_batches(4))
+    recalibrate(tiny, random_batches(4))
     assert [module.training for module in tiny.modules()] == before
     assert tiny.net.bn1.momentum == 0.3 and tiny.stages["layer1"].blocks[0].bn1.momentum == 0.1
 
@@ -85,14 +85,14 @@ def test_momentum_and_flags_are_put_back_after_a_failure(tiny: OdeResNet):
 
     before = [module.training for module in tiny.modules()]
     with pytest.raises(RuntimeError):
-        measure_batch_norm(tiny, broken())
+        recalibrate(tiny, broken())
     assert [module.training for module in tiny.modules()] == before
     assert tiny.net.bn1.momentum == 0.1
 
 
 def test_a_batch_of_one_image_is_left_out(tiny: OdeResNet):
     # A variance over one image's 1×1 map would be none.
-    assert measure_batch_norm(tiny, random_batches(4, 1)) == 4
+    assert recalibrate(tiny, random_batches(4, 1)) == 4
     assert tiny.net.bn1.num_batches_tracked == 1
 
 
@@ -101,7 +101,7 @@ def test_a_batch_of_one_image_is_left_out(tiny: OdeResNet):
 )
 def test_no_image_is_an_error(sizes: tuple[int, ...], message: str, tiny: OdeResNet):
     with pytest.raises(ResodeError, match=message):
-        measure_batch_norm(tiny, random_batches(*sizes))
+        recalibrate(tiny, random_batches(*sizes))
 
 
 STATELESS = {
@@ -120,4 +120,4 @@ def test_a_model_without_statistics_is_refused(norm: str, info):
     net = nn.Sequential(nn.Sequential(Step(nn.Conv2d(3, 3, 1), STATELESS[norm])))
     model = assemble(net, stage_specs([StageParts("0", (), ("0",))], scheme="euler", form="exact"), info)
     with pytest.raises(ResodeError, match="no BatchNorm statistics"):
-        measure_batch_norm(model, random_batches(4))
+        recalibrate(model, random_batches(4))

@@ -22,7 +22,8 @@ from resode_cli.network.reading import read_split
 from resode_cli.network.specs import BlockSpec, StageSpec
 from resode_cli.network.stage import OdeStage
 from resode_cli.surgery.depth_weights import DEPTH_WEIGHTS, step_blocks
-from resode_cli.surgery.rewrite import MODES, deepen
+from resode_cli.surgery.rewrite import deepen
+from resode_cli.surgery.steps import MODES
 
 PLAIN = settings(deadline=None, derandomize=True, max_examples=150)
 SLOW = settings(deadline=None, derandomize=True, max_examples=60)

@@ -15,8 +15,8 @@ from resode_cli.network.model import OdeResNet
 from resode_cli.network.residual import BlendedResidual
 from resode_cli.network.stage import OdeStage
 from resode_cli.ode import Adjoint
-from resode_cli.surgery.batch_norm import measure_batch_norm
-from resode_cli.surgery.rewrite import deepen, tie, untie
+from resode_cli.surgery.batch_norm import recalibrate
+from resode_cli.surgery.steps import deepened, tied, untied
 
 KINDS = {"replicate": "runs", "linear": "linear", "tied": "tied", "tied+norms": "tied+norms", "free": "untied"}
 
@@ -34,7 +34,7 @@ def state() -> Tensor:
 
 
 def linear(stage: OdeStage, steps: int) -> OdeStage:
-    return deepen(stage, steps, depth_weights="linear")
+    return deepened(stage, steps, depth_weights="linear")
 
 
 def weights(module: nn.Module) -> dict[str, Tensor]:
@@ -84,13 +84,13 @@ def test_a_steps_weights_lie_on_the_lines_between_the_knots(steps: int, stage: O
     deep = linear(stage, steps)
     assert deep.spec.kind == "linear" and (deep.spec.depth, deep.spec.horizon) == (steps, 3)
     assert deep.spec.step_size == 3 / steps
-    assert_linear(list(untie(deep).blocks), list(stage.blocks))
+    assert_linear(list(untied(deep).blocks), list(stage.blocks))
 
 
 @pytest.mark.parametrize("steps", [5, 8])
 def test_they_are_the_weights_that_interpolation_gives(steps: int, stage: OdeStage):
-    free = deepen(stage, steps, mode="interpolate")
-    found = untie(linear(stage, steps))
+    free = deepened(stage, steps, mode="interpolate")
+    found = untied(linear(stage, steps))
     assert free.spec == found.spec and free.spec.kind == "untied"
     for one, other in zip(found.blocks, free.blocks, strict=True):
         assert all(torch.equal(value, weights(other)[name]) for name, value in weights(one).items())
@@ -101,7 +101,7 @@ def test_they_are_the_weights_that_interpolation_gives(steps: int, stage: OdeSta
 @pytest.mark.parametrize("training", [False, True])
 def test_the_function_is_that_of_the_untied_copy(form: str, scheme: str, training: bool, build_tiny, state: Tensor):
     deep = linear(build_tiny(form=form, scheme=scheme).stages["layer1"].double(), 7).train(training)
-    free = untie(deep)
+    free = untied(deep)
     with torch.no_grad():
         torch.testing.assert_close(deep(state), free(state), rtol=1e-12, atol=1e-12)
 
@@ -116,21 +116,21 @@ def test_equal_knots_are_a_tied_stage_bit_for_bit(tiny: OdeResNet, state: Tensor
     stage = tiny.stages["layer1"]
     for block in stage.blocks[1:]:
         block.load_state_dict(stage.blocks[0].state_dict())
-    found, tied = linear(stage, 8), deepen(tie(stage, rule="first"), 8)
-    assert found.spec.kind == "linear" and tied.spec.kind == "tied"
+    found, one = linear(stage, 8), deepened(tied(stage, rule="first"), 8)
+    assert found.spec.kind == "linear" and one.spec.kind == "tied"
     with torch.no_grad():
-        assert torch.equal(found(state.float()), tied(state.float()))
+        assert torch.equal(found(state.float()), one(state.float()))
 
 
 def largest_change(stage: OdeStage) -> float:
     """From one step's weights to the next's, relative."""
-    points = [torch.cat([value.flatten() for value in weights(block).values()]) for block in untie(stage).blocks]
+    points = [torch.cat([value.flatten() for value in weights(block).values()]) for block in untied(stage).blocks]
     return max(float((b - a).norm() / a.norm()) for a, b in zip(points, points[1:], strict=False))
 
 
 @pytest.mark.parametrize("depth_weights, ratio", [("linear", 0.5), ("replicate", 1.0)])
 def test_linear_weights_alone_are_continuous_in_depth(depth_weights: str, ratio: float, stage: OdeStage):
-    changes = [largest_change(deepen(stage, n, depth_weights=depth_weights)) for n in (24, 48, 96)]
+    changes = [largest_change(deepened(stage, n, depth_weights=depth_weights)) for n in (24, 48, 96)]
     for coarse, fine in zip(changes, changes[1:], strict=False):
         assert fine / coarse == pytest.approx(ratio, rel=0.05)
 
@@ -150,7 +150,7 @@ def test_checkpoints_give_the_gradient_of_backprop(adjoint, form: str, training:
 
 def test_a_knots_gradient_is_that_of_its_steps_in_their_shares(stage: OdeStage, state: Tensor):
     deep = linear(stage, 7)
-    free = untie(deep)
+    free = untied(deep)
     expected = {"input": gradients(free, state)["input"]}
     for k, knot in enumerate(deep.spec.blocks):
         for name, _ in deep.blocks[k].named_parameters():
@@ -213,9 +213,9 @@ def recalibrated(model: OdeResNet, batches: list[Batch]) -> tuple[OdeResNet, Ode
         model.replace_stage(name, linear(stage, 6))
     free = copy.deepcopy(model)
     for name, stage in free.stages.items():
-        free.replace_stage(name, untie(stage))
+        free.replace_stage(name, untied(stage))
     for one in (model, free):
-        measure_batch_norm(one, batches)
+        recalibrate(one, batches)
     return model, free
 
 
@@ -235,7 +235,7 @@ def test_recalibration_fits_the_steps_statistics_about_as_well_as_knots_can(tiny
 def test_recalibration_on_few_batches_leaves_no_negative_variance(count: int, tiny: OdeResNet):
     deep, _ = recalibrated(tiny, noise(count))
     for stage in deep.stages.values():
-        for block in untie(stage).blocks:
+        for block in untied(stage).blocks:
             assert block.bn1.running_var.min() > 0 and block.bn2.running_var.min() > 0
 
 
@@ -244,41 +244,41 @@ def test_recalibration_on_few_batches_leaves_no_negative_variance(count: int, ti
 
 @pytest.mark.parametrize("depth_weights", KINDS)
 def test_deepening_gives_the_depth_weights_asked_for(depth_weights: str, stage: OdeStage):
-    deep = deepen(stage, 7, depth_weights=depth_weights)
+    deep = deepened(stage, 7, depth_weights=depth_weights)
     assert deep.spec.kind == KINDS[depth_weights] and (deep.spec.depth, deep.spec.horizon) == (7, 3)
 
 
 @pytest.mark.parametrize("depth_weights", [None, "linear"])
 def test_deepening_again_keeps_the_knots(depth_weights: str | None, stage: OdeStage):
-    deep = deepen(linear(stage, 5), 11, depth_weights=depth_weights)
+    deep = deepened(linear(stage, 5), 11, depth_weights=depth_weights)
     assert deep.spec == linear(stage, 11).spec
     assert all(a is b for a, b in zip(deep.blocks, stage.blocks, strict=True))
-    assert_linear(list(untie(deep).blocks), list(stage.blocks))
+    assert_linear(list(untied(deep).blocks), list(stage.blocks))
 
 
 def test_a_run_of_steps_is_one_knot(stage: OdeStage):
-    deep = linear(deepen(stage, 7), 10)
+    deep = linear(deepened(stage, 7), 10)
     assert all(a is b for a, b in zip(deep.blocks, stage.blocks, strict=True))
-    assert_linear(list(untie(deep).blocks), list(stage.blocks))
+    assert_linear(list(untied(deep).blocks), list(stage.blocks))
 
 
 def test_a_tied_stage_has_one_knot_and_stays_tied(stage: OdeStage):
-    deep = linear(tie(stage), 6)
+    deep = linear(tied(stage), 6)
     assert deep.spec.kind == "tied" and deep.spec.schedule == (0,) * 6
 
 
 def test_tying_takes_the_mean_over_steps_and_not_over_knots(stage: OdeStage):
     deep = linear(stage, 4)
-    (tied,) = tie(deep).blocks
+    (one,) = tied(deep).blocks
     mean = shares(3, 4).mean(0)
     assert mean[1] != pytest.approx(1 / 3)
-    for name, value in weights(tied).items():
+    for name, value in weights(one).items():
         expected = sum(share * weights(knot)[name] for share, knot in zip(mean, stage.blocks, strict=True))
         torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-13)
 
 
 def test_replicating_gives_every_step_a_run_of_its_own_weights(stage: OdeStage):
-    deep = deepen(linear(stage, 6), 12, depth_weights="replicate")
+    deep = deepened(linear(stage, 6), 12, depth_weights="replicate")
     assert deep.spec.schedule == tuple(n // 2 for n in range(12)) and deep.spec.kind == "runs"
     assert_linear(list(deep.blocks), list(stage.blocks))
 
@@ -294,7 +294,7 @@ def test_replicating_gives_every_step_a_run_of_its_own_weights(stage: OdeStage):
 )
 def test_what_cannot_be_meant_is_refused(arguments: dict[str, str], message: str, stage: OdeStage):
     with pytest.raises(UsageError, match=re.escape(message)):
-        deepen(stage, 6, **arguments)
+        deepened(stage, 6, **arguments)
 
 
 def test_linear_weights_cannot_be_compiled(stage: OdeStage, tiny: OdeResNet):
@@ -309,9 +309,9 @@ def test_a_layer_under_two_names_is_not_blended(stage: OdeStage):
     for block in stage.blocks:
         block.alias = block.bn1
     with pytest.raises(UsageError, match="holds a tensor under two names"):
-        deepen(stage, 5, depth_weights="linear")
+        deepened(stage, 5, depth_weights="linear")
     x = torch.rand(2, 4, 6, 6, dtype=torch.float64)
-    deep = deepen(stage, 5, mode="interpolate").eval()
+    deep = deepened(stage, 5, mode="interpolate").eval()
     for block in stage.blocks:
         del block.alias
-    torch.testing.assert_close(deep(x), deepen(stage, 5, mode="interpolate").eval()(x))
+    torch.testing.assert_close(deep(x), deepened(stage, 5, mode="interpolate").eval()(x))

@@ -1,4 +1,4 @@
-"""The laws of tie, untie and deepen."""
+"""The laws of tied, untied and deepened stages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from resode_cli.network.parts import StageParts
 from resode_cli.network.stage import OdeStage
 from resode_cli.ode import Adjoint
 from resode_cli.surgery.convert import stage_specs
-from resode_cli.surgery.rewrite import MODES, RULES, deepen, tie, untie
+from resode_cli.surgery.steps import MODES, RULES, deepened, tied, untied
 
 
 @pytest.fixture
@@ -75,14 +75,14 @@ def assert_mixture(module: nn.Module, parts: list[tuple[float, nn.Module]]) -> N
         torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-7)
 
 
-# untie
+# untied
 
 
 @pytest.mark.parametrize("blocks", [3, 5, 7])
 def test_untie_keeps_the_function_bit_for_bit(blocks: int, tiny: OdeResNet, images):
-    on_every_stage(tiny, lambda s: deepen(s, blocks))
+    on_every_stage(tiny, lambda s: deepened(s, blocks))
     before = logits(tiny, images)
-    on_every_stage(tiny, untie)
+    on_every_stage(tiny, untied)
     assert torch.equal(logits(tiny, images), before)
     for stage in tiny.stages.values():
         assert stage.spec.schedule == tuple(range(blocks)) and stage.spec.kind == "untied"
@@ -90,26 +90,26 @@ def test_untie_keeps_the_function_bit_for_bit(blocks: int, tiny: OdeResNet, imag
 
 
 def test_untie_keeps_the_function_of_a_tied_network(tiny: OdeResNet, images):
-    on_every_stage(tiny, tie)
+    on_every_stage(tiny, tied)
     before = logits(tiny, images)
-    assert torch.equal(logits(on_every_stage(tiny, untie), images), before)
+    assert torch.equal(logits(on_every_stage(tiny, untied), images), before)
 
 
 def test_untied_copies_are_independent(stage: OdeStage):
-    untied = untie(deepen(stage, 6))
-    before = untied.blocks[1].conv1.weight.clone()
+    free = untied(deepened(stage, 6))
+    before = free.blocks[1].conv1.weight.clone()
     with torch.no_grad():
-        untied.blocks[0].conv1.weight.zero_()
-    assert torch.equal(untied.blocks[1].conv1.weight, before)
+        free.blocks[0].conv1.weight.zero_()
+    assert torch.equal(free.blocks[1].conv1.weight, before)
 
 
-# tie
+# tied
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_tie_is_idempotent(rule: str, stage: OdeStage):
-    once = tie(stage, rule=rule)
-    twice = tie(once, rule=rule)
+    once = tied(stage, rule=rule)
+    twice = tied(once, rule=rule)
     assert once.spec.schedule == (0, 0, 0) == twice.spec.schedule
     assert once.spec == twice.spec
     assert all(torch.equal(v, once.state_dict()[k]) for k, v in twice.state_dict().items())
@@ -117,38 +117,38 @@ def test_tie_is_idempotent(rule: str, stage: OdeStage):
 
 @pytest.mark.parametrize("rule, block", [("first", 0), ("middle", 1), ("last", 2)])
 def test_tie_picks_the_step_it_says(rule: str, block: int, stage: OdeStage):
-    picked = weights(tie(stage, rule=rule).blocks[0])
+    picked = weights(tied(stage, rule=rule).blocks[0])
     assert all(torch.equal(value, weights(stage.blocks[block])[name]) for name, value in picked.items())
     assert not torch.equal(picked["conv1.weight"], weights(stage.blocks[(block + 1) % 3])["conv1.weight"])
 
 
 def test_tie_counts_steps_not_blocks(stage: OdeStage):
     # Seven steps of three blocks: runs of 3, 2 and 2.
-    deep = deepen(stage, 7)
+    deep = deepened(stage, 7)
     assert deep.spec.schedule == (0, 0, 0, 1, 1, 2, 2)
-    assert_mixture(tie(deep).blocks[0], list(zip((3 / 7, 2 / 7, 2 / 7), stage.blocks, strict=True)))
-    picked = tie(deep, rule="middle").blocks[0]
+    assert_mixture(tied(deep).blocks[0], list(zip((3 / 7, 2 / 7, 2 / 7), stage.blocks, strict=True)))
+    picked = tied(deep, rule="middle").blocks[0]
     assert torch.equal(picked.conv1.weight, stage.blocks[1].conv1.weight)
 
 
 def test_tie_keeps_steps_and_horizon_and_its_argument(stage: OdeStage):
     before = {k: v.clone() for k, v in stage.state_dict().items()}
-    tied = tie(stage)
-    assert (tied.spec.depth, tied.spec.horizon, tied.spec.step_size) == (3, 3, 1.0)
-    assert len(tied.blocks) == 1 and tied.spec.kind == "tied"
+    one = tied(stage)
+    assert (one.spec.depth, one.spec.horizon, one.spec.step_size) == (3, 3, 1.0)
+    assert len(one.blocks) == 1 and one.spec.kind == "tied"
     assert all(torch.equal(v, before[k]) for k, v in stage.state_dict().items())
 
 
 def test_tie_refuses_an_unknown_rule(stage: OdeStage):
     with pytest.raises(UsageError, match="unknown tie rule 'mid'; did you mean middle"):
-        tie(stage, rule="mid")
+        tied(stage, rule="mid")
 
 
 # deepen by replication
 
 
 def test_replication_keeps_the_parameters_themselves_and_the_horizon(stage: OdeStage):
-    deep = deepen(stage, 12)
+    deep = deepened(stage, 12)
     assert all(a is b for a, b in zip(deep.blocks, stage.blocks, strict=True))
     assert [id(p) for p in deep.parameters()] == [id(p) for p in stage.parameters()]
     assert deep.spec.horizon == 3 and deep.spec.step_size == 3 / 12
@@ -157,7 +157,7 @@ def test_replication_keeps_the_parameters_themselves_and_the_horizon(stage: OdeS
 @pytest.mark.parametrize("name, lengths", [("layer1", {4}), ("layer2", {4, 5})])
 def test_36_steps_are_spread_evenly(name: str, lengths: set[int], build_tiny):
     stage = build_tiny("make_long").stages[name]
-    schedule = deepen(stage, 36).spec.schedule
+    schedule = deepened(stage, 36).spec.schedule
     runs = Counter(schedule)
     assert stage.spec.depth == {"layer1": 9, "layer2": 8}[name]
     assert sum(runs.values()) == 36 and set(runs.values()) == lengths
@@ -165,7 +165,7 @@ def test_36_steps_are_spread_evenly(name: str, lengths: set[int], build_tiny):
 
 
 def test_replication_twice_is_replication_once(stage: OdeStage):
-    assert deepen(deepen(stage, 6), 24).spec == deepen(stage, 24).spec
+    assert deepened(deepened(stage, 6), 24).spec == deepened(stage, 24).spec
 
 
 def test_replication_is_the_euler_rule_with_smaller_steps(stage: OdeStage, state: Tensor):
@@ -174,16 +174,16 @@ def test_replication_is_the_euler_rule_with_smaller_steps(stage: OdeStage, state
         for n in range(6):
             block = stage.blocks[n // 2]
             x = x + 0.5 * (F.relu(x + block.branch(x)) - x)
-        torch.testing.assert_close(deepen(stage, 6)(state), x)
+        torch.testing.assert_close(deepened(stage, 6)(state), x)
 
 
 def test_replicating_a_tied_smooth_field_converges_with_order_one(info):
-    stage = tie(stage_of(info, SmoothStep(), SmoothStep())).double()
+    stage = tied(stage_of(info, SmoothStep(), SmoothStep())).double()
     state = torch.randn(1, 4, 6, 6, dtype=torch.float64)
     depths = [8, 16, 32, 64]
     with torch.no_grad():
-        limit = deepen(stage, 4096)(state)
-        errors = [(deepen(stage, n)(state) - limit).norm().item() for n in depths]
+        limit = deepened(stage, 4096)(state)
+        errors = [(deepened(stage, n)(state) - limit).norm().item() for n in depths]
     slope = math.log(errors[-1] / errors[0]) / math.log(depths[-1] / depths[0])
     assert -1.15 < slope < -0.9, errors
 
@@ -192,7 +192,7 @@ def test_replicating_a_tied_smooth_field_converges_with_order_one(info):
 
 
 def test_interpolation_at_doubling_mixes_one_to_three(stage: OdeStage):
-    deep = deepen(stage, 6, mode="interpolate")
+    deep = deepened(stage, 6, mode="interpolate")
     first, second, third = stage.blocks
     expected = [
         [(1.0, first)],
@@ -208,17 +208,17 @@ def test_interpolation_at_doubling_mixes_one_to_three(stage: OdeStage):
 
 
 def test_interpolation_of_a_tied_stage_keeps_its_weights(stage: OdeStage, state: Tensor):
-    tied = tie(stage)
-    deep = deepen(tied, 5, mode="interpolate")
+    one = tied(stage)
+    deep = deepened(one, 5, mode="interpolate")
     for block in deep.blocks:
-        assert_mixture(block, [(1.0, tied.blocks[0])])
+        assert_mixture(block, [(1.0, one.blocks[0])])
     with torch.no_grad():
-        torch.testing.assert_close(deep(state), deepen(tied, 5)(state))
+        torch.testing.assert_close(deep(state), deepened(one, 5)(state))
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_deepening_to_the_depth_there_is_changes_nothing(mode: str, stage: OdeStage):
-    same = deepen(stage, 3, mode=mode)
+    same = deepened(stage, 3, mode=mode)
     assert same.spec == stage.spec and all(a is b for a, b in zip(same.blocks, stage.blocks, strict=True))
 
 
@@ -227,29 +227,29 @@ def test_deepening_to_the_depth_there_is_changes_nothing(mode: str, stage: OdeSt
 
 @pytest.mark.parametrize("before, blocks", [(3, 6), (3, 7), (5, 7), (7, 11)])
 def test_identity_steps_change_no_logit(before: int, blocks: int, tiny: OdeResNet, images):
-    on_every_stage(tiny, lambda s: deepen(s, before))
+    on_every_stage(tiny, lambda s: deepened(s, before))
     expected = logits(tiny, images)
-    on_every_stage(tiny, lambda s: deepen(s, blocks, mode="identity"))
+    on_every_stage(tiny, lambda s: deepened(s, blocks, mode="identity"))
     assert torch.equal(logits(tiny, images), expected)
     assert all(stage.spec.depth == blocks for stage in tiny.stages.values())
 
 
 def test_identity_steps_beside_weights_linear_in_depth_change_no_logit(tiny: OdeResNet, images):
-    on_every_stage(tiny, lambda s: deepen(s, 5, depth_weights="linear"))
+    on_every_stage(tiny, lambda s: deepened(s, 5, depth_weights="linear"))
     expected = logits(tiny, images)
-    on_every_stage(tiny, lambda s: deepen(s, 9, mode="identity"))
+    on_every_stage(tiny, lambda s: deepened(s, 9, mode="identity"))
     torch.testing.assert_close(logits(tiny, images), expected)
     assert all(stage.spec.depth == 9 and not stage.spec.blends for stage in tiny.stages.values())
 
 
 def test_identity_keeps_the_step_size_so_the_horizon_grows(stage: OdeStage):
-    deep = deepen(deepen(stage, 5), 7, mode="identity")
+    deep = deepened(deepened(stage, 5), 7, mode="identity")
     assert deep.spec.horizon == Fraction(3) * 7 / 5
-    assert deep.spec.step_size == deepen(stage, 5).spec.step_size == 3 / 5
+    assert deep.spec.step_size == deepened(stage, 5).spec.step_size == 3 / 5
 
 
 def test_inserted_blocks_can_be_trained(tiny: OdeResNet, images):
-    on_every_stage(tiny, lambda s: deepen(s, 7, mode="identity"))
+    on_every_stage(tiny, lambda s: deepened(s, 7, mode="identity"))
     F.cross_entropy(tiny.eval()(images), torch.tensor([0, 1, 2, 3])).backward()
     for stage in tiny.stages.values():
         inserted = [b for spec, b in zip(stage.spec.blocks, stage.blocks, strict=True) if "+" in spec.name]
@@ -260,7 +260,7 @@ def test_inserted_blocks_can_be_trained(tiny: OdeResNet, images):
 
 def test_identity_zeroes_the_last_convolution_where_there_is_no_norm(info, state: Tensor):
     stage = stage_of(info, SmoothStep(), SmoothStep())
-    deep = deepen(stage, 3, mode="identity")
+    deep = deepened(stage, 3, mode="identity")
     with torch.no_grad():
         assert torch.equal(deep(state), stage(state))
     inserted = deep.blocks[2]
@@ -270,13 +270,13 @@ def test_identity_zeroes_the_last_convolution_where_there_is_no_norm(info, state
 def test_identity_is_refused_where_the_activation_changes_the_state(info):
     stage = stage_of(info, SmoothStep(after=torch.tanh), SmoothStep(after=torch.tanh))
     with pytest.raises(UsageError, match="--mode identity: block 0 .*its activation changes the state"):
-        deepen(stage, 3, mode="identity")
+        deepened(stage, 3, mode="identity")
 
 
 def test_identity_is_refused_under_heun(info):
     stage = stage_of(info, SmoothStep(), SmoothStep(), scheme="heun")
     with pytest.raises(UsageError, match="--mode identity .*Euler rule only; stage 0 uses heun"):
-        deepen(stage, 4, mode="identity")
+        deepened(stage, 4, mode="identity")
 
 
 # what all of them share
@@ -286,22 +286,22 @@ def test_identity_is_refused_under_heun(info):
 @pytest.mark.parametrize("mode", MODES)
 def test_too_few_blocks_are_refused(blocks: int, message: str, mode: str, stage: OdeStage):
     with pytest.raises(UsageError, match=message):
-        deepen(stage, blocks, mode=mode)
+        deepened(stage, blocks, mode=mode)
 
 
 def test_an_unknown_mode_is_refused_with_the_nearest(stage: OdeStage):
     with pytest.raises(UsageError, match="unknown mode 'replicat'; did you mean replicate"):
-        deepen(stage, 5, mode="replicat")
+        deepened(stage, 5, mode="replicat")
 
 
 def test_a_stage_without_steps_cannot_be_deepened(info):
     net = nn.Sequential(nn.Sequential(SmoothStep()))
     specs = stage_specs([StageParts("0", ("0",), ())], scheme="euler", form="exact")
     with pytest.raises(UsageError, match="stage 0 has no steps to deepen"):
-        deepen(assemble(net, specs, info).stages["0"], 4)
+        deepened(assemble(net, specs, info).stages["0"], 4)
 
 
-REWRITES = {"tie": tie, "untie": untie, **{mode: lambda s, mode=mode: deepen(s, 5, mode=mode) for mode in MODES}}
+REWRITES = {"tie": tied, "untie": untied, **{mode: lambda s, mode=mode: deepened(s, 5, mode=mode) for mode in MODES}}
 
 
 @pytest.mark.parametrize("rewrite", REWRITES)

@@ -11,7 +11,7 @@ import torch
 from resode_cli import data
 from resode_cli.files import model_file
 from resode_cli.sources.registry import open_source
-from resode_cli.surgery.batch_norm import measure_batch_norm
+from resode_cli.surgery.batch_norm import recalibrate
 from resode_cli.surgery.convert import convert
 from resode_cli.surgery.rewrite import deepen, untie
 from resode_cli.training.finetune import finetune
@@ -27,7 +27,7 @@ def untied24(shared_data: Path, cifar10: Path, tmp_path: Path) -> Path:
     model, _ = convert(open_source("cifar:resnet56", weights=shared_data / "resnet56_cifar10.th"), form="pre")
     train = data.open_data(str(cifar10), model.info.preprocessing, "train", images=1000)
     order = [i for start in range(10) for i in range(start, len(train), 10)]
-    measure_batch_norm(model, data.batches(train, 100, order=order))
+    recalibrate(model, data.batches(train, 100, order=order))
     for name, stage in model.stages.items():
         model.replace_stage(name, untie(deepen(stage, 24)))
     model_file.save(model, tmp_path / "model.safetensors")
