@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +18,7 @@ from .options import (
     JsonOption,
     Origin,
     RecipeOption,
+    check_writable,
     depth_list,
     number,
 )
@@ -229,8 +229,8 @@ def _shape(text: str | None, settings: dict[str, str | None]) -> StageShape | No
 
 def _check_files(csv: Path | None, plot: Path | None) -> None:
     """Refuse, before any work is done, files that cannot be written."""
-    if csv is not None and (csv.is_dir() or not csv.parent.is_dir() or not os.access(csv.parent, os.W_OK)):
-        raise UsageError(f"--csv {str(csv)!r}: not a file in a folder that exists and can be written to")
+    if csv is not None:
+        check_writable("--csv", csv)
     if plot is not None:
         from ..reports.plot_gradients import check_plot
 

@@ -22,6 +22,7 @@ from .options import (
     Reading,
     RecipeOption,
     check_auto,
+    check_writable,
     depth_list,
     number,
 )
@@ -68,6 +69,10 @@ def check_grad_command(
         float | None, number("--tol", range=NOT_NEGATIVE, help="Exit with 1 if any relative error is above this.")
     ] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="Draw the errors to this .png, .pdf or .svg.")] = None,
+    per_parameter: Annotated[
+        Path | None,
+        typer.Option("--per-parameter", help="Write error and cosine of every parameter's gradient to this .csv."),
+    ] = None,
     device: DeviceOption = "auto",
     reading: Reading,
     origin: Origin,
@@ -79,12 +84,13 @@ def check_grad_command(
     start()
     from ..gradients.adjoint_choice import parse_adjoints
     from ..gradients.check_grad import StageAdjoints, SweepRow, check_gradients, choose_as_measured, sweep_depths
+    from ..machine.atomic import atomic_path
     from ..measuring.forecast import forecast_gradients
     from ..network.model import as_device
     from ..ode import Adjoint
     from ..quantities import duration, finite, number, size
     from ..reports.choice import choice_json, choice_table
-    from ..reports.report import gradient_json, gradient_table, sweep_json, sweep_table
+    from ..reports.report import gradient_json, gradient_table, parameters_csv, sweep_json, sweep_table
     from ..simulation.step import CannotSimulate
 
     output = Output(json_mode=json)
@@ -96,6 +102,8 @@ def check_grad_command(
         from ..reports.plot_gradients import check_plot
 
         check_plot(plot)
+    if per_parameter is not None:
+        check_writable("--per-parameter", per_parameter)
     loaded = origin.load(model).to(where := as_device(device))
     batches_of = _Batches(loaded, data, replace(reading, images=images), output)
     inputs, labels, what = batches_of.measured()
@@ -163,6 +171,10 @@ def check_grad_command(
             output.show(f"worst parameters of {method.name}: {worst}")
     if rows:
         output.show(sweep_table(rows))
+    if per_parameter is not None:
+        with atomic_path(per_parameter) as temporary:
+            temporary.write_text(parameters_csv(report))
+        output.note(f"wrote {per_parameter}")
     if plot is not None:
         from ..reports.plot_gradients import plot_errors, plot_sweep
 

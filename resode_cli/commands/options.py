@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
@@ -201,6 +202,12 @@ def depth_list(flag: str, text: str, *, at_least: int = 1) -> list[int]:
             " as in 16,64"
         )
     return found
+
+
+def check_writable(flag: str, path: Path) -> None:
+    """Raises UsageError, before any work is done, for a file that cannot be written."""
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UsageError(f"{flag} {str(path)!r}: not a file in a folder that exists and can be written to")
 
 
 def check_safetensors(path: Path) -> Path:

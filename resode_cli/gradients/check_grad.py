@@ -57,14 +57,29 @@ class StageAdjoints:
 
 
 @dataclass(frozen=True)
+class ParameterGradient:
+    """One parameter's gradient against backprop's: its name in a model file, relative error and cosine."""
+
+    parameter: str
+    relative_error: float
+    cosine: float
+
+
+@dataclass(frozen=True)
 class MethodGradients:
-    """One method on all stages; name: its label; worst: parameters with the largest relative error, by name."""
+    """One method on all stages and all parameters; name: its label."""
 
     name: str
     scheme: str
     stages: tuple[StageGradient, ...]
-    worst: tuple[tuple[str, float], ...]
+    parameters: tuple[ParameterGradient, ...]
     scheme_switched: bool
+
+    @property
+    def worst(self) -> tuple[tuple[str, float], ...]:
+        """The parameters with the largest relative errors, by name."""
+        largest = sorted(self.parameters, key=lambda own: -_sortable(own.relative_error))[:5]
+        return tuple((own.parameter, own.relative_error) for own in largest)
 
     @property
     def largest_error(self) -> float:
@@ -265,10 +280,11 @@ def _compare(
                 adjoint=stage.adjoint.label,
             )
         )
-    errors = {key: _difference(reference, gradients, [key])[0] for key in reference}
-    worst = sorted(errors.items(), key=lambda item: -_sortable(item[1]))[:5]
+    parameters = [
+        ParameterGradient(model.file_name(key), *_difference(reference, gradients, [key])) for key in reference
+    ]
     scheme = next(iter(model.stages.values())).spec.scheme
-    return MethodGradients(name, scheme, tuple(rows), tuple((model.file_name(n), e) for n, e in worst), switched)
+    return MethodGradients(name, scheme, tuple(rows), tuple(parameters), switched)
 
 
 def _sortable(error: float) -> float:

@@ -5,6 +5,8 @@ JSON holds fractions, bytes and seconds; a figure that is not finite is null.
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -159,6 +161,17 @@ def gradient_json(report: GradientReport) -> dict[str, Any]:
         worst = [{"parameter": name, "relative_error": error} for name, error in method.worst]
         methods.append({**asdict(method), "worst": worst, "largest_error": method.largest_error})
     return finite({**asdict(report), "methods": methods})
+
+
+def parameters_csv(report: GradientReport) -> str:
+    """Every method's gradient of every parameter, as a table with a header: figure 3c of the paper has such points."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["method", "scheme", "parameter", "relative_error", "cosine"])
+    for method in report.methods:
+        for own in method.parameters:
+            writer.writerow([method.name, method.scheme, own.parameter, own.relative_error, own.cosine])
+    return text.getvalue()
 
 
 def sweep_table(rows: Sequence[SweepRow]) -> Table:

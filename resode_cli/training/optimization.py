@@ -53,7 +53,7 @@ def optimizer_slots(settings: Settings) -> int:
 def create_scheduler(optimizer: torch.optim.Optimizer, settings: Settings, total: int) -> Any:
     """timm's scheduler, in steps. It is a function of the step alone, so it has no state to save."""
     # timm's multistep takes a milestone as the first step, counted from 1, of the lower rate.
-    milestones = [total // 2 + 1, total * 3 // 4 + 1]
+    milestones = [int(total * share) + 1 for share in settings.milestone_shares]
     kinds: dict[str, dict[str, Any]] = {
         "cosine": {"sched": "cosine"},
         "step": {"sched": "multistep", "decay_milestones": milestones, "decay_rate": 0.1},

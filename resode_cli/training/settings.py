@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -110,7 +111,10 @@ class Settings:
         "momentum", "Any optimizer of timm; 'momentum' is classical SGD with momentum.", resume="stays"
     )
     schedule: str = optimisation(
-        "cosine", "Learning rate: cosine to 0, a tenth at 1/2 and 3/4 of the steps, or constant.", choices=SCHEDULES
+        "cosine", "Learning rate: cosine to 0, a tenth of it at each of --milestones, or constant.", choices=SCHEDULES
+    )
+    milestones: str | None = optimisation(
+        None, "Of --schedule step: the shares of the run's steps after which it falls. Default: 1/2,3/4."
     )
     warmup: int = optimisation(0, "Steps of linear increase of the learning rate from 0.", range=COUNT_OR_NONE)
     stages: tuple[str, ...] | None = optimisation(
@@ -161,7 +165,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_options(self)
-        _ = self.budget_bytes
+        _ = self.budget_bytes, self.milestone_shares
+        if self.milestones is not None and self.schedule != "step":
+            raise UsageError(f"--milestones are of --schedule step; --schedule {self.schedule} has none")
         if self.micro_batches > self.batch_size:
             raise UsageError(f"--micro-batches {self.micro_batches}: a batch has {self.batch_size} images")
         if self.micro_batches > 1 and self.teacher_states:
@@ -173,6 +179,20 @@ class Settings:
     @property
     def budget_bytes(self) -> int | None:
         return budget_bytes(self.memory_budget)
+
+    @property
+    def milestone_shares(self) -> tuple[Fraction, ...]:
+        """Shares of the run, each between 0 and 1, ascending. Raises UsageError for anything else."""
+        text = "1/2,3/4" if self.milestones is None else self.milestones
+        try:
+            shares = tuple(Fraction(part.strip()) for part in text.split(","))
+        except (ValueError, ZeroDivisionError):
+            shares = ()
+        if not shares or list(shares) != sorted(set(shares)) or not shares[0] > 0 or not shares[-1] < 1:
+            raise UsageError(
+                f"--milestones {text}: shares of the run between 0 and 1, ascending, as in 1/3,2/3 or 0.5,0.9"
+            )
+        return shares
 
     def adjoint_choice(self) -> AdjointChoice:
         from ..gradients.adjoint_choice import parse_adjoint

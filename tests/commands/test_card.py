@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,3 +55,18 @@ def test_a_network_of_float64_takes_the_images_of_a_data_set(run: Run, deep: str
     run("deepen", "f64.safetensors", "--blocks", 9, *fit, "-o", "fitted.safetensors")
     fitted = resode_cli.load("fitted.safetensors", trust_source=True)
     assert {p.dtype for p in fitted.parameters()} == {torch.float64}
+
+
+def test_every_parameters_gradient_is_written(run: Run, deep: str, tmp_path: Path) -> None:
+    arguments = ("check-grad", deep, "--images", 4, "--adjoint", "checkpoint,pc", "--per-parameter")
+    document = json.loads(run(*arguments, "points.csv", "--json").stdout)
+    rows = list(csv.DictReader((tmp_path / "points.csv").open()))
+    names = {row["parameter"] for row in rows}
+    assert names == {name for name, _ in resode_cli.load(deep, trust_source=True).net.named_parameters()}
+    assert len(rows) == 2 * len(names)
+    (_, pc) = document["methods"]
+    errors = {row["parameter"]: float(row["relative_error"]) for row in rows if row["method"] == "pc"}
+    worst = max(errors, key=lambda name: errors[name])
+    assert pc["worst"][0] == {"parameter": worst, "relative_error": pytest.approx(errors[worst])}
+    assert all(float(row["cosine"]) > 0.99 for row in rows if row["method"] == "checkpoint")
+    assert "--per-parameter" in run(*arguments, "no/points.csv", code=2).stderr

@@ -117,6 +117,25 @@ def test_learning_rate_schedules(model, tmp_path, schedule) -> None:
     assert rates == pytest.approx(expected)
 
 
+def test_milestones_are_shares_of_the_run(model, tmp_path) -> None:
+    rates = []
+    callbacks = Callbacks(on_step=lambda record: rates.append(record.lr))
+    settings = replace(SETTINGS, schedule="step", milestones="1/3, 2/3", max_steps=6)
+    train(model, tmp_path / "run", settings, callbacks=callbacks)
+    assert rates == pytest.approx([0.05, 0.05, 0.005, 0.005, 0.0005, 0.0005])
+
+
+@pytest.mark.parametrize("text", ["", "1", "0,1/2", "2/3,1/3", "1/2,1/2", "1/0", "a third", "nan"])
+def test_milestones_that_are_none(text: str) -> None:
+    with pytest.raises(UsageError, match="shares of the run" if text else "of --schedule step|shares of the run"):
+        replace(SETTINGS, schedule="step", milestones=text)
+
+
+def test_milestones_go_with_steps_alone() -> None:
+    with pytest.raises(UsageError, match="--schedule cosine has none"):
+        replace(SETTINGS, milestones="1/3")
+
+
 def test_warmup_rises_linearly(model, tmp_path) -> None:
     rates = []
     callbacks = Callbacks(on_step=lambda record: rates.append(record.lr))
