@@ -9,7 +9,7 @@ import typer
 
 from ..errors import UsageError
 from ..quantities import COUNT, CROPS, FINITE, POSITIVE, SEED
-from .options import ForceOption, JsonOption, OutputOption, RecipeOption, check_safetensors, number
+from .options import ForceOption, HorizonOption, JsonOption, OutputOption, RecipeOption, check_safetensors, number
 from .output import Output, start
 
 _LEFT_OUT = 3  # that many kinds of blocks are named
@@ -55,6 +55,7 @@ def convert_command(
     form: Annotated[
         str, typer.Option("--form", help="'exact', or 'pre': drop the activation after each addition.")
     ] = "exact",
+    horizon: HorizonOption = None,
     input_size: Annotated[
         str | None,
         typer.Option(
@@ -84,6 +85,7 @@ def convert_command(
     from ..machine.atomic import check_output
     from ..measuring.forecast import forecast_conversion
     from ..network.parts import PreprocessingChoice, parse_size
+    from ..network.specs import as_horizon
     from ..quantities import duration, finite, size
     from ..reports.report import stage_rows, stage_table, verification_line
     from ..sources.registry import open_source
@@ -91,6 +93,7 @@ def convert_command(
 
     output = Output(json_mode=json)
     check_output(check_safetensors(out), force=force)
+    time = None if horizon is None else as_horizon(horizon)
     check_scheme_and_form(scheme, form)  # before anything is downloaded
     preprocessing = PreprocessingChoice(
         size=None if input_size is None else parse_size(input_size),
@@ -119,9 +122,10 @@ def convert_command(
             f"predicted: {duration(forecast.seconds)}, about {size(forecast.bytes)} of memory"
             " beside what Python and torch take"
         )
-    model, verification = convert(opened, scheme=scheme, form="pre" if form == "pre" else "exact")
+    model, verification = convert(opened, scheme=scheme, form="pre" if form == "pre" else "exact", horizon=time)
     verified = verification.record()
-    model.record("convert", source=str(opened.spec), scheme=scheme, form=form, seed=seed, verified=verified)
+    settings = {"scheme": scheme, "form": form, "seed": seed, **({} if time is None else {"horizon": str(time)})}
+    model.record("convert", source=str(opened.spec), **settings, verified=verified)
     model_file.write(model, out)
     rows = stage_rows(model)
     output.show(stage_table(rows, title=str(opened.spec)))

@@ -14,6 +14,7 @@ from .fitting import FitRequest
 from .options import (
     Comparing,
     ForceOption,
+    HorizonOption,
     JsonOption,
     ModelArgument,
     Origin,
@@ -61,6 +62,7 @@ def deepen_command(
             " knots), 'tied', 'tied+norms' (each step its own norms) or 'free'. Default: as --mode leaves them.",
         ),
     ] = None,
+    horizon: HorizonOption = None,
     stage: StageOption = None,
     request: FitRequest,
     settings: FitSettings,
@@ -74,6 +76,7 @@ def deepen_command(
 ) -> None:
     """Take stages to more steps. Without --stage: all that have any. With --fit: and keep what the network knows."""
     start()
+    from ..network.specs import as_horizon
     from ..surgery.steps import deepened
 
     request.check(settings, OFFERED, given)
@@ -81,11 +84,19 @@ def deepen_command(
         raise UsageError(f"--fit starts from equal weights in a block's run of steps, not from --mode {mode}")
     if comparing.gradients is None:
         comparing = replace(comparing, gradients=request.fit is not None)
-    history = {"blocks": blocks, "mode": mode, "depth_weights": depth_weights}
+    if horizon is not None and mode == "identity":
+        raise UsageError("--mode identity keeps the function; --horizon changes it")
+    history: dict[str, object] = {"blocks": blocks, "mode": mode, "depth_weights": depth_weights}
+    time = None if horizon is None else as_horizon(horizon)
+    if time is not None:
+        history["horizon"] = str(time)
     rewrite = Rewrite("deepen", model, out, comparing, reading, origin, history, force, json)
 
     def change(old: OdeStage) -> OdeStage:
-        return deepened(old, blocks, mode=mode, depth_weights=depth_weights)
+        new = deepened(old, blocks, mode=mode, depth_weights=depth_weights)
+        if time is not None:
+            new.use_horizon(time)
+        return new
 
     own = {name: rewrite.model.stages[name].spec.depth for name in rewrite.pick(stage)}
     few = settings.substeps

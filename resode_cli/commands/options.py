@@ -204,6 +204,16 @@ def depth_list(flag: str, text: str, *, at_least: int = 1) -> list[int]:
     return found
 
 
+HorizonOption = Annotated[
+    str | None,
+    typer.Option(
+        "--horizon",
+        help="The time T that every stage runs over, in steps of T/N: 1 for training from scratch, as in the paper."
+        " Another T than the present one is another function. Default: it stays; a source's is its number of blocks.",
+    ),
+]
+
+
 def check_writable(flag: str, path: Path) -> None:
     """Raises UsageError, before any work is done, for a file that cannot be written."""
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):

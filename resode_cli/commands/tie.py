@@ -13,6 +13,7 @@ from .fitting import FitRequest
 from .options import (
     Comparing,
     ForceOption,
+    HorizonOption,
     JsonOption,
     ModelArgument,
     Origin,
@@ -51,6 +52,7 @@ def tie_command(
         str,
         typer.Option("--depth-weights", help="'tied': one block; 'tied+norms': the same, but each step its own norms."),
     ] = "tied",
+    horizon: HorizonOption = None,
     stage: StageOption = None,
     request: FitRequest,
     settings: FitSettings,
@@ -64,6 +66,7 @@ def tie_command(
 ) -> None:
     """Share one block among all steps of a stage. Changes the function; --fit repairs it."""
     start()
+    from ..network.specs import as_horizon
     from ..surgery.steps import tied
 
     if depth_weights not in TIED:
@@ -76,10 +79,16 @@ def tie_command(
         settings = replace(settings, bn="batch")
     if comparing.gradients is None:
         comparing = replace(comparing, gradients=request.fit is not None)
-    history = {"rule": rule, "depth_weights": depth_weights}
+    history: dict[str, object] = {"rule": rule, "depth_weights": depth_weights}
+    time = None if horizon is None else as_horizon(horizon)
+    if time is not None:
+        history["horizon"] = str(time)
     rewrite = Rewrite("tie", model, out, comparing, reading, origin, history, force, json)
 
     def change(old: OdeStage) -> OdeStage:
-        return tied(old, rule=rule, norms=norms)
+        new = tied(old, rule=rule, norms=norms)
+        if time is not None:
+            new.use_horizon(time)
+        return new
 
     rewrite.stages(stage, change, request.plan(rewrite, settings))

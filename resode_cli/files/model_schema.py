@@ -19,7 +19,7 @@ from ..errors import ResodeError, first_few
 from ..network.model import ModelInfo
 from ..network.parts import Preprocessing, SourceSpec
 from ..network.residual import FORMS, as_form
-from ..network.specs import BlockSpec, StageSpec
+from ..network.specs import LONGEST_HORIZON, BlockSpec, StageSpec
 from ..ode import SCHEMES
 from ..quantities import CROPS, LONGEST_STAGE, Range
 
@@ -279,8 +279,8 @@ def _horizon(value: Any, where: str) -> Fraction:
     if denominator and not int(denominator):
         raise _Wrong(f"{where}: {_shown(value)} divides by zero")
     horizon = Fraction(int(numerator), int(denominator or 1))
-    if horizon > 10**9:
-        raise _Wrong(f"{where}: {_shown(value)} is more than 1000000000")
+    if horizon > LONGEST_HORIZON:
+        raise _Wrong(f"{where}: {_shown(value)} is more than {LONGEST_HORIZON}")
     return horizon
 
 

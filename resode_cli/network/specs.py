@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from fractions import Fraction
 
+from ..errors import UsageError
 from .residual import Form
+
+LONGEST_HORIZON = 10**9
+
+
+def as_horizon(text: str) -> Fraction:
+    """T from text: '1', '0.5' or '1/3'. Raises UsageError for what is none, or not above 0."""
+    # Not much of it, and no exponents: Fraction('1e999999999') would compute for ever.
+    known = re.fullmatch(r"\d{1,12}(\.\d{1,12})?|\d{1,12}/0*[1-9]\d{0,11}", text.strip(), re.ASCII)
+    horizon = Fraction(text.strip()) if known else Fraction(0)
+    if not 0 < horizon <= LONGEST_HORIZON:
+        raise UsageError(f"--horizon {text}: must be a number above 0, at most {LONGEST_HORIZON}, as in 1, 0.5 or 1/3")
+    return horizon
 
 
 @dataclass(frozen=True)

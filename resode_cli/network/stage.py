@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -237,6 +238,10 @@ class OdeStage(nn.Module):
     def use_scheme(self, scheme: str) -> None:
         """Switch the forward rule. That changes the network's function."""
         self.spec = replace(self.spec, scheme=scheme)
+
+    def use_horizon(self, horizon: Fraction) -> None:
+        """Let the stage run over another time T, in steps of T/N. That changes the network's function."""
+        self.spec = replace(self.spec, horizon=horizon)
 
     def use_form(self, form: Form) -> None:
         """Switch to `exact` or `pre` form. Raises UsageError for a form that the blocks' activation does not have."""

@@ -21,7 +21,7 @@ from .weights import describe_not_finite, load_weights, state_sha256
 
 SAVED = ("hf-hub", "local-dir")  # networks of timm in a place of their own
 LIBRARIES = (*MODULES, *SAVED)
-RANDOM_NOTE = "no pretrained weights: the network is random"
+RANDOM_NOTE = "no pretrained weights: the network is random; to train it from scratch, --horizon 1 is the paper's form"
 AS_IT_IS = PreprocessingChoice()
 
 

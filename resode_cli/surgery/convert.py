@@ -62,6 +62,7 @@ def convert(
     *,
     scheme: str = "euler",
     form: Form = "exact",
+    horizon: Fraction | None = None,
     images: int = VERIFIED,
     example: Tensor | None = None,
 ) -> tuple[OdeResNet, Verification]:
@@ -73,7 +74,8 @@ def convert(
         and on its device, if it is not given.
 
     Every step gets h = T/N with T = N, so Euler steps of exact residual functions are the source's
-    blocks. Raises ResodeError if they then do not agree, or if there is no residual step.
+    blocks. horizon: another T for every stage, which is another function: 1 for training from scratch as in the
+    paper, whose steps are x + f(x)/N. Raises ResodeError if they then do not agree, or if there is no residual step.
     """
     check_scheme_and_form(scheme, form)
     if not isinstance(source, Source):
@@ -94,6 +96,9 @@ def convert(
     specs = stage_specs(found.stages, scheme=scheme, form=form)
     info = ModelInfo(source.spec, source.preprocessing, before.shape[1], left_out=tuple(found.left_out))
     model = assemble(net, specs, info).eval()
+    if horizon is not None:
+        for stage in model.stages.values():
+            stage.use_horizon(horizon)
     with as_before(model):
         after = _logits(model, batch, "the converted network")
     changed = any(_changes_function(model, name) for name in model.stages)
@@ -217,7 +222,9 @@ def check_scheme_and_form(scheme: str, form: str) -> None:
 def _changes_function(model: OdeResNet, name: str) -> bool:
     stage = model.stages[name]
     clipped = stage.activation not in (LINEAR, GENERIC)
-    return stage.spec.depth > 0 and (stage.spec.scheme != "euler" or (stage.spec.form == "pre" and clipped))
+    return stage.spec.depth > 0 and (
+        stage.spec.scheme != "euler" or stage.spec.horizon != stage.spec.depth or (stage.spec.form == "pre" and clipped)
+    )
 
 
 def stage_specs(parts: list[StageParts], *, scheme: str, form: Form) -> list[StageSpec]:

@@ -76,6 +76,7 @@ def _changes_weights(entry: dict[str, object]) -> bool:
     return (
         entry.get("fit") is not None
         or entry.get("mode") == "interpolate"
+        or entry.get("horizon") is not None
         or entry.get("depth_weights") in ("linear", "tied", "tied+norms")
     )
 

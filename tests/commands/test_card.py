@@ -60,7 +60,7 @@ def test_a_network_of_float64_takes_the_images_of_a_data_set(run: Run, deep: str
 def test_every_parameters_gradient_is_written(run: Run, deep: str, tmp_path: Path) -> None:
     arguments = ("check-grad", deep, "--images", 4, "--adjoint", "checkpoint,pc", "--per-parameter")
     document = json.loads(run(*arguments, "points.csv", "--json").stdout)
-    rows = list(csv.DictReader((tmp_path / "points.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "points.csv").read_text().splitlines()))
     names = {row["parameter"] for row in rows}
     assert names == {name for name, _ in resode_cli.load(deep, trust_source=True).net.named_parameters()}
     assert len(rows) == 2 * len(names)
