@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from .choose import choose_adjoints
 from .results import ChosenAdjoints
 
 Gradients = dict[str, Tensor]
+
+ROUNDING = 16  # roundoffs: gradients of float32 by an exact method are off by some of them
 
 
 @dataclass(frozen=True)
@@ -101,25 +104,41 @@ class GradientReport:
 
 @dataclass(frozen=True)
 class SweepRow:
+    """Errors against depth. rounding: at or below it an error is that of the arithmetic, whatever the depth."""
+
     method: str
     stage: str
     depths: tuple[int, ...]
     errors: tuple[float, ...]
+    rounding: float = 0.0
 
     @property
     def slope(self) -> float | None:
-        """Least-squares slope of log error on log depth: minus the order in 1/N. None if an error is 0 or infinite."""
-        points = [(math.log(n), math.log(e)) for n, e in zip(self.depths, self.errors, strict=True) if _positive(e)]
-        if len(points) < len(self.depths) or len(points) < 2:
+        """Least-squares slope of log error on log depth: minus the order in 1/N.
+
+        None if an error is 0, infinite, or no larger than rounding.
+        """
+        fit = self._fit
+        return None if fit is None else fit.slope
+
+    @property
+    def slope_error(self) -> float | None:
+        """The slope's standard error, from how far the points lie off the line. None for two points or without one."""
+        fit, n = self._fit, len(self.depths)
+        if fit is None or n < 3:
             return None
-        mean_x = sum(x for x, _ in points) / len(points)
-        mean_y = sum(y for _, y in points) / len(points)
-        covariance = sum((x - mean_x) * (y - mean_y) for x, y in points)
-        return covariance / sum((x - mean_x) ** 2 for x, _ in points)
+        x, y = self._logs
+        off = sum((b - fit.intercept - fit.slope * a) ** 2 for a, b in zip(x, y, strict=True))
+        return math.sqrt(off / (n - 2) / sum((a - statistics.fmean(x)) ** 2 for a in x))
 
+    @property
+    def _logs(self) -> tuple[list[float], list[float]]:
+        return [math.log(n) for n in self.depths], [math.log(error) for error in self.errors]
 
-def _positive(error: float) -> bool:
-    return math.isfinite(error) and error > 0
+    @property
+    def _fit(self) -> statistics.LinearRegression | None:
+        known = all(math.isfinite(error) and error > self.rounding for error in self.errors)
+        return statistics.linear_regression(*self._logs) if known and len(self.depths) > 1 else None
 
 
 def check_gradients(
@@ -339,4 +358,8 @@ def sweep_depths(
             for stage_gradient in method.stages:
                 key = (method.name, stage_gradient.stage)
                 errors.setdefault(key, []).append(stage_gradient.relative_error)
-    return tuple(SweepRow(method, stage, tuple(depths), tuple(values)) for (method, stage), values in errors.items())
+    dtype = next(model.parameters()).dtype
+    rounding = ROUNDING * torch.finfo(dtype).eps
+    return tuple(
+        SweepRow(method, stage, tuple(depths), tuple(values), rounding) for (method, stage), values in errors.items()
+    )

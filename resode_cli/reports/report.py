@@ -183,12 +183,13 @@ def sweep_table(rows: Sequence[SweepRow]) -> Table:
     table.add_column("slope", justify="right")
     for row in rows:
         slope = "–" if row.slope is None else f"{row.slope:.2f}"
+        slope += "" if row.slope_error is None else f" ± {row.slope_error:.2f}"
         table.add_row(row.method, row.stage, *(number(e) for e in row.errors), slope)
     return table
 
 
 def sweep_json(rows: Iterable[SweepRow]) -> list[dict[str, Any]]:
-    return finite([{**asdict(row), "slope": row.slope} for row in rows])
+    return finite([{**asdict(row), "slope": row.slope, "slope_error": row.slope_error} for row in rows])
 
 
 def finetune_json(result: FinetuneResult) -> dict[str, Any]:

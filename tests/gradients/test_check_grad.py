@@ -209,6 +209,22 @@ def test_slope_needs_positive_finite_errors(errors: tuple[float, ...]):
     json.dumps(sweep_json([row]), allow_nan=False)
 
 
+def test_no_slope_is_made_of_rounding():
+    errors = (1e-3, 1e-5, 1e-7)
+    assert SweepRow("pc", "layer1", (4, 8, 16), errors, rounding=2e-6).slope is None
+    assert SweepRow("pc", "layer1", (4, 8, 16), errors, rounding=1e-14).slope is not None
+
+
+def test_a_slope_has_the_standard_error_of_its_line():
+    """Points at log N = 0, 1, 2 that are off the line −2x by 0, 0.3, 0: slope −2, residuals ∓0.1, 0.2, by hand."""
+    depths = (1, 2, 4)
+    errors = tuple(n**-2 * math.exp(off) for n, off in zip(depths, (0.0, 0.3, 0.0), strict=True))
+    row = SweepRow("pc", "layer1", depths, errors)
+    assert row.slope == pytest.approx(-2)
+    assert row.slope_error == pytest.approx(math.sqrt((0.1**2 + 0.2**2 + 0.1**2) / (2 * math.log(2) ** 2)))
+    assert SweepRow("pc", "layer1", (1, 2), errors[:2]).slope_error is None
+
+
 def test_slope_needs_two_depths():
     assert SweepRow("pc", "layer1", (4,), (0.1,)).slope is None
 
