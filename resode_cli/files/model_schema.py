@@ -25,7 +25,7 @@ from ..quantities import CROPS, LONGEST_STAGE, Range
 
 # 2: blocks that share tensors, weights linear in depth; 3: a checksum; 4: 'heun' takes the weights of one step, and
 # what was called so is 'heunnet'
-FORMAT_VERSION = 4
+FORMAT_VERSION = HEUN_RENAMED = 4
 
 _ITEMS, _LETTERS, _DEEPEST = 1_000_000, 100_000, 32  # of a list, of a text, of lists in lists
 _CLASSES = Range(1, 10**8)
@@ -92,7 +92,7 @@ def parse_metadata(metadata: Mapping[str, Any]) -> tuple[ModelInfo, list[StageSp
 
 
 def _as_named_now(spec: StageSpec, version: int) -> StageSpec:
-    return replace(spec, scheme="heunnet") if version < 4 and spec.scheme == "heun" else spec
+    return replace(spec, scheme="heunnet") if version < HEUN_RENAMED and spec.scheme == "heun" else spec
 
 
 def _object(

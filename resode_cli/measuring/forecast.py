@@ -100,7 +100,7 @@ def forecast_gradients(model: OdeResNet, images: Tensor, methods: Sequence[Adjoi
 
 
 def _simulated(model: OdeResNet, shape: tuple[int, ...], device: str) -> int | None:
-    """Bytes of a step by backprop, which no method exceeds, and of the gradients that are compared with its."""
+    """Bytes of a step by backprop, which others exceed by a few states at most, and of the gradients compared."""
     try:
         return Simulation(model, device).step(Adjoint("backprop"), shape, optimizer_slots=0).peak + _weights(model)
     except ResodeError:  # it may decide by its numbers; a prediction stops nothing

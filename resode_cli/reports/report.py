@@ -159,7 +159,9 @@ def gradient_json(report: GradientReport) -> dict[str, Any]:
     methods = []
     for method in report.methods:
         worst = [{"parameter": name, "relative_error": error} for name, error in method.worst]
-        methods.append({**asdict(method), "worst": worst, "largest_error": method.largest_error})
+        described = asdict(method)
+        del described["parameters"]  # hundreds, for --per-parameter
+        methods.append({**described, "worst": worst, "largest_error": method.largest_error})
     return finite({**asdict(report), "methods": methods})
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import ResodeError, ResodeWarning, UsageError, first_few
 from ..files import model_file
+from ..files.model_schema import HEUN_RENAMED
 from ..machine.atomic import atomic_path
 from ..measuring.evaluate import Evaluation
 from ..network.model import OdeResNet
@@ -98,7 +99,17 @@ def _run_metadata(folder: Path) -> dict[str, Any]:
     problem = _run_problem(metadata["run"])
     if problem:
         raise ResodeError(f"{folder / STATE}: not the state of a run that can go on ({problem})")
-    return metadata["run"]
+    return _as_named_now(metadata["run"]) if metadata["format"] < HEUN_RENAMED else metadata["run"]
+
+
+def _as_named_now(run: Any) -> Any:
+    """What an older file says of a run, with the adjoint of the forward rule that was called 'heun' by its new name."""
+    if not isinstance(run, dict):
+        return run
+    return {
+        key: "heunnet" if key in ("adjoint", "method") and value == "heun" else _as_named_now(value)
+        for key, value in run.items()
+    }
 
 
 _PARTS = ("progress", "settings", "fingerprint", "optimizer", "scaler")

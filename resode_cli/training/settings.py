@@ -178,6 +178,7 @@ class Settings:
 
     @property
     def budget_bytes(self) -> int | None:
+        """See the function of this name."""
         return budget_bytes(self.memory_budget)
 
     @property

@@ -37,12 +37,15 @@ def test_steps_are_of_the_horizons_length(horizon: Fraction, build_tiny, images:
     assert {s.spec.horizon for s in resode.deepen(loaded, 7).stages.values()} == {horizon}
 
 
-def test_only_another_horizon_than_the_sources_is_another_function(build_tiny, images: Tensor) -> None:
-    """A stage of three steps over T = 3 is the source's; the others, of one step each, are not."""
-    model: OdeResNet = build_tiny(horizon=Fraction(3))
+def test_the_sources_own_horizon_is_the_sources_function(build_tiny, images: Tensor) -> None:
+    """Steps of 1: what every stage has by itself, one by one."""
     as_it_was: OdeResNet = build_tiny()
-    depth = as_it_was.stages["layer1"].spec.depth
-    assert depth == 3 and model.stages["layer1"].spec == as_it_was.stages["layer1"].spec
+    for name, stage in as_it_was.stages.items():
+        given: OdeResNet = build_tiny(horizon=Fraction(stage.spec.depth))
+        assert given.stages[name].spec == stage.spec
+    with torch.no_grad():
+        other = build_tiny(horizon=Fraction(1)).eval()(images)
+        assert not torch.allclose(other, as_it_was.eval()(images), rtol=0.01)
 
 
 @pytest.mark.parametrize(("text", "value"), [("1", 1), ("0.5", Fraction(1, 2)), ("1/3", Fraction(1, 3)), (" 2 ", 2)])

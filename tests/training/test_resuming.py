@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from small_runs import TRAIN, contents, run
 
 from resode_cli.app import main
 from resode_cli.files import model_file
+from resode_cli.files.model_file import read_tensors, write_tensors
 from resode_cli.training.run_folder import load_state
 
 CHANGED = {
@@ -41,6 +44,21 @@ def test_what_may_change_is_said(here: Path, capsys: Any) -> None:
     assert "--lr is 0.5 from here on; it was 0.001" in error and "--max-steps is 4 from here on; it was 3" in error
     assert "--workers" not in error, "it is what it was"
     assert load_state(here / "run").progress["step"] == 4
+
+
+def test_a_run_from_before_the_papers_heun_was_renamed_goes_on(here: Path) -> None:
+    """Its state, settings and stored adjoints say 'heun' of the rule that is called 'heunnet' now."""
+    alike = ("--adjoint", "heunnet", "--schedule", "constant")
+    for name in ("straight", "old"):
+        assert main(run("-o", name, *alike, steps=4 if name == "straight" else 2)) == 0
+    path = here / "old" / "state.safetensors"
+    tensors, metadata = read_tensors(path)
+    as_then = json.loads(json.dumps(metadata).replace('"heunnet"', '"heun"'))
+    assert as_then != metadata
+    write_tensors(path, tensors, {**as_then, "format": 3})
+    assert main(run("-o", "old", "--resume", *alike, steps=4)) == 0
+    old, straight = (load_file(here / name / "last.safetensors") for name in ("old", "straight"))
+    assert all(torch.equal(old[key], value) for key, value in straight.items())
 
 
 def test_a_run_that_is_past_its_end_is_refused(here: Path, capsys: Any) -> None:
