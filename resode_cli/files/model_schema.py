@@ -164,6 +164,18 @@ def _different(read: Read, *, longest: int) -> Read:
     return reader
 
 
+def _run(read: Read) -> Read:
+    """Names of children that run one after the other: all different, or one that is called again and again."""
+
+    def reader(value: Any, where: str) -> list[Any]:
+        found: list[Any] = read(value, where)
+        if 1 < len(set(found)) < len(found):
+            raise _Wrong(f"{where}: a name stands there twice, among others")
+        return found
+
+    return reader
+
+
 def _one_of(allowed: tuple[str, ...], what: str) -> Read:
     def reader(value: Any, where: str) -> str:
         if value not in allowed:
@@ -301,7 +313,7 @@ def _stage(value: Any, where: str) -> StageSpec:
             "name": _name,
             "container": _name,
             "transition": children,
-            "source_blocks": children,
+            "source_blocks": _run(_list(_child, longest=LONGEST_STAGE)),
             "blocks": _list(_block, longest=LONGEST_STAGE),
             "schedule": _list(_whole(_STEP), longest=LONGEST_STAGE),
             "horizon": _horizon,

@@ -33,7 +33,8 @@ def assemble(net: nn.Module, specs: Sequence[StageSpec], info: ModelInfo) -> Ode
             container = net.get_submodule(spec.container)
         except AttributeError as error:
             raise ResodeError(f"the source network has no {spec.container!r}") from error
-        children = dict(container.named_children())
+        # Not `named_children`, which leaves out the further names of a child that has several.
+        children = {name: child for name, child in container._modules.items() if child is not None}
         stage = _build_stage(spec, children)
         first, *others = (*spec.transition, *dict.fromkeys(spec.source_blocks))
         is_whole = {first, *others} == set(children) and not isinstance(container, nn.ModuleList)

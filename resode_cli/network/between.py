@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import Parameter, signature
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from ..errors import ResodeError
 from .block_inputs import equal, further_arguments
 from .outside import Opening, Reached
+from .specs import StageSpec
 
 
 class OnePiece(ResodeError, TypeError):
@@ -159,14 +160,54 @@ def _inside_reentry() -> bool:
 
 
 def stand_in_for(stage: str, result: Tensor, further: Mapping[str, Any]) -> Tensor:
-    """What the network gets from a stage's first block, where others follow."""
-    return StandIn.of(stage, 0, result, further) if is_watched() else result
+    """What the network gets from a stage's first block, where others follow, or from the first call of one block."""
+    if is_watched():
+        return StandIn.of(stage, 0, result, further)
+    result._result_of = stage  # type: ignore[attr-defined]
+    return result
 
 
 def check_state(stage: str, given: object) -> None:
     """Raises AnotherLoop for a stand-in where a state or a result is expected."""
     if any(isinstance(leaf, StandIn) for leaf in tree_leaves(given)):
         raise AnotherLoop(stage)
+
+
+def hand_on(stage: str, at: int, given: StandIn, further: Mapping[str, Any], *, last: bool) -> Tensor:
+    """What the network gets from the block that comes after `at` others, which the stage has run.
+
+    Raises AnotherLoop if that block is not the next one.
+    """
+    if not is_watched() or given.stage != stage or given.at != at - 1 or not equal(dict(given.further), dict(further)):
+        raise AnotherLoop(stage)
+    return given.result if last else StandIn.of(stage, at, given.result, given.further)
+
+
+def call_again(stage: str, calls: int, given: StandIn, further: Mapping[str, Any]) -> Tensor:
+    """What a loop over one block gets from its second call on. calls: how many there are."""
+    at = given.at + 1
+    return hand_on(stage, at, given, further, last=at == calls - 1)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # else dynamo goes on without, where it raises
+def refuse_to_trace(stage: str) -> NoReturn:
+    """Raises ResodeError for a loop over one block where the network's code is not run as it stands."""
+    raise ResodeError(
+        f"stage {stage} stands for a loop over one block, so that the network can be neither compiled nor traced as a"
+        " whole; `model.compile_branches()` compiles its steps, `resode export` exports it"
+    )
+
+
+def check_not_its_own(stage: str, x: Tensor) -> None:
+    """Raises ResodeError for a stage's own result, outside the model's forward, where a loop is not told from a call.
+
+    Else a loop over one block would run all the steps each time.
+    """
+    if getattr(x, "_result_of", None) == stage:
+        raise ResodeError(
+            f"stage {stage} stands for all calls of its block in the network's loop, which only the model's own forward"
+            " can tell apart: call the model in place of `model.net`"
+        )
 
 
 class Emptied(nn.Module):
@@ -191,14 +232,7 @@ class Emptied(nn.Module):
                 raise AnotherLoop(self.stage)
             return input
         further = further_arguments(self.signature, (input, *args), kwargs)
-        if (
-            not is_watched()
-            or input.stage != self.stage
-            or input.at != self.at - 1
-            or not equal(dict(input.further), further)
-        ):
-            raise AnotherLoop(self.stage)
-        return input.result if self.last else StandIn.of(self.stage, self.at, input.result, input.further)
+        return hand_on(self.stage, self.at, input, further, last=self.last)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -234,3 +268,34 @@ class Entrance(nn.Module):
         (stage,) = self._stage
         result: Tensor = stage(*args, **kwargs)
         return stand_in_for(stage.spec.name, result, stage.take(*args, **kwargs)) if stage.emptied else result
+
+
+class InOnePiece:
+    """What a network may do with a stage in the place of a sequence: run it in a loop, but not look into it."""
+
+    spec: StageSpec
+    emptied: tuple[Emptied, ...]
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        """The stage, and what stands in the places of its further blocks: for sources that run them in a loop."""
+        yield Entrance(self)
+        yield from self.emptied
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __len__(self) -> int:
+        raise OnePiece(self.spec.name, "has no length")
+
+    def __getitem__(self, index: object) -> nn.Module:
+        raise OnePiece(self.spec.name, "cannot be indexed")
+
+    @property
+    def grad_checkpointing(self) -> bool:
+        """For sources that checkpoint a stage themselves: here the adjoint does that."""
+        return False
+
+    @grad_checkpointing.setter
+    def grad_checkpointing(self, enable: bool) -> None:
+        if enable:
+            raise ResodeError(f"stage {self.spec.name} checkpoints by its adjoint: use_adjoint(Adjoint('checkpoint'))")

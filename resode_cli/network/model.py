@@ -11,7 +11,7 @@ from torch import Size, Tensor, nn
 
 from ..errors import ResodeError, UsageError, first_few, unknown
 from ..ode import Adjoint, Monitor, RandomState
-from .between import check_state, networks_forward
+from .between import check_state, networks_forward, refuse_to_trace
 from .mixing import check_apart
 from .outside import STEM, CannotCut, Opening, Reached, Stem, outside_modules
 from .parts import Preprocessing, SourceSpec
@@ -81,6 +81,9 @@ class OdeResNet(nn.Module):
             x = x.double()  # data sets give float32
         # A stage runs between the graphs of a compiled network, which nothing else is to break.
         if torch.compiler.is_dynamo_compiling() or torch.jit.is_tracing():  # type: ignore
+            for name, stage in self.stages.items():
+                if stage.spec.calls > 1:
+                    refuse_to_trace(name)
             return self.net(x)
         result = self._run_cut(x) if self._evaluates_stem_again(x) else self._run(x)
         check_state(next(iter(self.paths), ""), result)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
@@ -35,14 +35,16 @@ class StageParts:
     """Consecutive children of one container: transition blocks, then residual steps.
 
     container: the container's path in the network, e.g. 'layer1'.
-    transition, blocks: names of its children.
+    transition, blocks: names of its children; one that is called several times in a row stands there as often.
     further: names of what the blocks take beside the state, the same for all of them.
+    same: children that are a block which the container has under another name too, and the first of its names.
     """
 
     container: str
     transition: tuple[str, ...]
     blocks: tuple[str, ...]
     further: tuple[str, ...] = ()
+    same: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

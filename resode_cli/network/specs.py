@@ -41,7 +41,8 @@ class StageSpec:
     name: unique in the model: the container, and '#2' and so on where it holds several stages.
     container: path in the source network of the sequence of blocks, e.g. 'layer1'.
     transition: names of the transition blocks.
-    source_blocks: names of the container's children that the source's own steps were.
+    source_blocks: names of the container's children that the source's own steps were, or the same name as often as
+        the source calls that child in a row.
     blocks: the distinct blocks.
     schedule: which distinct block step n uses; its length is the depth N.
     horizon: T; a fraction, so that T/N is the same number however it was reached.
@@ -67,6 +68,11 @@ class StageSpec:
     @property
     def depth(self) -> int:
         return len(self.schedule)
+
+    @property
+    def calls(self) -> int:
+        """How often the source calls what the stage stands for in a row, as a loop over one block does."""
+        return len(self.source_blocks) if len(set(self.source_blocks)) == 1 else 1
 
     @property
     def step_size(self) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -14,7 +14,18 @@ from torch import Tensor, nn
 
 from ..errors import ResodeError, UsageError, first_few
 from ..ode import SCHEMES, Adjoint, Evaluator, Field, Monitor, Residual, solve, trajectory
-from .between import Emptied, Entrance, OnePiece, check_state, enter_stage, is_watched, stand_in_for
+from .between import (
+    Emptied,
+    InOnePiece,
+    StandIn,
+    call_again,
+    check_not_its_own,
+    check_state,
+    enter_stage,
+    is_watched,
+    refuse_to_trace,
+    stand_in_for,
+)
 from .block_inputs import WithArguments, further_arguments, tensors_in
 from .compilation import Compilation, CompiledResidual
 from .entry import Entry
@@ -37,7 +48,7 @@ class Tap:
     see: Callable[[int, Tensor], Tensor]
 
 
-class OdeStage(nn.Module):
+class OdeStage(InOnePiece, nn.Module):
     """x_0 = transition(x); x_{n+1} = x_n + h Φ_n(x_n), n = 0 … N-1; returns x_N.
 
     In `pre` form the steps' clip is dropped and the activation is applied once, to x_N.
@@ -90,21 +101,29 @@ class OdeStage(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The stage's result, or what stands for it until the last of the emptied blocks that follow."""
+        name, calls = self.spec.name, self.spec.calls
         if torch.compiler.is_dynamo_compiling():
+            if calls > 1:
+                refuse_to_trace(name)
             return super().__call__(*args, **kwargs)
-        check_state(self.spec.name, (args, kwargs))
+        if calls > 1 and args and isinstance(args[0], StandIn):
+            return call_again(name, calls, args[0], self.take(*args, **kwargs))
+        check_state(name, (args, kwargs))
         if args and isinstance(args[0], Tensor):
+            if calls > 1:
+                check_not_its_own(name, args[0])
             args = (enter_stage(args[0]), *args[1:])  # before hooks on the stage, which wrap what it is given
         result = super().__call__(*args, **kwargs)
-        if not (self.is_first and self.emptied):
+        if calls == 1 and not (self.is_first and self.emptied):
             return result
-        return stand_in_for(self.spec.name, result, self.take(*args, **kwargs))
+        return stand_in_for(name, result, self.take(*args, **kwargs))
 
     def follow(self, other: OdeStage) -> None:
         """Take the place of another stage among its emptied blocks."""
         self.is_first, self.emptied = other.is_first, other.emptied
         first_of = {block.origin: self.get_submodule(block.name) for block in reversed(self.spec.blocks)}
-        for name, emptied in zip((*self.spec.transition, *self.spec.source_blocks)[1:], self.emptied, strict=True):
+        names = (*self.spec.transition, *dict.fromkeys(self.spec.source_blocks))
+        for name, emptied in zip(names[1:], self.emptied, strict=True):
             emptied.block = [first_of[name]] if name in first_of else []
 
     def __getattr__(self, name: str) -> Any:
@@ -362,30 +381,6 @@ class OdeStage(nn.Module):
         if self.spec.depth and self.spec.form == "pre" and self.activation in ACTIVATIONS:
             return ACTIVATIONS[self.activation](x)
         return x
-
-    def __iter__(self) -> Iterator[nn.Module]:
-        """The stage, and what stands in the places of its further blocks: for sources that run them in a loop."""
-        yield Entrance(self)
-        yield from self.emptied
-
-    def __bool__(self) -> bool:
-        return True
-
-    def __len__(self) -> int:
-        raise OnePiece(self.spec.name, "has no length")
-
-    def __getitem__(self, index: object) -> nn.Module:
-        raise OnePiece(self.spec.name, "cannot be indexed")
-
-    @property
-    def grad_checkpointing(self) -> bool:
-        """For sources that checkpoint a stage themselves: here the adjoint does that."""
-        return False
-
-    @grad_checkpointing.setter
-    def grad_checkpointing(self, enable: bool) -> None:
-        if enable:
-            raise ResodeError(f"stage {self.spec.name} checkpoints by its adjoint: use_adjoint(Adjoint('checkpoint'))")
 
     def extra_repr(self) -> str:
         spec = self.spec

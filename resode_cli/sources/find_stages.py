@@ -3,7 +3,8 @@
 The network runs once, watched. Block by block, from the outside in, a module that makes a state of a state is
 read (reading.py): whether it adds a branch to its own input is decided from its own forward. Children of one
 module that hand a state on from one to the next are a chain. A chain is cut where a state in it is read by
-something else too, since that state must stay in reach.
+something else too, since that state must stay in reach. A block that runs several times in a row, each time on its own
+last result, is that many steps of one chain: in a loop that calls it again, or as several children of one module.
 
 Where the forward does not tell, the block is put to a test: with all its parameters set to zero, a block that
 adds a branch to its own input returns that input, or its activation.
@@ -13,7 +14,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -21,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import ResodeError
+from ..errors import ResodeError, first_few
 from ..network.block_inputs import WithArguments, equal, tensors_in
 from ..network.parts import BlockSplit, StageParts
 from ..network.premises import has_hooks
@@ -59,24 +62,54 @@ def find_stages(net: nn.Module, example: Tensor) -> Found:
 
     example: a batch of images that the network runs on.
     """
-    search = _Search(net, example)
-    stages = search.stages()
-    left_out = search.left_out(stages)
+    with _told_apart(net) as copies:
+        search = _Search(net, example, copies)
+        stages = search.stages()
+        left_out = search.left_out(stages)
     if not any(stage.blocks for stage in stages):
         reasons = "; ".join(left_out[:2]) or "no module in it adds a branch to its input"
         raise ResodeError(f"{type(net).__name__} has no residual steps to convert: {reasons}")
     return Found(stages, left_out)
 
 
-class _Search:
-    """What is known of a network's modules: which are steps, and why others are not."""
+@contextmanager
+def _told_apart(net: nn.Module) -> Iterator[dict[nn.Module, str]]:
+    """While a module has one child under several names, let all but the first be copies that hold the same tensors.
 
-    def __init__(self, net: nn.Module, example: Tensor) -> None:
-        self.net, self.example = net, example
+    Yields the first name of each copy's original.
+    """
+    copies: dict[nn.Module, str] = {}
+    replaced: list[tuple[nn.Module, str, nn.Module]] = []
+    for parent in list(net.modules()):
+        first: dict[nn.Module, str] = {}
+        for name, child in parent._modules.items():
+            if child is None or first.setdefault(child, name) == name or not any(True for _ in child.parameters()):
+                continue
+            alike = copy.copy(child)
+            alike.__dict__.update({n: copy.copy(h) for n, h in vars(child).items() if "_hook" in n})  # to be watched
+            copies[alike] = first[child]
+            replaced.append((parent, name, child))
+            parent._modules[name] = alike
+    try:
+        yield copies
+    finally:
+        for parent, name, child in replaced:
+            parent._modules[name] = child
+
+
+class _Search:
+    """What is known of a network's modules: which are steps, and why others are not.
+
+    copies: modules that stand for another child of the same parent, and its name.
+    """
+
+    def __init__(self, net: nn.Module, example: Tensor, copies: Mapping[nn.Module, str]) -> None:
+        self.net, self.example, self.copies = net, example, copies
         self.seen = watch(net, example)
         self.paths = {module: path for path, module in net.named_modules()}
         self.refused: dict[str, Reading] = {}  # by path, as `reused`
         self.reused: dict[str, Reading] = {}
+        self.unlinked: dict[tuple[str, ...], list[tuple[str, str]]] = {}  # by names of what two blocks take otherwise
         self.steps: set[nn.Module] = set()
         self._visit(net)
         self.classes = {type(step) for step in self.steps}
@@ -94,6 +127,8 @@ class _Search:
                 reading = Reading(BlockSplit(whole, GENERIC))
             if reading.split is not None:
                 reading = self._verified(child, reading)
+            if reading.split is not None:
+                reading = self._once_or_in_a_row(child, reading)
             if reading.split is not None:
                 self.steps.difference_update(child.modules())
                 self.steps.add(child)
@@ -118,6 +153,21 @@ class _Search:
             names = ", ".join(call.further)
             return Reading(None, f"takes more than the state ({names}), learned or another for each image", near=True)
         return Reading(None, untraceable=True)  # for want of a way to trace it with them
+
+    def _once_or_in_a_row(self, module: nn.Module, reading: Reading) -> Reading:
+        """The reading of a step, unless it is called several times in another way than step after step."""
+        call = self.seen.of(module)
+        if len(call.runs) == 1:
+            return reading
+        times = f"is called {len(call.runs)} times"
+        if not call.in_a_row:
+            return Reading(None, f"{times}, and not each time on its own last result", near=True)
+        if not call.alike:
+            names = list(dict.fromkeys(name for run in call.runs for name in run.further))
+            return Reading(None, f"{times}, with another {first_few(names)} each time", near=True)
+        if (reader := self.seen.read_elsewhere(module, module)) is not None:
+            return Reading(None, f"{times}, and {type(reader).__name__} reads states in between", near=True)
+        return reading
 
     def _takes_constants(self, module: nn.Module) -> bool:
         """Whether what a module takes beside the state is the same for other images, and is not learned."""
@@ -210,7 +260,10 @@ class _Search:
         # unless all that it does is run blocks, to the last of them.
         ends_in_steps = list(children.values())[-1] in self.steps
         in_order = is_plain_sequence(parent) or (ends_in_steps and runs_its_children(parent))
-        for chain in self._chains(children):
+        chains = self._chains(children)
+        if self._refuse_in_several(chains, children):
+            chains = self._chains(children)
+        for chain in chains:
             if len(chain.blocks) == 1 and chain.reader is not None:
                 reason = f"is in a chain whose states are read by {type(chain.reader).__name__} too"
                 block = f"{path}.{chain.blocks[0]}".lstrip(".")
@@ -218,7 +271,19 @@ class _Search:
             elif chain.blocks:
                 further = tuple(self.seen.of(children[chain.blocks[0]]).further)
                 transition = tuple(chain.transition) if in_order and not further else ()
-                yield StageParts(path, transition, tuple(chain.blocks), further)
+                same = {name: first for name in chain.blocks if (first := self.copies.get(children[name])) is not None}
+                yield StageParts(path, transition, tuple(chain.blocks), further, same)
+
+    def _refuse_in_several(self, chains: list[_Chain], children: dict[str, nn.Module]) -> bool:
+        """Take blocks that run in several chains for no steps; whether there are any."""
+        first = {name: self.copies.get(child, name) for name, child in children.items()}
+        places = Counter(block for chain in chains for block in {first[name] for name in chain.blocks})
+        again = [name for name in children if places[first[name]] > 1]
+        for name in again:
+            self.steps.discard(children[name])
+            reason = "runs in several places, and not each time on its own last result"
+            self.refused[self.paths[children[name]]] = Reading(None, reason, near=True)
+        return bool(again)
 
     def _chains(self, children: dict[str, nn.Module]) -> list[_Chain]:
         """Children that hand a state on, each to the next alone: any that are no steps, then steps."""
@@ -234,20 +299,35 @@ class _Search:
                 if is_step and type(children[maker]) is type(child):
                     chain.reader = cut = reader
                 chain = None
-            goes_on = is_step and bool(maker) and equal(call.further, self.seen.of(children[maker]).further)
+            goes_on = is_step and bool(maker) and self._is_one_run(children[maker], child)
             if chain is None or (chain.blocks and not goes_on):
                 chain = _Chain(reader=cut)
                 chains.append(chain)
             if not is_step and not self.steps.isdisjoint(child.modules()):
                 continue
-            (chain.blocks if is_step else chain.transition).append(name)
+            if is_step:
+                chain.blocks += [name] * len(call.runs)
+            else:
+                chain.transition.append(name)
             ending[name] = chain
             if call.out is not None:
                 makers[id(call.out)] = name
         return chains
 
+    def _is_one_run(self, first: nn.Module, second: nn.Module) -> bool:
+        """Whether a step that gets what a child gave may be of the same stage as that child."""
+        before, after = self.seen.of(first), self.seen.of(second)
+        if len(before.runs) > 1 or len(after.runs) > 1:  # a loop over one block is a stage by itself
+            return False
+        if equal(before.further, after.further):
+            return True
+        if first in self.steps:
+            names = tuple(before.further | after.further)
+            self.unlinked.setdefault(names, []).append((self.paths[first], self.paths[second]))
+        return False
+
     def left_out(self, stages: list[StageParts]) -> list[str]:
-        """The outermost of the blocks that come near to a step, by class and reason."""
+        """The outermost of the blocks that come near to a step, by class and reason, and links that are none."""
         used = {
             self.net.get_submodule(stage.container).get_submodule(name)
             for stage in stages
@@ -260,10 +340,17 @@ class _Search:
             if reading.near and module not in within:
                 within.update(module.modules())
                 kinds.setdefault((type(module), reading.reason), []).append(path)
-        return [
-            f"{paths[0]} ({kind.__name__}){f', like {len(paths) - 1} more,' if len(paths) > 1 else ''} {reason}"
-            for (kind, reason), paths in kinds.items()
+        blocks = [f"{paths[0]} ({kind.__name__}){_more(paths)} {reason}" for (kind, reason), paths in kinds.items()]
+        links = [
+            f"the link from {pairs[0][0]} to {pairs[0][1]}{_more(pairs)} where blocks are given another"
+            f" {first_few(names)}: a stage has the same for all its steps, so another one begins there"
+            for names, pairs in self.unlinked.items()
         ]
+        return blocks + links
+
+
+def _more(found: Sequence[object]) -> str:
+    return f", like {len(found) - 1} more," if len(found) > 1 else ""
 
 
 @dataclass

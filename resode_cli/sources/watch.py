@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -13,36 +14,73 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from ..network.block_inputs import further_arguments
+from ..network.block_inputs import equal, further_arguments
 
 Stack = tuple[nn.Module, ...]  # the modules being called, the outermost first
 
 
 @dataclass
-class Call:
-    """What went into a module, the last time that it was called, and what came out.
+class Run:
+    """What went into a module at one of its calls, and what came out.
 
     into: the first argument; further: other arguments, by name, that are not left at their defaults.
     """
 
-    calls: int = 0
     into: Tensor | None = None
     out: Tensor | None = None
     further: dict[str, Any] = field(default_factory=dict)
 
     @property
     def keeps_shape(self) -> bool:
-        """Whether it was called once and made one tensor of another of the same shape."""
-        if self.calls != 1 or self.into is None or self.out is None:
+        """Whether it made one tensor of another of the same shape."""
+        if self.into is None or self.out is None:
             return False
         return self.into.shape == self.out.shape and self.into.dtype == self.out.dtype
+
+
+@dataclass
+class Call:
+    """All calls of a module. They count as one where each is of what the one before it gave, as in a loop.
+
+    into: what the first was given then, else the last; out: what the last gave.
+    """
+
+    runs: list[Run] = field(default_factory=list)
+
+    @property
+    def into(self) -> Tensor | None:
+        return self.runs[0 if self.in_a_row else -1].into if self.runs else None
+
+    @property
+    def out(self) -> Tensor | None:
+        return self.runs[-1].out if self.runs else None
+
+    @property
+    def further(self) -> dict[str, Any]:
+        return self.runs[-1].further if self.runs else {}
+
+    @property
+    def in_a_row(self) -> bool:
+        """Whether each call but the first was of what the one before it gave."""
+        return all(b.into is not None and b.into is a.out for a, b in itertools.pairwise(self.runs))
+
+    @property
+    def alike(self) -> bool:
+        """Whether every call was with the same arguments beside the first."""
+        return all(equal(a.further, b.further) for a, b in itertools.pairwise(self.runs))
+
+    @property
+    def keeps_shape(self) -> bool:
+        """Whether it was called, and each time made one tensor of another of the same shape."""
+        return bool(self.runs) and all(run.keeps_shape for run in self.runs)
 
 
 @dataclass
 class Watch:
     """One forward pass in eval mode."""
 
-    calls: dict[nn.Module, Call] = field(default_factory=dict)  # in the order in which they began
+    # In the order in which they began. What came out is held, so that no other tensor gets its id.
+    calls: dict[nn.Module, Call] = field(default_factory=dict)
     # By id of a tensor that came out of a module.
     readers: dict[int, list[Stack]] = field(default_factory=dict)
 
@@ -50,11 +88,15 @@ class Watch:
         return self.calls.get(module, Call())
 
     def read_elsewhere(self, first: nn.Module, second: nn.Module) -> nn.Module | None:
-        """A module, neither of two linked ones, that reads the tensor between them: it is no hidden state then."""
-        state = self.of(first).out
-        for stack in self.readers.get(id(state), ()):
-            if first not in stack and second not in stack:
-                return stack[-1]
+        """A module, neither of two linked ones, that reads the tensor between them: it is no hidden state then.
+
+        Between a module and itself are the results of all its calls but the last.
+        """
+        runs = self.of(first).runs
+        for run in runs[:-1] if first is second else runs[-1:]:
+            for stack in self.readers.get(id(run.out), ()):
+                if first not in stack and second not in stack:
+                    return stack[-1]
         return None
 
 
@@ -62,21 +104,20 @@ def watch(net: nn.Module, example: Tensor, *, recorded: bool = False) -> Watch:
     """Run the network on `example`, recorded by autograd or not. Its mode is put back."""
     seen = Watch()
     stack: list[nn.Module] = []
-    held: list[Tensor] = []  # what came out of modules called twice too: no other tensor may get its id
+    begun: list[Run] = []
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         stack.append(module)
-        call = seen.calls.setdefault(module, Call())
-        call.calls += 1
-        call.further = further_arguments(module, args, kwargs)
-        call.into = args[0] if args and isinstance(args[0], Tensor) else None
+        into = args[0] if args and isinstance(args[0], Tensor) else None
+        run = Run(into, further=further_arguments(module, args, kwargs))
+        seen.calls.setdefault(module, Call()).runs.append(run)
+        begun.append(run)
 
     def after(module: nn.Module, _: tuple[Any, ...], out: object) -> None:
         stack.pop()
-        seen.calls[module].out = out if isinstance(out, Tensor) else None
+        begun.pop().out = out if isinstance(out, Tensor) else None
         if isinstance(out, Tensor):
             seen.readers.setdefault(id(out), [])
-            held.append(out)
 
     handles = [m.register_forward_pre_hook(before, with_kwargs=True) for m in net.modules()]
     handles += [m.register_forward_hook(after) for m in net.modules()]

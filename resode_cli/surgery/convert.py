@@ -228,20 +228,22 @@ def _changes_function(model: OdeResNet, name: str) -> bool:
 
 
 def stage_specs(parts: list[StageParts], *, scheme: str, form: Form) -> list[StageSpec]:
-    """Untied stages with T = N."""
+    """Stages with T = N: untied, or tied as far as the source's steps share blocks."""
     seen: Counter[str] = Counter()
     specs = []
     for part in parts:
         seen[part.container] += 1
         count = seen[part.container]
+        blocks = [part.same.get(name, name) for name in part.blocks]
+        distinct = list(dict.fromkeys(blocks))
         specs.append(
             StageSpec(
                 name=(part.container or "net") + (f"#{count}" if count > 1 else ""),
                 container=part.container,
                 transition=part.transition,
                 source_blocks=part.blocks,
-                blocks=tuple(BlockSpec(name, name) for name in part.blocks),
-                schedule=tuple(range(len(part.blocks))),
+                blocks=tuple(BlockSpec(name, name) for name in distinct),
+                schedule=tuple(distinct.index(name) for name in blocks),
                 horizon=Fraction(len(part.blocks)),
                 scheme=scheme,
                 form=form,
