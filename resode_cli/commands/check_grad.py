@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.markup import escape
 
-from ..errors import ResodeError
+from ..errors import ResodeError, UsageError
 from ..options import ADJOINT_SETTINGS
 from ..quantities import COUNT, NOT_NEGATIVE
 from ..training.settings import Settings, budget_bytes
@@ -61,7 +61,10 @@ def check_grad_command(
             "--data", "-d", help="Test images to measure on. Default: a fixed random batch.", rich_help_panel=DATA
         ),
     ] = None,
-    images: Annotated[int, number("--images", range=COUNT, help="Images in the batch.", group=DATA)] = 32,
+    images: Annotated[int, number("--images", range=COUNT, help="Images in a batch.", group=DATA)] = 32,
+    batches: Annotated[
+        int, number("--batches", range=COUNT, help="Batches: errors are their median, with the range.", group=DATA)
+    ] = 1,
     sweep: Annotated[
         str | None, typer.Option("--sweep", help="Depths, e.g. 16,32,64: deepen by replication, error against depth.")
     ] = None,
@@ -83,7 +86,8 @@ def check_grad_command(
     """Measure how far each adjoint method's gradients are from true backprop, stage by stage."""
     start()
     from ..gradients.adjoint_choice import parse_adjoints
-    from ..gradients.check_grad import StageAdjoints, SweepRow, check_gradients, choose_as_measured, sweep_depths
+    from ..gradients.check_grad import StageAdjoints, check_batches, choose_as_measured, sweep_depths
+    from ..gradients.gradient_errors import SweepRow
     from ..machine.atomic import atomic_path
     from ..measuring.forecast import forecast_gradients
     from ..network.model import as_device
@@ -105,19 +109,21 @@ def check_grad_command(
     if per_parameter is not None:
         check_writable("--per-parameter", per_parameter)
     loaded = origin.load(model).to(where := as_device(device))
-    batches_of = _Batches(loaded, data, replace(reading, images=images), output)
-    inputs, labels, what = batches_of.measured()
+    batches_of = _Batches(loaded, data, replace(reading, images=images), batches, output)
+    measured, what = batches_of.measured()
     if data is None:
         output.note("no --data: measured on a fixed batch of random noise with random labels")
-    inputs, labels = inputs.to(where), labels.to(where)
-    forecast = forecast_gradients(loaded, inputs, [c.fixed if c.fixed is not None else Adjoint("pc") for c in choices])
+    measured = [(inputs.to(where), labels.to(where)) for inputs, labels in measured]
+    forecast = forecast_gradients(
+        loaded, measured[0][0], [c.fixed if c.fixed is not None else Adjoint("pc") for c in choices]
+    )
     wide = f" at each of {len(depths)} depths" if depths is not None else ""
     tuned = ", and calibration" if any(c.fixed is None for c in choices) else ""
     held = "; a process on the CPU grows by two to three times that" if where.type == "cpu" else ""
     tensors = "its memory cannot be predicted"
     if forecast.bytes is not None:
         tensors = f"{size(forecast.bytes)} of tensors at a time{held}"
-    output.note(f"predicted{wide}: {duration(forecast.seconds)}{tuned}, {tensors}")
+    output.note(f"predicted{wide}: {duration(forecast.seconds * batches)}{tuned}, {tensors}")
     methods: list[Adjoint | StageAdjoints] = []
     chosen = []
     with output.aside.status("calibrating") as status:
@@ -144,10 +150,9 @@ def check_grad_command(
     if depths is not None and len(fixed) < len(methods):
         output.note("the sweep leaves out what is chosen for one depth (auto) and the reference (backprop)")
     with output.aside.status("measuring") as status:
-        report = check_gradients(
+        report = check_batches(
             loaded,
-            inputs,
-            labels,
+            measured,
             methods=methods,
             batch_norm=backward.bn,
             data=what,
@@ -157,8 +162,7 @@ def check_grad_command(
         if depths is not None:
             rows = sweep_depths(
                 loaded,
-                inputs,
-                labels,
+                measured,
                 depths=depths,
                 methods=fixed,
                 batch_norm=backward.bn,
@@ -200,32 +204,42 @@ def check_grad_command(
 
 
 class _Batches:
-    """The batch that is measured, and another one to choose on: `auto` must not choose on what it is judged by."""
+    """The batches that are measured, and another one to choose on: `auto` must not choose on what it is judged by."""
 
-    def __init__(self, model: OdeResNet, data: str | None, reading: Reading, output: Output) -> None:
-        self.model, self.data, self.reading, self.output = model, data, reading, output
+    def __init__(self, model: OdeResNet, data: str | None, reading: Reading, count: int, output: Output) -> None:
+        self.model, self.data, self.reading, self.count, self.output = model, data, reading, count, output
 
-    def measured(self) -> tuple[Tensor, Tensor, str]:
-        return self._noise(0) + ("random noise",) if self.data is None else (*self._of("test"), f"{self.data}, test")
+    def measured(self) -> tuple[list[tuple[Tensor, Tensor]], str]:
+        if self.data is None:
+            return [self._noise(seed) for seed in (0, *range(2, self.count + 1))], "random noise"
+        return self._of("test", self.count), f"{self.data}, test"
 
     def to_choose_on(self) -> tuple[Tensor, Tensor]:
         if self.data is None:
             return self._noise(1)
         try:
-            return self._of("train")
+            return self._of("train", 1)[0]
         except ResodeError as error:
             self.output.note(f"calibrating on the images that are measured: {error}")
-            return self._of("test")
+            return self._of("test", 1)[0]
 
-    def _of(self, split: Literal["train", "test"]) -> tuple[Tensor, Tensor]:
+    def _of(self, split: Literal["train", "test"], count: int) -> list[tuple[Tensor, Tensor]]:
+        """So many batches, each evenly spaced over the data, no image in two of them."""
         from ..data import batches
 
-        assert self.data is not None
-        samples = self.reading.open(self.data, self.model, split)
+        assert self.data is not None and self.reading.images is not None
+        wanted = replace(self.reading, images=self.reading.images * count)
+        samples = wanted.open(self.data, self.model, split)
         self.output.notes(samples.notes)
-        batch = next(batches(samples, len(samples)))
+        if count > 1 and len(samples) < count * self.reading.images:
+            raise UsageError(
+                f"--batches {count} of {self.reading.images} images need {count * self.reading.images}, but {self.data}"
+                f" has {len(samples)} for testing; lower one of --batches and --images"
+            )
+        order = [i for first in range(count) for i in range(first, len(samples), count)]
+        found = list(batches(samples, -(-len(samples) // count), order=order))
         self.output.notes([samples.skipped_note()])
-        return batch.images, batch.labels
+        return [(batch.images, batch.labels) for batch in found]
 
     def _noise(self, seed: int) -> tuple[Tensor, Tensor]:
         import torch

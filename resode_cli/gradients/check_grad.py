@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,14 @@ from ..network.model import OdeResNet, freeze_batch_norm
 from ..ode import SCHEMES, Adjoint, RandomState, required_scheme
 from ..surgery.steps import deepened
 from .choose import choose_adjoints
+from .gradient_errors import (
+    GradientReport,
+    MethodGradients,
+    ParameterGradient,
+    StageGradient,
+    SweepRow,
+    over_batches,
+)
 from .results import ChosenAdjoints
 
 Gradients = dict[str, Tensor]
@@ -27,118 +35,11 @@ ROUNDING = 16  # roundoffs: gradients of float32 by an exact method are off by s
 
 
 @dataclass(frozen=True)
-class StageGradient:
-    """One method on one stage. ĝ: its gradient, g: backprop's, both of the steps' parameters.
-
-    stage: a stage's name, or 'stem' for the parameters before the first stage. adjoint: what it ran under.
-    relative_error: ‖g − ĝ‖ / ‖g‖. cosine: that of the angle between them.
-    transition_error: the same relative error for the transition's parameters; None without any.
-    drift: ‖x̃ − x‖ / ‖x‖ of reconstructed states; None where nothing is reconstructed.
-    evaluations_per_step: of the increment Φ in the backward pass, the taped one included; 0 for backprop.
-    bytes_kept: what the stage's steps keep between forward and backward, parameters aside.
-    states_kept: the same in states, from the plan; None for backprop.
-    """
-
-    stage: str
-    steps: int
-    relative_error: float
-    cosine: float
-    transition_error: float | None = None
-    drift: float | None = None
-    evaluations_per_step: float | None = None
-    bytes_kept: int | None = None
-    states_kept: int | None = None
-    adjoint: str | None = None
-
-
-@dataclass(frozen=True)
 class StageAdjoints:
     """An adjoint for each stage, under one name, as they are chosen."""
 
     name: str
     stages: Mapping[str, Adjoint]
-
-
-@dataclass(frozen=True)
-class ParameterGradient:
-    """One parameter's gradient against backprop's: its name in a model file, relative error and cosine."""
-
-    parameter: str
-    relative_error: float
-    cosine: float
-
-
-@dataclass(frozen=True)
-class MethodGradients:
-    """One method on all stages and all parameters; name: its label."""
-
-    name: str
-    scheme: str
-    stages: tuple[StageGradient, ...]
-    parameters: tuple[ParameterGradient, ...]
-    scheme_switched: bool
-
-    @property
-    def worst(self) -> tuple[tuple[str, float], ...]:
-        """The parameters with the largest relative errors, by name."""
-        largest = sorted(self.parameters, key=lambda own: -_sortable(own.relative_error))[:5]
-        return tuple((own.parameter, own.relative_error) for own in largest)
-
-    @property
-    def largest_error(self) -> float:
-        """The largest relative error of a stage or the stem; infinite if any gradient is not finite."""
-        errors = [stage.relative_error for stage in self.stages]
-        return max((e if math.isfinite(e) else math.inf for e in errors), default=0.0)
-
-
-@dataclass(frozen=True)
-class GradientReport:
-    """Every method against backprop on one batch."""
-
-    images: int
-    data: str
-    batch_norm: str
-    loss: float
-    methods: tuple[MethodGradients, ...]
-
-
-@dataclass(frozen=True)
-class SweepRow:
-    """Errors against depth. rounding: at or below it an error is that of the arithmetic, whatever the depth."""
-
-    method: str
-    stage: str
-    depths: tuple[int, ...]
-    errors: tuple[float, ...]
-    rounding: float = 0.0
-
-    @property
-    def slope(self) -> float | None:
-        """Least-squares slope of log error on log depth: minus the order in 1/N.
-
-        None if an error is 0, infinite, or no larger than rounding.
-        """
-        fit = self._fit
-        return None if fit is None else fit.slope
-
-    @property
-    def slope_error(self) -> float | None:
-        """The slope's standard error, from how far the points lie off the line. None for two points or without one."""
-        fit, n = self._fit, len(self.depths)
-        if fit is None or n < 3:
-            return None
-        x, y = self._logs
-        off = sum((b - fit.intercept - fit.slope * a) ** 2 for a, b in zip(x, y, strict=True))
-        return math.sqrt(off / (n - 2) / sum((a - statistics.fmean(x)) ** 2 for a in x))
-
-    @property
-    def _logs(self) -> tuple[list[float], list[float]]:
-        return [math.log(n) for n in self.depths], [math.log(error) for error in self.errors]
-
-    @property
-    def _fit(self) -> statistics.LinearRegression | None:
-        known = all(math.isfinite(error) and error > self.rounding for error in self.errors)
-        return statistics.linear_regression(*self._logs) if known and len(self.depths) > 1 else None
 
 
 def check_gradients(
@@ -182,6 +83,15 @@ def check_gradients(
         with torch.no_grad():
             loss = F.cross_entropy(model(images), labels).item()
     return GradientReport(len(images), data, batch_norm, loss, tuple(results))
+
+
+def check_batches(
+    model: OdeResNet,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    **how: Any,
+) -> GradientReport:
+    """The same on several batches: medians, and the range over them. how: what `check_gradients` takes besides."""
+    return over_batches([check_gradients(model, images, labels, **how) for images, labels in batches])
 
 
 def choose_as_measured(
@@ -306,10 +216,6 @@ def _compare(
     return MethodGradients(name, scheme, tuple(rows), tuple(parameters), switched)
 
 
-def _sortable(error: float) -> float:
-    return error if math.isfinite(error) else math.inf
-
-
 def _difference(reference: Gradients, gradients: Gradients, names: Sequence[str]) -> tuple[float, float]:
     """Relative error and cosine of the named gradients taken as one vector, in float64."""
     error = norm = other = dot = 0.0
@@ -328,8 +234,7 @@ def _difference(reference: Gradients, gradients: Gradients, names: Sequence[str]
 
 def sweep_depths(
     model: OdeResNet,
-    images: Tensor,
-    labels: Tensor,
+    batches: Sequence[tuple[Tensor, Tensor]],
     *,
     depths: Sequence[int],
     methods: Sequence[Adjoint],
@@ -337,6 +242,8 @@ def sweep_depths(
     on_depth: Callable[[int, str], None] = lambda depth, method: None,
 ) -> tuple[SweepRow, ...]:
     """The error against depth (the paper's figure 3c): the model deepened by replication to each depth.
+
+    batches: of images and labels, over which errors are medians.
 
     Raises UsageError for a depth below a stage's own.
     """
@@ -346,13 +253,8 @@ def sweep_depths(
         for name, stage in deep.stages.items():
             if stage.spec.depth:
                 deep.replace_stage(name, deepened(stage, depth))
-        report = check_gradients(
-            deep,
-            images,
-            labels,
-            methods=methods,
-            batch_norm=batch_norm,
-            on_method=partial(on_depth, depth),
+        report = check_batches(
+            deep, batches, methods=methods, batch_norm=batch_norm, on_method=partial(on_depth, depth)
         )
         for method in report.methods:
             for stage_gradient in method.stages:

@@ -11,7 +11,7 @@ from ..errors import ResodeError, UsageError
 from ..machine.atomic import atomic_path
 
 if TYPE_CHECKING:
-    from ..gradients.check_grad import GradientReport, SweepRow
+    from ..gradients.gradient_errors import GradientReport, SweepRow
 
 SUFFIXES = (".png", ".pdf", ".svg")
 

@@ -19,7 +19,7 @@ from .choice import choice_json
 from .tables import plain_table
 
 if TYPE_CHECKING:
-    from ..gradients.check_grad import GradientReport, SweepRow
+    from ..gradients.gradient_errors import GradientReport, StageGradient, SweepRow
     from ..measuring.evaluate import Evaluation
     from ..network.model import OdeResNet
     from ..training.results import FinetuneResult
@@ -119,9 +119,10 @@ def evaluation_json(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def gradient_table(report: GradientReport) -> Table:
-    table = plain_table(
-        f"gradients against backprop: {counted(report.images, 'image')} ({report.data}), BatchNorm {report.batch_norm}"
-    )
+    images = counted(report.images, "image")
+    if report.batches > 1:
+        images = f"median of {report.batches} batches of {images}, with the range"
+    table = plain_table(f"gradients against backprop: {images} ({report.data}), BatchNorm {report.batch_norm}")
     table.add_column("method")
     table.add_column("stage")
     for column in (
@@ -143,7 +144,7 @@ def gradient_table(report: GradientReport) -> Table:
                 name,
                 row.stage,
                 str(row.steps) if row.steps else "–",
-                number(row.relative_error),
+                _with_range(row),
                 f"{row.cosine:.5f}" if math.isfinite(row.cosine) else "not finite",
                 number(row.transition_error),
                 number(row.drift),
@@ -153,6 +154,11 @@ def gradient_table(report: GradientReport) -> Table:
             name = ""
         table.add_section()
     return table
+
+
+def _with_range(row: StageGradient) -> str:
+    error = number(row.relative_error)
+    return error if row.least_error is None else f"{error}\n{number(row.least_error)}–{number(row.largest_error)}"
 
 
 def gradient_json(report: GradientReport) -> dict[str, Any]:

@@ -132,6 +132,20 @@ def test_check_grad_tolerance_sets_the_exit_code(run: Run, model: str) -> None:
     assert "above --tol" in result.stderr
 
 
+def test_check_grad_over_batches_gives_the_median_and_the_range(run: Run, model: str) -> None:
+    result = run(*("check-grad", model, "--data", "digits", "--images", 8, "--batches", 3, "--adjoint", "euler"))
+    words = " ".join(result.stdout.split())
+    assert "median of 3 batches of 8 images" in words and "\u2013" in words
+    document = json.loads(
+        run(*("check-grad", model, "--images", 8, "--batches", 3, "--adjoint", "euler", "--json")).stdout
+    )
+    for stage in document["methods"][0]["stages"]:
+        assert stage["least_error"] <= stage["relative_error"] <= stage["largest_error"]
+    assert document["batches"] == 3
+    refused = run("check-grad", model, "--data", "digits", "--images", 100, "--batches", 4, code=2)
+    assert "--batches 4 of 100 images need 400, but digits has 360 for testing" in refused.stderr
+
+
 def test_check_grad_sweeps_depths_and_plots(run: Run, model: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
     document = json.loads(

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resode_cli.errors import ResodeError, UsageError
-from resode_cli.gradients.check_grad import SweepRow, check_gradients, sweep_depths
+from resode_cli.gradients.check_grad import check_batches, check_gradients, sweep_depths
+from resode_cli.gradients.gradient_errors import SweepRow
 from resode_cli.network.model import OdeResNet, freeze_batch_norm
 from resode_cli.ode import Adjoint
 from resode_cli.reports.report import gradient_json, sweep_json
@@ -225,13 +226,62 @@ def test_a_slope_has_the_standard_error_of_its_line():
     assert SweepRow("pc", "layer1", (1, 2), errors[:2]).slope_error is None
 
 
+def _three(images: Tensor) -> list[tuple[Tensor, Tensor]]:
+    return [(images.roll(k, 2) * (1 + k), LABELS.roll(k)) for k in range(3)]
+
+
+def test_over_batches_errors_are_medians_and_their_range(deep, doubles):
+    methods = [Adjoint("euler"), Adjoint("checkpoint")]
+    batches = _three(doubles)
+    one_by_one = [check_gradients(deep, *batch, methods=methods) for batch in batches]
+    report = check_batches(deep, batches, methods=methods)
+    assert report.batches == 3 and report.images == len(doubles)
+    assert report.loss == pytest.approx(sum(each.loss for each in one_by_one) / 3)
+    for m, method in enumerate(report.methods):
+        for s, row in enumerate(method.stages):
+            errors = sorted(each.methods[m].stages[s].relative_error for each in one_by_one)
+            assert [row.least_error, row.relative_error, row.largest_error] == errors
+        for p, own in enumerate(method.parameters):
+            assert own.relative_error == sorted(each.methods[m].parameters[p].relative_error for each in one_by_one)[1]
+    euler = report.methods[0]
+    assert euler.largest_error == max(row.largest_error for row in euler.stages if row.largest_error is not None)
+    assert euler.largest_error > max(row.relative_error for row in euler.stages)
+
+
+def test_a_gradient_that_is_not_finite_on_one_batch_is_seen_over_several(deep, doubles):
+    batches = _three(doubles)
+    batches[1] = (torch.full_like(doubles, 1e300), LABELS)
+    report = check_batches(deep, batches, methods=[Adjoint("euler")])
+    assert report.methods[0].largest_error == math.inf
+
+
+def test_batches_of_different_sizes_are_not_taken_together(deep, doubles):
+    with pytest.raises(UsageError, match="different sizes"):
+        check_batches(deep, [(doubles, LABELS), (doubles[:2], LABELS[:2])], methods=[Adjoint("euler")])
+
+
+def test_a_sweep_over_batches_has_their_medians(deep, doubles):
+    (row,) = (
+        r
+        for r in sweep_depths(deep, _three(doubles), depths=[6, 12], methods=[Adjoint("euler")])
+        if r.stage == "layer2"
+    )
+    single = [
+        r.errors
+        for batch in _three(doubles)
+        for r in sweep_depths(deep, [batch], depths=[6, 12], methods=[Adjoint("euler")])
+        if r.stage == "layer2"
+    ]
+    assert row.errors == tuple(sorted(at)[1] for at in zip(*single, strict=True))
+
+
 def test_slope_needs_two_depths():
     assert SweepRow("pc", "layer1", (4,), (0.1,)).slope is None
 
 
 def test_a_sweep_measures_every_depth_and_leaves_the_model(deep, doubles):
     specs = [stage.spec for stage in deep.stages.values()]
-    rows = sweep_depths(deep, doubles, LABELS, depths=[6, 12], methods=[Adjoint("euler"), Adjoint("checkpoint")])
+    rows = sweep_depths(deep, [(doubles, LABELS)], depths=[6, 12], methods=[Adjoint("euler"), Adjoint("checkpoint")])
     assert [stage.spec for stage in deep.stages.values()] == specs
     assert {(row.method, row.stage) for row in rows} == {
         (method, stage) for method in ("euler", "checkpoint") for stage in ("stem", "layer1", "layer2", "layer3")
@@ -245,4 +295,4 @@ def test_a_sweep_measures_every_depth_and_leaves_the_model(deep, doubles):
 
 def test_a_sweep_below_a_stages_depth_is_refused(deep, doubles):
     with pytest.raises(UsageError, match="has 6 steps already, more than --blocks 4"):
-        sweep_depths(deep, doubles, LABELS, depths=[4, 8], methods=[Adjoint("pc")])
+        sweep_depths(deep, [(doubles, LABELS)], depths=[4, 8], methods=[Adjoint("pc")])

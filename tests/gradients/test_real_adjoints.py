@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from resode_cli.data import batches, open_data
-from resode_cli.gradients.check_grad import StageAdjoints, StageGradient, check_gradients, choose_as_measured
+from resode_cli.gradients.check_grad import StageAdjoints, check_gradients, choose_as_measured
+from resode_cli.gradients.gradient_errors import StageGradient
 from resode_cli.network.model import OdeResNet
 from resode_cli.ode import Adjoint
 from resode_cli.sources.registry import open_source

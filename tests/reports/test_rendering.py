@@ -18,7 +18,7 @@ from rich.table import Table
 from resode_cli.bench.results import BenchReport, BenchRow
 from resode_cli.commands.output import Output, _Console
 from resode_cli.commands.progress import fitting, training
-from resode_cli.gradients.check_grad import GradientReport, MethodGradients, StageGradient, SweepRow
+from resode_cli.gradients.gradient_errors import GradientReport, MethodGradients, StageGradient, SweepRow
 from resode_cli.gradients.results import Alternative, ChosenAdjoints, PieceChoice
 from resode_cli.ode import Adjoint
 from resode_cli.reports.bench import bench_table

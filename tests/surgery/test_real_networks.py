@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from resode_cli.data import Batch, batches, open_data
-from resode_cli.gradients.check_grad import StageGradient, check_gradients
+from resode_cli.gradients.check_grad import check_gradients
+from resode_cli.gradients.gradient_errors import StageGradient
 from resode_cli.measuring.evaluate import evaluate
 from resode_cli.network.model import OdeResNet
 from resode_cli.network.parts import Preprocessing, PreprocessingChoice
