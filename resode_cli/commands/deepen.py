@@ -59,7 +59,8 @@ def deepen_command(
         typer.Option(
             "--depth-weights",
             help="How steps share weights: 'replicate' (a run of equal ones per source block), 'linear' (between"
-            " knots), 'tied', 'tied+norms' (each step its own norms) or 'free'. Default: as --mode leaves them.",
+            " knots), 'tied', 'tied+stats' or 'tied+norms' (each step its own BatchNorm statistics, or norms), 'free'."
+            " Default: as --mode leaves them.",
         ),
     ] = None,
     horizon: HorizonOption = None,

@@ -29,7 +29,6 @@ from .rewrite import Rewrite
 if TYPE_CHECKING:
     from ..network.stage import OdeStage
 
-TIED = ("tied", "tied+norms")
 # A tied network has the depth of its source from the start.
 OFFERED = Fields(TIE_SETTINGS, but=("refine_steps", "substeps", "clip_grad"))
 
@@ -50,7 +49,10 @@ def tie_command(
     ] = "mean",
     depth_weights: Annotated[
         str,
-        typer.Option("--depth-weights", help="'tied': one block; 'tied+norms': the same, but each step its own norms."),
+        typer.Option(
+            "--depth-weights",
+            help="'tied': one block; 'tied+stats', 'tied+norms': but each step its own BatchNorm statistics, or norms.",
+        ),
     ] = "tied",
     horizon: HorizonOption = None,
     stage: StageOption = None,
@@ -67,6 +69,7 @@ def tie_command(
     """Share one block among all steps of a stage. Changes the function; --fit repairs it."""
     start()
     from ..network.specs import as_horizon
+    from ..surgery.depth_weights import TIED
     from ..surgery.steps import tied
 
     if depth_weights not in TIED:
@@ -74,8 +77,7 @@ def tie_command(
     request.check(settings, OFFERED, given)
     if "refine" in settings.phases:
         raise UsageError("--fit-phases refine is for deeper networks: here 'logits' already runs at full depth")
-    norms = depth_weights == "tied+norms"
-    if norms and "fit_bn" not in given.all:
+    if depth_weights != "tied" and "fit_bn" not in given.all:  # every step has statistics
         settings = replace(settings, bn="batch")
     if comparing.gradients is None:
         comparing = replace(comparing, gradients=request.fit is not None)
@@ -86,7 +88,7 @@ def tie_command(
     rewrite = Rewrite("tie", model, out, comparing, reading, origin, history, force, json)
 
     def change(old: OdeStage) -> OdeStage:
-        new = tied(old, rule=rule, norms=norms)
+        new = tied(old, rule=rule, depth_weights=depth_weights)
         if time is not None:
             new.use_horizon(time)
         return new

@@ -176,6 +176,12 @@ def _run(read: Read) -> Read:
     return reader
 
 
+def _flag(value: Any, where: str) -> bool:
+    if not isinstance(value, bool):
+        raise _Wrong(f"{where}: {_shown(value)} is neither true nor false")
+    return value
+
+
 def _one_of(allowed: tuple[str, ...], what: str) -> Read:
     def reader(value: Any, where: str) -> str:
         if value not in allowed:
@@ -297,8 +303,8 @@ def _horizon(value: Any, where: str) -> Fraction:
 
 
 def _block(value: Any, where: str) -> BlockSpec:
-    fields = _object(value, where, needed={"name": _child, "origin": _child}, optional={"shares": _or_none(_child)})
-    return BlockSpec(**fields)
+    optional: dict[str, Read] = {"shares": _or_none(_child), "shares_norms": _flag}
+    return BlockSpec(**_object(value, where, needed={"name": _child, "origin": _child}, optional=optional))
 
 
 def _stage(value: Any, where: str) -> StageSpec:

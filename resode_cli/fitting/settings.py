@@ -75,7 +75,7 @@ class FitSettings:
     bn: str = fitted(
         "recalibrate",
         "BatchNorm statistics: estimated again once and frozen, the source's, or the batch's own. `tie --depth-weights"
-        " tied+norms`, whose steps have statistics of their own, takes 'batch' unless told otherwise.",
+        " tied+norms` and `tied+stats`, whose steps have statistics of their own, take 'batch' unless told otherwise.",
         choices=BATCH_NORM,
         flags=("--fit-bn",),
     )

@@ -102,7 +102,7 @@ def _build_stage(spec: StageSpec, children: dict[str, nn.Module]) -> OdeStage:
         if block.shares is not None:
             if block.shares not in by_name or block.shares == block.name:
                 raise ResodeError(f"stage {spec.name}: block {block.name} shares the weights of {block.shares!r}")
-            share_layers(module, by_name[block.shares])
+            share_layers(module, by_name[block.shares], norms=block.shares_norms)
     return OdeStage(
         spec,
         transition={name: children[name] for name in spec.transition},

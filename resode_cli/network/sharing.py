@@ -32,12 +32,12 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def share_layers(module: nn.Module, base: nn.Module) -> None:
-    """Let `module` hold the parameters of `base` itself, but for those of norms.
+def share_layers(module: nn.Module, base: nn.Module, *, norms: bool = False) -> None:
+    """Let `module` hold the parameters of `base` itself, but for those of norms; with `norms` those too.
 
     Raises ResodeError if the two are not built alike.
     """
-    own = norm_names(module)
+    own = set() if norms else norm_names(module)
     others = dict(base.named_parameters(remove_duplicate=False))
     for name, parameter in list(module.named_parameters(remove_duplicate=False)):
         if name in own:

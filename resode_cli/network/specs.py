@@ -27,11 +27,13 @@ class BlockSpec:
     """One distinct block: its name in the file, and the source block whose structure it has.
 
     shares: name of the block whose parameters it holds, all but those of norms, instead of its own.
+    shares_norms: whether it holds those of norms too, so that the norms' running statistics alone are its own.
     """
 
     name: str
     origin: str
     shares: str | None = None
+    shares_norms: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,11 @@ class StageSpec:
 
     @property
     def kind(self) -> str:
-        """How the steps share weights: untied, tied, tied+norms, linear in depth, or runs of equal weights."""
+        """How the steps share weights: untied, tied, tied+stats, tied+norms, linear in depth, or in runs of steps."""
         if self.blends:
             return "linear"
         if len({block.shares or block.name for block in self.blocks}) == 1 < len(self.blocks):
-            return "tied+norms"
+            return "tied+stats" if any(block.shares_norms for block in self.blocks) else "tied+norms"
         if self.schedule == tuple(range(self.depth)):
             return "untied"
         return "tied" if len(set(self.schedule)) == 1 else "runs"

@@ -4,6 +4,7 @@
     linear       θ_n on the straight lines between knots: continuous in depth, as theorem 1 of Sander,
                  Ablin, Peyré (NeurIPS 2022) wants the limit's weights to be
     tied         one θ for all steps: an autonomous ODE
+    tied+stats   one θ, but every step has BatchNorm statistics of its own
     tied+norms   one θ but for the norms, which every step has of its own: a field aware of time
     free         every step its own
 
@@ -27,7 +28,8 @@ from ..network.sharing import distinct, norm_names, share_layers, tensors_of
 from ..network.specs import BlockSpec, StageSpec
 from ..network.stage import OdeStage
 
-DEPTH_WEIGHTS = ("replicate", "linear", "tied", "tied+norms", "free")
+TIED = ("tied", "tied+stats", "tied+norms")
+DEPTH_WEIGHTS = ("replicate", "linear", *TIED, "free")
 
 
 def linear_in_depth(stage: OdeStage, blocks: int) -> OdeStage:
@@ -101,29 +103,35 @@ def mean_block(stage: OdeStage, steps: Sequence[nn.Module]) -> nn.Module:
     return module
 
 
-def tied_with_norms(stage: OdeStage, shared: nn.Module, steps: Sequence[nn.Module]) -> OdeStage:
-    """Every step holds the layers of `shared`, and the norms of its own block.
+def tied_but_norms(
+    stage: OdeStage, shared: nn.Module, steps: Sequence[nn.Module], *, statistics_only: bool = False
+) -> OdeStage:
+    """Every step holds the layers of `shared`, and the norms of its own block, or their running statistics alone.
 
-    Raises UsageError for blocks without norms.
+    Raises UsageError for blocks without norms, or without statistics.
     """
-    if not norm_names(shared):
-        raise UsageError(f"the blocks of stage {stage.spec.name} have no norms to keep; tie them without")
+    own_names = norm_names(shared)
+    if statistics_only:
+        own_names -= dict(shared.named_parameters(remove_duplicate=False)).keys()
+    if not own_names:
+        what = "statistics" if statistics_only else "norms"
+        raise UsageError(f"the blocks of stage {stage.spec.name} have no {what} to keep; tie them without")
     spec = stage.spec
     modules = [copy.deepcopy(step) for step in steps]
-    modules[0] = _with_layers_of(shared, steps[0])
+    modules[0] = _with_all_but(own_names, shared, steps[0])
     for module in modules[1:]:
-        share_layers(module, modules[0])
+        share_layers(module, modules[0], norms=statistics_only)
     blocks = named([spec.blocks[b].origin for b in spec.schedule])
-    blocks = (blocks[0], *(replace(block, shares=blocks[0].name) for block in blocks[1:]))
+    base, *others = blocks
+    blocks = (base, *(replace(block, shares=base.name, shares_norms=statistics_only) for block in others))
     own = replace(spec, blocks=blocks, schedule=tuple(range(spec.depth)), blends=())
     return rebuilt(stage, own, modules, [stage.splits[b] for b in spec.schedule])
 
 
-def _with_layers_of(shared: nn.Module, step: nn.Module) -> nn.Module:
-    """A copy of the step's block with all of `shared` but its norms."""
+def _with_all_but(names: set[str], shared: nn.Module, step: nn.Module) -> nn.Module:
+    """A copy of the step's block with all tensors of `shared` but those named."""
     module = copy.deepcopy(step)
-    norms = norm_names(module)
-    module.load_state_dict({n: t for n, t in shared.state_dict().items() if n not in norms}, strict=False)
+    module.load_state_dict({n: t for n, t in shared.state_dict().items() if n not in names}, strict=False)
     return module
 
 

@@ -15,7 +15,9 @@ from .steps import deepened, tied, untied
 Rewritten = TypeVar("Rewritten", OdeStage, OdeResNet)
 
 
-def tie(whole: Rewritten, *, rule: str = "mean", norms: bool = False, stages: Sequence[str] | None = None) -> Rewritten:
+def tie(
+    whole: Rewritten, *, rule: str = "mean", depth_weights: str = "tied", stages: Sequence[str] | None = None
+) -> Rewritten:
     """One block for all steps of a stage: see `surgery.steps.tied`.
 
     whole: a stage, or a model, of which `stages` names or counts those to change; None: all that have steps.
@@ -24,7 +26,7 @@ def tie(whole: Rewritten, *, rule: str = "mean", norms: bool = False, stages: Se
     >>> model = resode.load("net.safetensors")          # doctest: +SKIP
     >>> tied = resode.tie(model, stages=["layer3"])     # doctest: +SKIP
     """
-    return _changed(whole, partial(tied, rule=rule, norms=norms), stages)
+    return _changed(whole, partial(tied, rule=rule, depth_weights=depth_weights), stages)
 
 
 def untie(whole: Rewritten, *, stages: Sequence[str] | None = None) -> Rewritten:

@@ -18,36 +18,41 @@ from ..network.specs import BlockSpec
 from ..network.stage import OdeStage
 from .depth_weights import (
     DEPTH_WEIGHTS,
+    TIED,
     check_blends,
     linear_in_depth,
     mean_block,
     named,
     rebuilt,
     step_blocks,
-    tied_with_norms,
+    tied_but_norms,
 )
 
 MODES = ("replicate", "interpolate", "identity")
 RULES = ("mean", "first", "middle", "last")
 
 
-def tied(stage: OdeStage, *, rule: str = "mean", norms: bool = False) -> OdeStage:
+def tied(stage: OdeStage, *, rule: str = "mean", depth_weights: str = "tied") -> OdeStage:
     """One block for all steps: the mean of the steps' weights, or the first, middle or last step's.
 
-    norms: let every step keep the norms it had, statistics included; the rest is shared.
+    depth_weights: 'tied'; 'tied+norms' lets every step keep the norms it had, statistics included; 'tied+stats' lets it
+        keep their running statistics alone. Those of one BatchNorm for all steps are an average over states that may
+        be far apart; then the network is another one in eval mode than the one that was trained.
 
-    N, T and h stay. A tied stage is returned as it is.
+    N, T and h stay. A stage that is tied so already is returned as it is.
     """
     if rule not in RULES:
         raise unknown("tie rule", rule, RULES)
+    if depth_weights not in TIED:
+        raise unknown("depth weights", depth_weights, TIED)
     spec = stage.spec
-    if len(spec.blocks) <= 1:
+    if spec.depth <= 1 or spec.kind == depth_weights:
         return stage
     chosen = {"first": 0, "middle": spec.depth // 2, "last": spec.depth - 1}.get(rule)
     steps = step_blocks(stage)
     module = copy.deepcopy(steps[chosen]) if chosen is not None else mean_block(stage, steps)
-    if norms:
-        return tied_with_norms(stage, module, steps)
+    if depth_weights != "tied":
+        return tied_but_norms(stage, module, steps, statistics_only=depth_weights == "tied+stats")
     b = spec.schedule[chosen or 0]
     name = "mean" if chosen is None else spec.blocks[b].name
     blocks = (BlockSpec(name, spec.blocks[b].origin),)
@@ -90,8 +95,8 @@ def deepened(stage: OdeStage, blocks: int, *, mode: str = "replicate", depth_wei
     come out of the mode, but linear in depth stays linear.
 
     replicate: one block per run. linear: the weights that 'interpolate' gives, of which only those at the
-    midpoints (the knots) are held and trained. tied: their mean. tied+norms: the same, but every step
-    keeps the norms it has. free: each step its own.
+    midpoints (the knots) are held and trained. tied, tied+stats, tied+norms: their mean, see `tied`. free: each step
+    its own.
 
     Raises UsageError for fewer steps than there are, or where a mode cannot do what it says.
     """
@@ -116,8 +121,8 @@ def deepened(stage: OdeStage, blocks: int, *, mode: str = "replicate", depth_wei
         raise UsageError("--mode interpolate gives every step other weights; --depth-weights replicate shares them")
     linear = mode == "interpolate" or depth_weights == "linear" or (depth_weights is None and bool(spec.blends))
     deep = linear_in_depth(stage, blocks) if linear else _replicated(stage, blocks)
-    if depth_weights in ("tied", "tied+norms"):
-        return tied(deep, norms=depth_weights == "tied+norms")
+    if depth_weights in TIED:
+        return tied(deep, depth_weights=depth_weights)
     if depth_weights == "free" or (mode == "interpolate" and depth_weights is None and blocks > spec.depth):
         return untied(deep)
     check_blends(deep)

@@ -16,6 +16,7 @@ from ..network.model import OdeResNet, non_finite
 from ..network.parts import Preprocessing, PreprocessingChoice
 from ..network.residual import ACTIVATIONS
 from ..sources.registry import open_source, parse_source
+from ..surgery.depth_weights import TIED
 
 # What a command that leaves the weights as the source's own is called in a model's history.
 KEEPS_WEIGHTS = {"convert", "deepen", "untie"}
@@ -77,7 +78,7 @@ def _changes_weights(entry: dict[str, object]) -> bool:
         entry.get("fit") is not None
         or entry.get("mode") == "interpolate"
         or entry.get("horizon") is not None
-        or entry.get("depth_weights") in ("linear", "tied", "tied+norms")
+        or entry.get("depth_weights") in ("linear", *TIED)
     )
 
 

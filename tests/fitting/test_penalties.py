@@ -70,7 +70,7 @@ def test_roughness_counts_changes_relative_to_the_weights(stage: OdeStage):
 
 def test_what_is_shared_is_not_rough(stage: OdeStage):
     assert roughness(tie(stage)).item() == 0
-    shared = tie(stage, norms=True)
+    shared = tie(stage, depth_weights="tied+norms")
     size = flat(shared.blocks[0])
     norms = sum(p.numel() for m in stage.blocks[0].modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters())
     assert 0 < norms < size.numel()

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from resode_cli.data import Batch
 from resode_cli.errors import ResodeError, UsageError
 from resode_cli.files.model_file import load, save
 from resode_cli.network.assembling import assemble
@@ -25,6 +26,7 @@ from resode_cli.network.model import OdeResNet
 from resode_cli.network.parts import StageParts
 from resode_cli.network.stage import OdeStage
 from resode_cli.ode import Adjoint
+from resode_cli.surgery.batch_norm import recalibrate
 from resode_cli.surgery.convert import stage_specs
 from resode_cli.surgery.rewrite import deepen, tie, untie
 from resode_cli.training.optimization import create_optimizer
@@ -34,6 +36,7 @@ NORMS = ("bn1", "bn2")
 REWRITES = {
     "linear": lambda stage: deepen(stage, 7, depth_weights="linear"),
     "tied+norms": lambda stage: deepen(stage, 7, depth_weights="tied+norms"),
+    "tied+stats": lambda stage: deepen(stage, 7, depth_weights="tied+stats"),
 }
 
 
@@ -64,7 +67,7 @@ def logits(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def test_tying_but_for_norms_shares_every_other_parameter_itself(stage: OdeStage):
-    tied = tie(stage, norms=True)
+    tied = tie(stage, depth_weights="tied+norms")
     assert tied.spec.kind == "tied+norms" and len(tied.blocks) == tied.spec.depth == 3
     for block in tied.blocks[1:]:
         for (name, first), (_, own) in zip(tied.blocks[0].named_parameters(), block.named_parameters(), strict=True):
@@ -72,7 +75,7 @@ def test_tying_but_for_norms_shares_every_other_parameter_itself(stage: OdeStage
 
 
 def test_every_step_keeps_its_norms_and_the_rest_is_the_mean(stage: OdeStage):
-    for found, source in zip(tie(stage, norms=True).blocks, stage.blocks, strict=True):
+    for found, source in zip(tie(stage, depth_weights="tied+norms").blocks, stage.blocks, strict=True):
         for name, value in found.state_dict().items():
             if of_norm(name):
                 assert torch.equal(value, source.state_dict()[name]), name
@@ -87,14 +90,52 @@ def test_the_number_of_parameters_is_one_block_and_the_norms_of_the_others(stage
 
 
 def test_tying_but_for_norms_is_idempotent(stage: OdeStage):
-    once = tie(stage, norms=True)
-    twice = tie(once, norms=True)
+    once = tie(stage, depth_weights="tied+norms")
+    twice = tie(once, depth_weights="tied+norms")
     assert once.spec == twice.spec and len(list(once.parameters())) == len(list(twice.parameters()))
     assert all(torch.allclose(v, once.state_dict()[k], rtol=1e-6, atol=0) for k, v in twice.state_dict().items())
 
 
+def test_tying_but_for_statistics_shares_every_parameter_and_no_buffer(stage: OdeStage):
+    tied = tie(stage, depth_weights="tied+stats")
+    assert tied.spec.kind == "tied+stats" and len(tied.blocks) == tied.spec.depth == 3
+    first = tied.blocks[0]
+    for found, source in zip(tied.blocks, stage.blocks, strict=True):
+        for (name, own), (_, base) in zip(found.named_parameters(), first.named_parameters(), strict=True):
+            assert own is base, name
+            mean = torch.stack([block.get_parameter(name) for block in stage.blocks]).mean(0)
+            torch.testing.assert_close(own, mean, rtol=1e-5, atol=1e-7)
+        for name, buffer in found.named_buffers():
+            assert torch.equal(buffer, source.get_buffer(name)), name
+    assert sum(p.numel() for p in deepen(stage, 9, depth_weights="tied+stats").parameters()) == 288 + 16
+
+
+def test_a_tied_stage_may_be_given_statistics_of_its_steps(stage: OdeStage):
+    tied, x = tie(stage), torch.rand(2, 4, 8, 8)
+    own = tie(tied, depth_weights="tied+stats")
+    assert own.spec.kind == "tied+stats" and own.spec.depth == tied.spec.depth
+    torch.testing.assert_close(logits(own, x), logits(tied, x))
+    assert tie(own).spec.kind == "tied"
+
+
+def test_statistics_by_step_are_those_of_the_states_that_the_step_sees(tiny: OdeResNet):
+    """Large steps: in eval mode the network is the one of the batch's statistics only if each step has its own."""
+    images = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for parameter in tiny.parameters():
+            parameter.mul_(2.0)
+    found = {}
+    for kind in ("tied", "tied+stats"):
+        model = tie(tiny, depth_weights=kind)
+        recalibrate(model, [Batch(images, torch.zeros(64, dtype=torch.long))])
+        with torch.no_grad():
+            expected = copy.deepcopy(model).train()(images)
+        found[kind] = float((logits(model, images) - expected).norm() / expected.norm())
+    assert found["tied+stats"] < 0.02 < 0.2 < found["tied"]
+
+
 def test_untying_keeps_the_function_and_breaks_the_sharing(stage: OdeStage):
-    tied, x = tie(stage, norms=True), torch.rand(2, 4, 8, 8)
+    tied, x = tie(stage, depth_weights="tied+norms"), torch.rand(2, 4, 8, 8)
     free = untie(tied)
     assert free.spec.kind == "untied" and torch.equal(logits(free, x), logits(tied, x))
     before = copy.deepcopy(free.blocks[1].state_dict())
@@ -112,7 +153,7 @@ def test_blocks_without_norms_are_refused(info):
     net = nn.Sequential(nn.Sequential(Step(4, 4, 1), Step(4, 4, 1)))
     specs = stage_specs([StageParts("0", (), ("0", "1"))], scheme="euler", form="exact")
     with pytest.raises(UsageError, match="the blocks of stage 0 have no norms to keep; tie them without"):
-        tie(assemble(net, specs, info).stages["0"], norms=True)
+        tie(assemble(net, specs, info).stages["0"], depth_weights="tied+norms")
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -148,7 +189,7 @@ def test_a_file_holds_each_tensor_once(shared: OdeResNet, tmp_path: Path):
     assert len(tensors) == len(held)
     assert sum(t.nbytes for t in tensors.values()) == sum(t.nbytes for t in held)
     assert sum("conv1" in name for name in tensors if name.startswith("layer1")) == (
-        1 if shared.stages["layer1"].spec.kind == "tied+norms" else 3
+        1 if shared.stages["layer1"].spec.kind in ("tied+norms", "tied+stats") else 3
     )
 
 
@@ -188,7 +229,7 @@ def test_a_loaded_network_is_trained_as_the_saved_one(shared: OdeResNet, images:
     for name, value in loaded.state_dict().items():
         torch.testing.assert_close(value, state[name], rtol=1e-6, atol=1e-7)
         assert not torch.equal(value, start[name]), f"{name} did not move"
-    if loaded.stages["layer1"].spec.kind == "tied+norms":
+    if loaded.stages["layer1"].spec.kind in ("tied+norms", "tied+stats"):
         first, *others = loaded.stages["layer1"].blocks
         assert all(block.conv2.weight is first.conv2.weight for block in others)
 

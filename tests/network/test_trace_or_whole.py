@@ -255,7 +255,7 @@ def test_what_is_decided_anew_in_pre_form_is_read_anew():
         lambda stage: deepen(stage, 5, mode="interpolate", depth_weights="linear"),
         lambda stage: untie(deepen(stage, 6)),
         lambda stage: tie(deepen(stage, 6)),
-        lambda stage: tie(stage, norms=False),
+        lambda stage: tie(stage),
         copy.deepcopy,
     ],
     ids=["deepened", "linear", "untied", "tied deep", "tied", "copied"],

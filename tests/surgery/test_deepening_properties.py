@@ -21,7 +21,7 @@ from resode_cli.errors import UsageError
 from resode_cli.network.reading import read_split
 from resode_cli.network.specs import BlockSpec, StageSpec
 from resode_cli.network.stage import OdeStage
-from resode_cli.surgery.depth_weights import DEPTH_WEIGHTS, step_blocks
+from resode_cli.surgery.depth_weights import DEPTH_WEIGHTS, TIED, step_blocks
 from resode_cli.surgery.rewrite import deepen
 from resode_cli.surgery.steps import MODES
 
@@ -86,7 +86,7 @@ def test_a_deepened_stage_has_the_weights_and_the_function_that_its_mode_says(we
     refused = (
         (mode == "identity" and depth_weights not in (None, "free"))
         or (mode == "interpolate" and depth_weights == "replicate")
-        or (depth_weights == "tied+norms" and depth > 1)  # there are none
+        or (depth_weights in ("tied+norms", "tied+stats") and blocks > 1)  # there are none
     )
     if refused:
         with pytest.raises(UsageError):
@@ -104,7 +104,7 @@ def test_a_deepened_stage_has_the_weights_and_the_function_that_its_mode_says(we
         expected = numpy.interp(places, numpy.arange(depth), weights)
     else:
         expected = numpy.array([weights[n * depth // blocks] for n in range(blocks)])
-    if depth_weights in ("tied", "tied+norms"):
+    if depth_weights in TIED:
         expected = numpy.full(blocks, expected.mean())
     numpy.testing.assert_allclose(weights_of(deep), expected, rtol=1e-12, atol=1e-12)
     growth = numpy.prod(1 + depth / blocks * expected)

@@ -18,7 +18,8 @@ from resode_cli.ode import Adjoint
 from resode_cli.surgery.batch_norm import recalibrate
 from resode_cli.surgery.steps import deepened, tied, untied
 
-KINDS = {"replicate": "runs", "linear": "linear", "tied": "tied", "tied+norms": "tied+norms", "free": "untied"}
+KINDS = {"replicate": "runs", "linear": "linear", "tied": "tied", "free": "untied"}
+KINDS |= {"tied+norms": "tied+norms", "tied+stats": "tied+stats"}
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from resode_cli.network.stage import OdeStage
 
 REWRITES: dict[str, Callable] = {
     "tie": resode.tie,
-    "tie with norms": lambda whole: resode.tie(whole, norms=True),
+    "tie with norms": lambda whole: resode.tie(whole, depth_weights="tied+norms"),
     "untie": resode.untie,
     "deepen": lambda whole: resode.deepen(whole, 6),
     "deepen to the same": lambda whole: resode.deepen(whole, 3),
