@@ -99,10 +99,13 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
+        self._count(tree_leaves(out))
+        return out
+
+    def _count(self, returned: Iterable[Any]) -> None:
+        for tensor in returned:
             if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self._known:
                 self._take(storage)
-        return out
 
     def _take(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from ..ode.memory import LiveBytes
+from .recall import Call, Cost, Key, call_of, key_of
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Machine:
 CPU = Machine(arithmetic=1e11, traffic=1e10, start=5e-6, copies=True)
 CUDA = Machine(arithmetic=1e14, traffic=2e12, start=5e-6)
 
+_DEVICE = torch.ops.prim.device.default
 _CONVOLUTIONS = ("convolution", "convolution_backward")
 # Operations that move no numbers, whatever they return.
 _FREE = frozenset("empty empty_strided empty_like new_empty detach alias new_empty_strided lift_fresh".split())
@@ -46,32 +49,48 @@ class Ledger(LiveBytes):  # type: ignore[no-untyped-call]
     seconds: so far.
     """
 
-    def __init__(self, machine: Machine, exclude: Iterable[Tensor]) -> None:
+    def __init__(
+        self, machine: Machine, exclude: Iterable[Tensor], mode: FakeTensorMode, calls: dict[Key, Call]
+    ) -> None:
         super().__init__(exclude)
-        self.machine = machine
+        self.machine, self.mode, self.calls = machine, mode, calls
         self.seconds = 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default:  # more than half of all calls: autograd asks for each gradient's
+        if func is _DEVICE:  # more than half of all calls: autograd asks for each gradient's
             return args[0].fake_device
-        out = super().__torch_dispatch__(func, types, args, kwargs)
-        packet = func._overloadpacket
-        if func.is_view or packet.__name__ in _FREE:
-            return out
-        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
-        sizes = {id(t): t.nbytes for t in tensors}
-        if self.machine.copies and packet.__name__ in _CONVOLUTIONS:
-            self.peak = max(self.peak, self.now + _copied(tensors))
-        flops = 0
-        if packet in flop_registry:
-            flops = flop_registry[packet](*args, **(kwargs or {}), out_val=out)
-        machine = self.machine
-        self.seconds += max(flops / machine.arithmetic, sum(sizes.values()) / machine.traffic, machine.start)
+        tensors: list[FakeTensor] = []
+        key = key_of(self.mode, func, args, kwargs or {}, tensors)
+        call = self.calls.get(key) if key is not None else None
+        if call is not None:
+            out, cost = call.repeat(self.mode, tensors), call.cost
+            self._count(out if call.sequence is not None else (out,))
+        else:
+            out = super().__torch_dispatch__(func, types, args, kwargs)
+            cost = _cost_of(func, args, kwargs or {}, out)
+            call = call_of(key, tensors, out, cost) if key is not None else None
+            if key is not None and call is not None:
+                self.calls[key] = call
+        if cost is not None:
+            machine = self.machine
+            if machine.copies and cost.copied:
+                self.peak = max(self.peak, self.now + cost.copied)
+            self.seconds += max(cost.flops / machine.arithmetic, cost.moved / machine.traffic, machine.start)
         return out
 
     def restart_peak(self) -> None:
         """Take the peak from here on."""
         self.peak = self.now
+
+
+def _cost_of(func: Any, args: Any, kwargs: Any, out: Any) -> Cost | None:
+    packet = func._overloadpacket
+    if func.is_view or packet.__name__ in _FREE:
+        return None
+    tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
+    sizes = {id(t): t.nbytes for t in tensors}
+    flops = flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
+    return Cost(sum(sizes.values()), flops, _copied(tensors) if packet.__name__ in _CONVOLUTIONS else 0)
 
 
 def _copied(tensors: list[Tensor]) -> int:

@@ -22,6 +22,7 @@ from ..network.outside import STEM
 from ..network.stage import OdeStage
 from ..ode import SCHEMES, Adjoint, Monitor
 from .ledger import CPU, CUDA, Ledger
+from .recall import Call, Key
 
 REST = "rest"
 
@@ -79,6 +80,7 @@ class Simulation:
     def __init__(self, model: OdeResNet, device: str, *, channels_last: bool = False) -> None:
         self.device, self.machine = device, CUDA if device == "cuda" else CPU
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.calls: dict[Key, Call] = {}
         self.looked = False
         self.channels_last = channels_last or model.channels_last
         self.model = self._copied(model)
@@ -128,7 +130,7 @@ class Simulation:
         own = [*model.parameters(), *model.buffers()]
         fixed = sum(t.nbytes for t in own) + batch.nbytes
         fixed += optimizer_slots * sum(p.nbytes for p in model.parameters() if p.requires_grad)
-        ledger = Ledger(self.machine, [*own, batch, labels])
+        ledger = Ledger(self.machine, [*own, batch, labels], self.mode, self.calls)
         try:
             pieces, peak = self._run(ledger, batch, labels, amp, repeats=2 if micro_batches > 1 else 1)
             self._look_for_leaks([*own, batch, labels])
