@@ -13,6 +13,7 @@ from resode_cli.gradients import probe
 from resode_cli.gradients.candidates import planned_evaluations
 from resode_cli.gradients.check_grad import StageAdjoints, check_gradients
 from resode_cli.gradients.choose import choose_adjoints
+from resode_cli.gradients.results import ChosenAdjoints
 from resode_cli.network.model import OdeResNet, freeze_batch_norm
 from resode_cli.ode import Adjoint
 from resode_cli.simulation import ledger, step
@@ -65,13 +66,38 @@ def measured(model: OdeResNet, calibration, images, labels) -> dict[str, float]:
     return {row.stage: row.relative_error for row in report.methods[0].stages if row.steps}
 
 
+@pytest.fixture(scope="module")
+def planned() -> dict[float, tuple[ChosenAdjoints, dict[str, float]]]:
+    """By tolerance: what was chosen for `deep`, and its errors in the whole network, of which several tests are."""
+    return {}
+
+
+@pytest.fixture
+def deep_at(planned, deep, images, labels):
+    """What is chosen for `deep` at a tolerance, and its measured errors: planned once."""
+
+    def found(tolerance: float) -> tuple[ChosenAdjoints, dict[str, float]]:
+        if tolerance not in planned:
+            calibration = chosen(deep, images, labels, tolerance=tolerance)
+            planned[tolerance] = calibration, measured(deep, calibration, images, labels)
+        return planned[tolerance]
+
+    return found
+
+
 @pytest.mark.parametrize("tolerance", [0.3, 0.02, 1e-3, 1e-6])
-def test_the_choice_meets_the_tolerance_in_the_whole_network(tolerance, deep, images, labels):
-    calibration = chosen(deep, images, labels, tolerance=tolerance)
-    errors = measured(deep, calibration, images, labels)
+def test_the_choice_meets_the_tolerance_in_the_whole_network(tolerance, deep_at):
+    calibration, errors = deep_at(tolerance)
     assert len(errors) == 3 and max(errors.values()) <= tolerance
     for choice in calibration.stages:  # and what it said is what is measured
         assert choice.error == pytest.approx(errors[choice.piece], rel=1e-3, abs=1e-9)
+
+
+def test_a_smaller_tolerance_buys_more(deep_at):
+    (loose, _), (tight, _) = deep_at(0.3), deep_at(1e-6)
+    assert sum(c.bytes_held for c in loose.choices) < sum(c.bytes_held for c in tight.choices)
+    assert any(c.error > 1e-6 for c in loose.stages)
+    assert all(c.adjoint.plan(c.steps, "euler").exact for c in tight.stages)
 
 
 def test_a_reference_that_is_not_backprop_is_no_reference(build_tiny, images, labels, monkeypatch):
@@ -97,13 +123,6 @@ def test_rounding_of_a_low_precision_is_no_wrong_reference(dtype, build_tiny, im
     with torch.no_grad():
         model.net.linear.weight.fill_(torch.inf)
     assert probe.Probe(model, images, labels, autocast).stages
-
-
-def test_a_smaller_tolerance_buys_more(deep, images, labels):
-    loose, tight = (chosen(deep, images, labels, tolerance=t) for t in (0.3, 1e-6))
-    assert sum(c.bytes_held for c in loose.choices) < sum(c.bytes_held for c in tight.choices)
-    assert any(c.error > 1e-6 for c in loose.stages)
-    assert all(c.adjoint.plan(c.steps, "euler").exact for c in tight.stages)
 
 
 def test_a_smaller_budget_is_kept_to(medium, images, labels):
@@ -152,14 +171,15 @@ def test_stages_that_no_gradient_passes_are_left_out(deep, images, labels):
     assert max(measured(deep, calibration, images, labels).values()) <= 0.02
 
 
-def test_the_model_and_the_generators_are_left_as_they_were(deep, images, labels):
-    deep.train()  # batch statistics: every evaluation would move them
-    state = {k: v.clone() for k, v in deep.state_dict().items()}
+def test_the_model_and_the_generators_are_left_as_they_were(medium, images, labels):
+    medium.train()  # batch statistics: every evaluation would move them
+    state = {k: v.clone() for k, v in medium.state_dict().items()}
     random = torch.get_rng_state()
-    choose_adjoints(deep, images.double(), labels, tolerance=0.02, budget=LEAN, batch_size=4)
-    assert all(torch.equal(state[k], v) for k, v in deep.state_dict().items())
+    found = choose_adjoints(medium, images.double(), labels, tolerance=0.02, budget=LEAN, batch_size=4)
+    assert found.images == 4 and any(choice.tried for choice in found.stages)  # it was evaluated
+    assert all(torch.equal(state[k], v) for k, v in medium.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random)
-    assert all(p.grad is None for p in deep.parameters())
+    assert all(p.grad is None for p in medium.parameters())
 
 
 @pytest.mark.slow
