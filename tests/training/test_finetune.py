@@ -82,7 +82,7 @@ def test_checkpoint_trains_exactly_as_backprop(model, tmp_path) -> None:
 
 
 def test_training_lowers_the_loss_and_writes_the_drift(model, tmp_path) -> None:
-    result = train(model, tmp_path / "run", replace(SETTINGS, epochs=8, max_steps=48, bn="batch"))
+    result = train(model, tmp_path / "run", replace(SETTINGS, epochs=4, max_steps=24, bn="batch"))
     assert result.after.loss < result.before.loss
     logged = rows(tmp_path / "run", "train")
     assert float(logged[-1]["loss"]) < float(logged[0]["loss"])
