@@ -186,8 +186,12 @@ class OdeResNet(nn.Module):
         """Set the backward method of every part, or of the parts named: stages, 'stem', and 'layer2 transition'.
 
         What comes before the first stage, and a stage's transition, is no reversible step: under every method but
-        'backprop' it is evaluated again from its input.
+        'backprop' it is evaluated again from its input. Raises UsageError for a part that the model does not have.
         """
+        if not isinstance(adjoint, Adjoint):
+            parts = [STEM, *self.stages, *(transition_of(name) for name in self.stages)]
+            if (other := next((part for part in adjoint if part not in parts), None)) is not None:
+                raise unknown("part", other, parts)
         if isinstance(adjoint, Adjoint) or STEM in adjoint:
             self.stem.adjoint = (adjoint if isinstance(adjoint, Adjoint) else adjoint[STEM]).stem
         for name, stage in self.stages.items():
