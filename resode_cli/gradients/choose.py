@@ -34,6 +34,11 @@ SLACK = 0.2
 ROUNDS = 16
 ABOVE = 1.01  # of a size, so that it is not rounded down
 FASTER = 0.95  # of a time: what is worth being told
+# Of a piece that was not to be chosen, by whether its gradient is exact.
+AS_ASKED = (
+    "as asked for; the gradient error from here, which the pieces before inherit, was not measured",
+    "as asked for",
+)
 
 
 def choose_adjoints(
@@ -48,6 +53,7 @@ def choose_adjoints(
     methods: Sequence[str] | None = None,
     amp: str = "none",
     micro_batches: bool = False,
+    fixed: Mapping[str, Adjoint] | None = None,
     autocast: Callable[[], Any] | None = None,
     on_stage: Callable[[str, str], None] = lambda stage, adjoint: None,
 ) -> ChosenAdjoints:
@@ -59,13 +65,15 @@ def choose_adjoints(
     budget: bytes for a training step with `batch_size` images: weights, gradients, `optimizer_slots`
     numbers per parameter of optimizer state (Adam's 2), activations. None: no activations are kept for speed alone.
     methods: of the steps, to choose from; None: all. micro_batches: whether the batch may be split.
+    fixed: adjoints of stages and of the 'stem' that are not to be chosen; the tolerance is not theirs, and the errors
+    of the others are measured as if they were exact.
 
     Raises ResodeError if the budget is too small for any plan.
     """
     random = RandomState.now(images.device)
     shape = (batch_size, *images.shape[1:])
     simulation = Simulation(model, images.device.type)
-    menu = Menu(model, simulation, shape, amp=amp, optimizer_slots=optimizer_slots)
+    menu = Menu(model, simulation, shape, amp=amp, optimizer_slots=optimizer_slots, fixed=fixed)
     try:
         chooser = _Chooser(menu, images, labels, tolerance, budget, methods, autocast or torch.enable_grad, on_stage)
         return chooser.choose(micro_batches=micro_batches)
@@ -93,14 +101,16 @@ class _Chooser:
         self.trials = Trials(
             menu, images, labels, budget=self.budget, share=share, autocast=autocast, on_stage=on_stage
         )
+        self.trials.widths = {name: [] for name in menu.fixed}
         self.mixes = True
         self.parts = [1]
 
     def choose(self, *, micro_batches: bool) -> ChosenAdjoints:
         held, free = self.menu.held(), math.isinf(self.budget)
-        if not free and self.methods is None and predicted(held) <= self.budget:
+        given = self.menu.as_given()
+        if not free and self.methods is None and predicted(given) <= self.budget:
             plan = {name: Option(HOLD, use, True) for name, use in held.pieces.items()}
-            return self._chosen(plan, 1, held, {})
+            return self._chosen(plan | {name: self.menu.of_fixed(name) for name in self.menu.fixed}, 1, given, {})
         if not free:
             self._look_for_mixing(micro_batches=micro_batches)
         allowed = self.budget
@@ -113,7 +123,7 @@ class _Chooser:
             if predicted(whole) > self.budget:  # the sum of the pieces is an estimate
                 allowed = self._peak(plan, parts) - max((predicted(whole) - self.budget) / 2, 1)
                 continue
-            inexact_somewhere = not all(option.exact for option in plan.values())
+            inexact_somewhere = not all(self._is_settled(name, option) for name, option in plan.items())
             errors = self.trials.together(_adjoints(plan)) if inexact_somewhere else {}
             bad = [name for name, error in errors.items() if not error <= MARGIN * self.tolerance]
             inexact = [name for name in self.trials.stages if not self._is_exact(name, plan)] if bad else []
@@ -129,7 +139,7 @@ class _Chooser:
             self.trials.widths.pop(worst, None)
         plan, parts = self._least()
         whole = self.menu.whole(_adjoints(plan), parts)
-        if predicted(whole) <= self.budget and all(option.exact for option in plan.values()):
+        if predicted(whole) <= self.budget and all(self._is_settled(*own) for own in plan.items()):
             return self._chosen(plan, parts, whole, {})
         raise self._refusal(predicted(whole) if predicted(whole) > self.budget else None)
 
@@ -167,14 +177,15 @@ class _Chooser:
 
     def _is_known(self, name: str, option: Option) -> bool:
         """Whether an option is exact, or was measured to be within its share, as those that are left of them are."""
-        return option.exact or option.adjoint.bits is not None or self.trials.knows(name, option.adjoint)
+        coded = option.adjoint.bits is not None
+        return coded or self._is_settled(name, option) or self.trials.knows(name, option.adjoint)
 
     def _options(self, *, exact: bool, hoping: bool = False) -> dict[str, list[Option]]:
         """What there is to choose from. hoping: with codes and reversals that were not tried yet."""
         widths = {name: [FIRST_WIDTH] for name in self.model.stages} if hoping else {}
         options = self.menu.options(self.methods, {} if exact else {**widths, **self.trials.widths})
         return {
-            name: [o for o in found if o.exact or (not exact and self.trials.may_do(name, o.adjoint))]
+            name: [o for o in found if self._is_settled(name, o) or (not exact and self.trials.may_do(name, o.adjoint))]
             for name, found in options.items()
         }
 
@@ -199,7 +210,10 @@ class _Chooser:
         while True:
             options = self._options(exact=False)
             plan = lean(
-                {name: [o for o in found if name == REST or o.adjoint != HOLD] for name, found in options.items()},
+                {
+                    name: [o for o in found if name in (REST, *self.menu.fixed) or o.adjoint != HOLD]
+                    for name, found in options.items()
+                },
                 SLACK,
             )
             if self._measured(plan):
@@ -209,7 +223,7 @@ class _Chooser:
         """Whether every inexact choice is within its share; those not tried yet are tried, and may cost more then."""
         good = True
         for name, option in plan.items():
-            if not option.exact and option.adjoint.bits is None:
+            if not self._is_settled(name, option) and option.adjoint.bits is None:
                 good &= self.trials.knows(name, option.adjoint)
                 good &= self.trials.on(name, option.adjoint).error <= self.trials.shares[name]
         return good
@@ -240,7 +254,11 @@ class _Chooser:
     # Results
 
     def _is_exact(self, stage: str, plan: Plan) -> bool:
-        return all(option.exact for name, option in plan.items() if stage_of(name) == stage)
+        return all(self._is_settled(name, option) for name, option in plan.items() if stage_of(name) == stage)
+
+    def _is_settled(self, name: str, option: Option) -> bool:
+        """Whether there is nothing to measure: an option is exact, or it was not to be chosen."""
+        return option.exact or name in self.menu.fixed
 
     def _inexact_of(self, stage: str, plan: Plan) -> Adjoint:
         """The inexact adjoint of a stage's steps, or of its transition."""
@@ -306,6 +324,7 @@ class _Chooser:
         tried = self.trials.tried.get(name, {})
         planned = self.menu.evaluations(name, chosen.adjoint) if stage is not None else float(chosen.adjoint.replays)
         own = tried.get(replace(chosen.adjoint, slices=1), Tried(0.0, planned, None, None))
+        unmeasured = name in self.menu.fixed and not chosen.exact
         free = [
             t
             for adjoint, t in tried.items()
@@ -316,8 +335,8 @@ class _Chooser:
             name,
             0 if stage is None else stage.spec.depth,
             chosen.adjoint,
-            errors.get(name, 0.0),
-            own.error,
+            None if unmeasured else errors.get(name, 0.0),
+            None if unmeasured else own.error,
             own.evaluations,
             own.drift,
             None if best is None else best.drift,
@@ -325,7 +344,9 @@ class _Chooser:
             tuple((adjoint.label, t.error) for adjoint, t in tried.items()),
             max(chosen.use.kept, 0),
             max(self.menu.held().pieces[name].kept, 0),
-            _reason(chosen, best, self.trials.shares.get(name, 0.0)),
+            AS_ASKED[chosen.exact]
+            if name in self.menu.fixed
+            else _reason(chosen, best, self.trials.shares.get(name, 0)),
         )
 
     def _refusal(self, needed: int | None) -> ResodeError:

@@ -30,6 +30,7 @@ class Menu:
 
     sliced: whether nothing in the network mixes images, so that it can be run in slices of the batch.
     coded: whether states may be held as codes.
+    fixed: the adjoints of the parts, stages or 'stem', that are not to be chosen.
     measured: evaluations of Φ per step of a stage by an adjoint, where they were counted. What they are where states
         are extrapolated depends on the weights, and until it is known the least is hoped for.
     """
@@ -42,6 +43,7 @@ class Menu:
         *,
         amp: str,
         optimizer_slots: int,
+        fixed: Mapping[str, Adjoint] | None = None,
     ) -> None:
         self.model, self.simulation, self.images = model, simulation, images
         self.amp, self.slots = amp, optimizer_slots
@@ -50,6 +52,8 @@ class Menu:
         self.names = piece_names(model)
         self.steps: dict[tuple[Adjoint, int], dict[str, PieceUse]] = {}
         self._held: StepUse | None = None
+        self._as_given: StepUse | None = None
+        self.fixed = _by_piece(fixed or {}, self.names)
         self.trained = _trained_bytes(model, self.names)
 
     def held(self) -> StepUse:
@@ -57,6 +61,14 @@ class Menu:
         if self._held is None:
             self._held = self.whole(HOLD)
         return self._held
+
+    def as_given(self) -> StepUse:
+        """A step in which every piece keeps its activations but those whose adjoint is fixed."""
+        if not self.fixed:
+            return self.held()
+        if self._as_given is None:
+            self._as_given = self.whole({**dict.fromkeys((STEM, *self.model.stages), HOLD), **self.fixed})
+        return self._as_given
 
     def pieces(self, adjoint: Adjoint, batch: int | None = None) -> dict[str, PieceUse]:
         """What each piece takes in a step in which every one is run by this adjoint."""
@@ -87,6 +99,8 @@ class Menu:
             widths = bits.get(stage_of(name), ()) if self.coded and name != STEM else ()
             if name == REST:
                 found[name] = [Option(HOLD, self.pieces(HOLD)[REST], True)]
+            elif name in self.fixed:
+                found[name] = [self.of_fixed(name)]
             elif stage is not None:
                 found[name] = self._of_steps(name, stage, methods, widths)
             elif methods is None:
@@ -94,6 +108,13 @@ class Menu:
             else:
                 found[name] = self._ways(name, AGAIN)
         return found
+
+    def of_fixed(self, name: str) -> Option:
+        """All that there is to choose from for a piece whose adjoint is fixed."""
+        adjoint, stage = self.fixed[name], self.model.stages.get(name)
+        plan = None if stage is None else adjoint.plan(stage.spec.depth, stage.spec.scheme)
+        exact = adjoint.bits is None and (plan is None or plan.exact)
+        return Option(adjoint, self.as_given().pieces[name], exact)
 
     def _of_part(self, name: str, widths: Sequence[int]) -> list[Option]:
         """Of a piece that is no steps."""
@@ -227,6 +248,15 @@ class Menu:
         stage = self.model.stages[name]
         plan = adjoint.plan(stage.spec.depth, stage.spec.scheme)
         return 0.0 if plan is None else planned_evaluations(plan)
+
+
+def _by_piece(fixed: Mapping[str, Adjoint], names: Sequence[str]) -> dict[str, Adjoint]:
+    """The adjoints of parts, stages or 'stem', for each of the pieces called `names` that belongs to them."""
+    found: dict[str, Adjoint] = {}
+    for part, adjoint in fixed.items():
+        own = {STEM: adjoint.stem} if part == STEM else {transition_of(part): adjoint.outside, part: adjoint}
+        found |= {name: what for name, what in own.items() if name in names}
+    return found
 
 
 def stage_of(piece: str) -> str:

@@ -14,7 +14,7 @@ class PieceChoice:
     steps: of a stage, else 0.
     error: relative error of the gradient of the stage's steps, in the whole network, on the batch used.
     own_error: relative error of the stage alone, given its output's exact adjoint: the larger one of parameters and
-        input.
+        input. Both are None of a piece that was not to be chosen and is not exact.
     evaluations_per_step: in the backward pass; of a transition, of the whole of it.
     own_drift: drift of what was chosen; None if it is exact.
     free_drift, contraction: of the best reversal without anchors; None if none was tried.
@@ -26,8 +26,8 @@ class PieceChoice:
     piece: str
     steps: int
     adjoint: Adjoint
-    error: float
-    own_error: float
+    error: float | None
+    own_error: float | None
     evaluations_per_step: float
     own_drift: float | None
     free_drift: float | None

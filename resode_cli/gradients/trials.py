@@ -162,8 +162,14 @@ class Trials:
         return [] if found is None else [found]
 
     def together(self, adjoints: Mapping[str, Adjoint]) -> dict[str, float]:
-        """Each stage's error in the whole network by these adjoints, which are set."""
+        """Each stage's error in the whole network by these adjoints, which are set.
+
+        What was not to be chosen runs exactly, so that what was is not blamed for its error.
+        """
         probe = self.opened()
         self.on_stage("all stages", "together")
         self.model.use_adjoint({name: replace(adjoint, slices=1) for name, adjoint in adjoints.items()})
+        stages = self.model.stages
+        exact = {name: reference_adjoint(stages[name]) if name in stages else AGAIN for name in self.menu.fixed}
+        self.model.use_adjoint(exact)
         return probe.together()

@@ -18,7 +18,8 @@ NEAR = 0.005  # of a time: no difference
 
 def choice_table(chosen: ChosenAdjoints) -> Table:
     """The decision for every piece and its figures; the caption gives the memory of a training step."""
-    on = f"calibrated on {counted(chosen.images, 'image')}" if chosen.images else "exact, so nothing was measured"
+    exact = "exact" if all(choice.error is not None for choice in chosen.choices) else "what it chose is exact"
+    on = f"calibrated on {counted(chosen.images, 'image')}" if chosen.images else f"{exact}, so nothing was measured"
     found = plain_table(f"adjoint auto: gradient tolerance {chosen.tolerance:g}, {on}")
     found.add_column("piece", no_wrap=True)
     found.add_column("chosen")
