@@ -73,7 +73,7 @@ def finetune_command(
     from ..network.model import as_device
     from ..quantities import size
     from ..reports.choice import choice_table
-    from ..reports.report import evaluation_line, finetune_json
+    from ..reports.report import adjoints_line, evaluation_line, finetune_json
     from ..training import run_folder
     from ..training.finetune import finetune
     from ..training.optimizer_state import check_optimizer
@@ -87,6 +87,7 @@ def finetune_command(
         loaded_checksum,
         resumed,
         unknown_contents,
+        with_stage_names,
     )
     from ..training.teacher import open_teacher
     from .progress import training
@@ -100,7 +101,7 @@ def finetune_command(
     if resume and force:
         raise UsageError("--resume goes on with the run in --out, --force replaces it: give one of them")
     if not resume:
-        check_auto(given, chooses=settings.adjoint_choice().fixed is None)
+        check_auto(given, chooses=settings.adjoint_choice().chooses)
     lock = FolderLock(out, on_message=output.note)
     _check_is_folder(out)
     ctx.with_resource(lock)
@@ -113,6 +114,7 @@ def finetune_command(
         _check_teacher(settings, given)
         output.notes([check_model(model, out, state), forget_lost_best(state, out), *changes])
     loaded = state.model if state is not None else origin.load(model)
+    settings = with_stage_names(settings, loaded)
     train = reading.open(data, loaded, "train", augment=settings.augment, seed=settings.seed)
     test, *at_end = (reading.open(data, loaded, split, images=test_images) for split in held_out_splits(data))
     for split in (train, test, *at_end):
@@ -159,6 +161,8 @@ def finetune_command(
         output.show(f"before: {evaluation_line(result.before)}")
     if result.after is not None:
         output.show(f"after:  {evaluation_line(result.after)}")
+    if settings.adjoint_choice().names_stages:
+        output.show(adjoints_line(result.adjoints))
     output.show(
         f"{result.steps} steps in {result.seconds:.0f} s with adjoint {settings.adjoint},"
         f" peak memory {size(result.peak_bytes)}; {_written(lock.folder)} in {lock.folder}"
@@ -193,6 +197,7 @@ def _dry_run(
 
     from ..quantities import counted, size
     from ..reports.choice import choice_table
+    from ..reports.report import adjoints_line
     from ..training.dry_run import dry_run
 
     with output.aside.status("planning"):
@@ -206,8 +211,8 @@ def _dry_run(
             on_choice=lambda chosen: output.aside.print(choice_table(chosen)),
         )
     output.notes([f"unreadable: {name}" for name in found.skipped])
-    if settings.adjoint_choice().fixed is not None:
-        output.show("adjoints: " + ", ".join(f"{piece} {label}" for piece, label in found.adjoints.items()))
+    if not settings.adjoint_choice().chooses:
+        output.show(adjoints_line(found.adjoints))
     split = f" in {found.micro_batches} micro-batches" if found.micro_batches > 1 else ""
     output.show(
         f"dry run: {counted(found.steps, 'step')} of {counted(found.batch_size, 'image')}{split}, predicted peak"

@@ -2,6 +2,8 @@
 
 auto   multistep   pc:anchors=10   pc:corrections=2   checkpoint:snapshots=12   checkpoint:bits=4:slices=8
 multistep:anchors=auto
+
+A list of them is for comparing (`parse_adjoints`); `stage_adjoints` reads one that gives stages their own.
 """
 
 from __future__ import annotations

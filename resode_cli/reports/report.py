@@ -113,6 +113,11 @@ def evaluation_line(evaluation: Evaluation) -> str:
     return line + (f" ({len(evaluation.skipped)} corrupt files skipped)" if evaluation.skipped else "")
 
 
+def adjoints_line(adjoints: Mapping[str, str]) -> str:
+    """Each part's method, by its label."""
+    return "adjoints: " + "; ".join(f"{part} {label}" for part, label in adjoints.items())
+
+
 def evaluation_json(evaluation: Evaluation) -> dict[str, Any]:
     result = {name: getattr(evaluation, name) for name in ("top1", "top5", "loss", "images")}
     return {**result, "skipped": list(evaluation.skipped)}

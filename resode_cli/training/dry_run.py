@@ -16,6 +16,7 @@ from ..simulation.step import Simulation, predicted
 from .guard import Guard
 from .loop import training_batches
 from .optimization import create_optimizer, create_scheduler, optimizer_slots
+from .resuming import with_stage_names
 from .settings import Settings
 from .starting import autocast_of, choice_batch, prepare_to_train, switch_scheme, train_only
 
@@ -52,6 +53,7 @@ def dry_run(
     on_choice: Callable[[ChosenAdjoints], None],
 ) -> DryRun:
     """Do all that a run does before its first step, read the first batch, and simulate the step. Nothing is written."""
+    settings = with_stage_names(settings, model)
     check_finite(model, "the model holds NaN or infinity in {}: nothing can be trained from there")
     model.to(device)
     train_only(model, settings.stages)

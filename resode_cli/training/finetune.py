@@ -121,7 +121,8 @@ class _Run:
         train_only(model, settings.stages)
         if resume is None:
             torch.manual_seed(settings.seed)
-            self._switch_scheme(test if test is not None else train)
+            data = test if test is not None else train
+            self.progress.switched = switch_scheme(model, settings, data, device, self.callbacks.on_message)
         else:
             self.progress = Progress(**resume.progress)
         if settings.channels_last:
@@ -153,12 +154,6 @@ class _Run:
         self.guard.start(lambda: choice_batch(train, settings, device))
         if resume is not None:
             resume.restore(self.optimizer_state, self.loop.scaler, device)
-
-    def _switch_scheme(self, data: ImageData) -> None:
-        switched = switch_scheme(self.model, self.settings, data, self.device, self.callbacks.on_message)
-        if switched is not None:
-            self.progress.switched = switched
-            self.model.record("switch-scheme", scheme=self.settings.adjoint_choice().required_scheme, **switched)
 
     def _chosen(self, chosen: ChosenAdjoints) -> None:
         self.chosen = chosen

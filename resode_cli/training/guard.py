@@ -80,7 +80,7 @@ class Guard:
         self.model, self.settings, self.device = model, settings, device
         self.autocast, self.prepare = autocast, prepare
         self.on_message, self.on_choice = on_message, on_choice
-        self.choice = settings.adjoint_choice()
+        self.asked = settings.adjoint_choice().with_names(model)
         self.beside = beside
         self.told: set[str] = set()  # parts whose activations are kept
         self.state = state or GuardState()
@@ -93,11 +93,12 @@ class Guard:
             self.state.micro_batches = self.settings.micro_batches
         if self.state.adjoints:
             self.model.use_adjoint({name: Adjoint(**values) for name, values in self.state.adjoints.items()})
-        elif self.choice.fixed is not None:
-            self.model.use_adjoint(self.choice.fixed)
-            self._remember()
-        else:
+            return
+        self.model.use_adjoint(self.asked.fixed(self.model))
+        if self.asked.chooses:
             self._choose(*batch(), step=0)
+        else:
+            self._remember()
 
     def _check_apart(self, batch: Callable[[], tuple[Tensor, Tensor]]) -> None:
         """Raises ResodeError for micro-batches of a network that mixes the images of a batch."""
@@ -149,12 +150,16 @@ class Guard:
                         f"{what[name]}, so its gradient is not backprop's; --on-drift anchors would mend it"
                     )
             return False
-        again = [name for name in drifted if step - self.state.calibrated_at.get(name, -PATIENCE) < PATIENCE]
-        if self.choice.fixed is not None or again or not finite:
-            for name in drifted:
+        chosen = [name for name in drifted if self.asked.of(name).fixed is None]
+        again = [name for name in chosen if step - self.state.calibrated_at.get(name, -PATIENCE) < PATIENCE]
+        if again or not finite:
+            chosen = []
+        for name in drifted:
+            if name not in chosen:
                 self._anchor(name, what[name])
-        else:
-            self.on_message(f"{'; '.join(what.values())}; calibrating again, and the step is taken again")
+        if chosen:
+            found = "; ".join(what[name] for name in chosen)
+            self.on_message(f"{found}; calibrating again, and the step is taken again")
             self.state.recalibrations += 1
             self._choose(images, labels, step=step)
         return True
@@ -176,7 +181,10 @@ class Guard:
         self.on_message(f"{what}; stage {name} is moved to anchors ({adjoint.label}) and the step taken again")
 
     def _choose(self, images: Tensor, labels: Tensor, *, step: int) -> None:
+        """Choose what is to be chosen; what has an adjoint of its own, or was moved to anchors from that, keeps it."""
         self.prepare()
+        adjoints = self.model.adjoints
+        fixed = {part: adjoints[part] for part in self.asked.fixed(self.model)}
         settings, given = self.settings, self.settings.micro_batches
         part = -(-settings.batch_size // given)
         budget = (settings.budget_bytes or self._free()) - self.beside
@@ -186,26 +194,34 @@ class Guard:
         if settings.budget_bytes is not None and self.device.type == "cpu":
             give_back_freed_memory()
         try:
-            chosen = self._chosen_on(images, labels, part, max(budget, 1))
+            chosen = self._chosen_on(images, labels, part, max(budget, 1), fixed)
         except CannotSimulate as reason:
-            if settings.budget_bytes is not None or self.choice.methods is not None:
+            if settings.budget_bytes is not None or self._methods is not None:
                 raise ResodeError(f"{reason}; leave out the budget, or give --adjoint checkpoint") from reason
             self.on_message(f"note: {reason}; so 'auto' evaluates every part again (checkpoint), which is exact")
             self.state.micro_batches = given
-            self.model.use_adjoint(Adjoint("checkpoint"))
+            self.model.use_adjoint({**dict.fromkeys(adjoints, Adjoint("checkpoint")), **fixed})
             self._remember()
             return
+        self.model.use_adjoint(fixed)  # of a stage without steps, the plan knows but the transition
         self.on_choice(chosen)
         self.state.micro_batches = given * chosen.micro_batches
         self.state.allowed = {}
         for choice in chosen.stages:
-            if choice.own_drift is not None:
+            if choice.own_drift is not None and choice.error is not None:
                 room = max(self.settings.grad_tol / max(choice.error, 1e-12), CHANCE)
                 self.state.allowed[choice.piece] = room * choice.own_drift
             self.state.calibrated_at[choice.piece] = step
         self._remember()
 
-    def _chosen_on(self, images: Tensor, labels: Tensor, part: int, budget: int) -> ChosenAdjoints:
+    @property
+    def _methods(self) -> tuple[str, ...] | None:
+        """Those to choose from for the steps; None for all."""
+        return None if self.asked.to_choose is None else self.asked.to_choose.methods
+
+    def _chosen_on(
+        self, images: Tensor, labels: Tensor, part: int, budget: int, fixed: Mapping[str, Adjoint]
+    ) -> ChosenAdjoints:
         settings = self.settings
         return choose_adjoints(
             self.model,
@@ -215,7 +231,8 @@ class Guard:
             budget=None if settings.memory_budget == LEAN else budget,
             batch_size=part,
             optimizer_slots=optimizer_slots(settings),
-            methods=self.choice.methods,
+            methods=self._methods,
+            fixed=fixed,
             amp=settings.amp,
             micro_batches=settings.micro_batches == 1 and not settings.teacher_states,
             autocast=self.autocast,

@@ -53,8 +53,12 @@ def resumed(
 
 
 def with_stage_names(settings: Settings, model: OdeResNet) -> Settings:
-    """Stages that are given by their places (3), by their names (layer3). Raises UsageError for none of the model's."""
-    return settings if settings.stages is None else replace(settings, stages=tuple(model.pick(settings.stages)))
+    """Stages that are given by their places (3), by their names (layer3). Raises UsageError for none of the model's.
+
+    So are those that adjoints are for, in the model's order.
+    """
+    stages = None if settings.stages is None else tuple(model.pick(settings.stages))
+    return replace(settings, stages=stages, adjoint=settings.adjoint_choice().with_names(model).text)
 
 
 def _shown(value: object) -> str:

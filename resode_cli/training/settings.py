@@ -25,7 +25,7 @@ from ..quantities import (
 )
 
 if TYPE_CHECKING:
-    from ..gradients.adjoint_choice import AdjointChoice
+    from ..gradients.stage_adjoints import AdjointsByStage
 
 SCHEDULES = ("cosine", "step", "constant")
 AMP = ("none", "bf16", "fp16")
@@ -49,7 +49,7 @@ class Settings:
 
     The run ends at `epochs` or `max_steps`, whichever comes first, after one epoch if neither is given; the schedule
     of the learning rate ends there too. `stages` names the stages whose parameters are trained, transitions included;
-    None trains everything. For `adjoint` and what goes with it, down to `slices`, see `adjoint_choice`.
+    None trains everything. For `adjoint` and what goes with it, down to `slices`, see `stage_adjoints`.
     `drift_tolerance` bounds ‖x̃ − x‖ / ‖x‖ where 'auto' does not know better. For the teacher's weights see
     `Objective`.
     """
@@ -57,7 +57,8 @@ class Settings:
     adjoint: str = backward(
         "auto",
         "Backward method: auto, backprop, checkpoint (exact), multistep, pc, euler; or the reversal of a forward rule"
-        " of that name: heun, heunnet (the paper's), midpoint, rk4.",
+        " of that name: heun, heunnet (the paper's), midpoint, rk4. By stage, with settings of their own:"
+        " pc,layer3=euler or layer1=pc:anchors=10; what no entry names goes by the one without a name, or by auto.",
         resume="stays",
     )
     anchors: str | None = backward(
@@ -195,10 +196,10 @@ class Settings:
             )
         return shares
 
-    def adjoint_choice(self) -> AdjointChoice:
-        from ..gradients.adjoint_choice import parse_adjoint
+    def adjoint_choice(self) -> AdjointsByStage:
+        from ..gradients.stage_adjoints import parse_adjoints_by_stage
 
-        return parse_adjoint(self.adjoint, **{name: getattr(self, name) for name in ADJOINT_SETTINGS})
+        return parse_adjoints_by_stage(self.adjoint, **{name: getattr(self, name) for name in ADJOINT_SETTINGS})
 
     def per_epoch(self, images: int) -> int:
         """Steps per epoch: full batches only, but one at least."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..data import ImageData, batches
+from ..errors import join
 from ..network.model import OdeResNet, autocast_dtype, freeze_batch_norm
 from .settings import Settings
 
@@ -50,24 +51,38 @@ def autocast_of(settings: Settings, device: torch.device) -> AbstractContextMana
 def switch_scheme(
     model: OdeResNet, settings: Settings, data: ImageData, device: torch.device, say: Callable[[str], None]
 ) -> dict[str, float] | None:
-    """Switch the forward rule where the method is tied to one, saying what that does; None where there is no need."""
-    adjoint = settings.adjoint_choice()
-    scheme = adjoint.required_scheme
-    stages = [stage for stage in model.stages.values() if stage.spec.depth]
-    if scheme is None or all(stage.spec.scheme == scheme for stage in stages):
+    """Switch the forward rule of the stages whose method is tied to another, saying what that does and recording it.
+
+    None where there is no need.
+    """
+    asked = settings.adjoint_choice().with_names(model)
+    tied = {name: scheme for name in model.stages if (scheme := asked.of(name).required_scheme) is not None}
+    others = {name: scheme for name, scheme in tied.items() if model.stages[name].spec.scheme != scheme}
+    if not any(model.stages[name].spec.depth for name in others):
         return None
     images = next(batches(data, COMPARED)).images.to(device)
     model.eval()
     with torch.no_grad():
         before = model(images)
-        model.use_scheme(scheme)
+        for name, scheme in others.items():
+            model.stages[name].use_scheme(scheme)
         after = model(images)
     switched = {
         "max_logit_difference": (before - after).abs().max().item(),
         "top1_agreement": (before.argmax(1) == after.argmax(1)).double().mean().item(),
     }
+    methods = list(dict.fromkeys(others.values()))  # a method that is tied to a rule has its name
+    everywhere = len(tied) == len(model.stages) and len(set(tied.values())) == 1
+    if everywhere:
+        rule = f"the forward rule is now {methods[0]}"
+    else:
+        rule = "; ".join(
+            f"the forward rule of {join([name for name in others if others[name] == method])} is now {method}"
+            for method in methods
+        )
     say(
-        f"adjoint {adjoint.name}: the forward rule is now {scheme}; on {len(images)} images the logits changed by up to"
+        f"adjoint {join(methods)}: {rule}; on {len(images)} images the logits changed by up to"
         f" {switched['max_logit_difference']:.3g}, and {switched['top1_agreement']:.1%} of the predictions stayed"
     )
+    model.record("switch-scheme", **({"scheme": methods[0]} if everywhere else {"stages": others}), **switched)
     return switched
