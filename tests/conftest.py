@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
@@ -24,6 +24,7 @@ from resode_cli.network.parts import Preprocessing, PreprocessingChoice, Source,
 from resode_cli.sources.cifar import CifarResNet
 from resode_cli.sources.registry import open_source
 from resode_cli.surgery.convert import convert
+from resode_cli.training import run_folder
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: more threads would be in each other's way
     torch.set_num_threads(1)
@@ -210,6 +211,25 @@ def make_folder(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / name
 
     return make
+
+
+@pytest.fixture(scope="session")
+def assert_ran_by() -> Callable[..., None]:
+    """Assert which method ran every stage of a finished run, from the first step to the last.
+
+    A test that credits a method asks this: a run ends well, and learns, with stages that the monitor moved to anchors
+    too. Those are named in `moved`, and run by checkpoint from then on.
+    """
+
+    def check(out: Path, methods: str | dict[str, str], *, moved: Sequence[str] = ()) -> None:
+        guard = model_file.read_metadata(out / run_folder.STATE)["run"]["progress"]["guard"]
+        ran = {part: adjoint["method"] for part, adjoint in guard["adjoints"].items()}
+        stages = {part: method for part, method in ran.items() if part != "stem" and not part.endswith(" transition")}
+        named = dict.fromkeys(stages, methods) if isinstance(methods, str) else methods
+        assert stages and stages == {**named, **dict.fromkeys(moved, "checkpoint")}
+        assert (guard["moved_to_anchors"], guard["recalibrations"]) == ([*moved], 0)
+
+    return check
 
 
 @pytest.fixture(scope="session")
