@@ -163,6 +163,29 @@ def test_anchors_auto_stays_with_the_method(method, deep, images, labels):
     assert max(measured(deep, calibration, images, labels).values()) <= 1e-3
 
 
+@pytest.mark.parametrize("budget", [LEAN, PLENTY])
+def test_what_is_fixed_stays_and_the_rest_is_planned_around_it(budget, deep, images, labels):
+    """The tolerance is not that of the stage that is fixed, nor are those below it blamed for its error."""
+    with torch.no_grad():
+        for name, p in deep.stages["layer3"].named_parameters():
+            if "bn2.weight" in name:
+                p.mul_(2)
+    tolerance, fixed = 0.02, {"layer3": Adjoint("euler"), "layer1": Adjoint("backprop")}
+    found = chosen(deep, images, labels, tolerance=tolerance, budget=budget, fixed=fixed)
+    choices = {choice.piece: choice for choice in found.choices}
+    for name, adjoint in fixed.items():
+        assert choices[name].adjoint == adjoint == deep.stages[name].adjoint
+    assert choices["layer3 transition"].adjoint == Adjoint("checkpoint") and choices["layer3"].error is None
+    errors = measured(deep, found, images, labels)
+    assert errors["layer3"] > tolerance and errors["layer2"] > tolerance, "there is nothing to be blamed for"
+    exact = StageAdjoints("rest", {**found.adjoints, "layer3": Adjoint("checkpoint")})
+    report = check_gradients(deep, images.double(), labels, methods=[exact])
+    rest = {row.stage: row.relative_error for row in report.methods[0].stages if row.steps}
+    assert (choices["layer2"].error > 0) == (budget is LEAN)  # or plain backprop is chosen
+    for name in ("layer1", "layer2"):
+        assert rest[name] <= tolerance and choices[name].error == pytest.approx(rest[name], rel=1e-3, abs=1e-9)
+
+
 def test_stages_that_no_gradient_passes_are_left_out(deep, images, labels):
     deep.requires_grad_(False)
     deep.stages["layer3"].requires_grad_(True)
