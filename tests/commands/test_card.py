@@ -22,8 +22,9 @@ def deep(run: Run, model: str) -> str:
     return "deep.safetensors"
 
 
-def test_four_lines(run: Run, deep: str) -> None:
+def test_four_lines(run: Run, deep: str, tmp_path: Path, assert_ran_by) -> None:
     run("finetune", deep, "--data", "digits", "--adjoint", "heun", "-o", "run", "--max-steps", 2, "--test-images", 50)
+    assert_ran_by(tmp_path / "run", "heun")
     table = run("check-grad", "run/last.safetensors").stdout
     for method in ("auto", "checkpoint", "multistep", "pc", "euler", "heun"):
         assert f" {method} " in table

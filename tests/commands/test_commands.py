@@ -35,7 +35,7 @@ def test_blocks_that_stay_as_they_are_are_named(run: Run) -> None:
     assert f"left as it is  {left}" in run("info", "p.safetensors").stdout
 
 
-def test_the_whole_flow(run: Run, tmp_path: Path) -> None:
+def test_the_whole_flow(run: Run, tmp_path: Path, assert_ran_by) -> None:
     converted = json.loads(
         run("convert", "net.py:small", "--no-pretrained", "--input-size", 8, "-o", "m.safetensors", "--json").stdout
     )
@@ -58,6 +58,8 @@ def test_the_whole_flow(run: Run, tmp_path: Path) -> None:
         *("finetune", "u.safetensors", "--data", "digits", "--adjoint", "pc", "--max-steps", 4, "--batch-size", 16),
         *("--test-images", 40, "-o", "run", "--log-every", 2),
     )
+    # In exact form the steps of layer1 cannot be run backwards at this depth.
+    assert_ran_by(tmp_path / "run", "pc", moved=["layer1"])
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
         "best.safetensors",
         "last.safetensors",
@@ -162,15 +164,17 @@ def test_check_grad_sweeps_depths_and_plots(run: Run, model: str, tmp_path: Path
         assert image.width > 300
 
 
-def test_heun_switches_the_forward_rule_and_says_so(run: Run, model: str) -> None:
+def test_heun_switches_the_forward_rule_and_says_so(run: Run, model: str, tmp_path: Path, assert_ran_by) -> None:
+    run("deepen", model, "--blocks", 8, "-o", "deep.safetensors")  # so deep that it can be run backwards
     result = run(
-        *("finetune", model, "--data", "digits", "--adjoint", "heun", "--max-steps", 1, "--batch-size", 8),
-        *("--test-images", 10, "-o", "run"),
+        *("finetune", "deep.safetensors", "--data", "digits", "--adjoint", "heun", "--max-steps", 1),
+        *("--batch-size", 8, "--test-images", 10, "-o", "run"),
     )
     assert "the forward rule is now heun" in result.stderr
     history = json.loads(run("info", "run/last.safetensors", "--json").stdout)["history"]
     switch = next(entry for entry in history if entry["command"] == "switch-scheme")
     assert switch["scheme"] == "heun" and switch["max_logit_difference"] > 0
+    assert_ran_by(tmp_path / "run", "heun")
 
 
 def test_an_existing_output_is_kept_without_force(run: Run, model: str, tmp_path: Path) -> None:

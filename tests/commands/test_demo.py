@@ -24,12 +24,16 @@ def short(monkeypatch: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("short")
-def test_what_it_prints_gives_its_files_when_pasted(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+def test_what_it_prints_gives_its_files_when_pasted(
+    tmp_path: Path, monkeypatch: Any, capsys: Any, assert_ran_by: Any
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["demo", "-o", "shown"]) == 0
     shown = capsys.readouterr().out
     commands = [line.removeprefix("$ resode ").split() for line in shown.splitlines() if line.startswith("$ resode ")]
     assert len(commands) == len(demo.COMMANDS)
+    for method in ("pc", "backprop"):
+        assert_ran_by(tmp_path / "shown" / f"run-{method}", method)
     last = " ".join(shown.splitlines()[-3:])
     assert re.search(r"by pc: \d+\.\d%, by backprop: \d+\.\d% of 20 test digits .* \d+ times less", last)
     assert main(["demo", "-o", "shown"]) == 2

@@ -52,7 +52,7 @@ def stop_after(step: int) -> Callbacks:
 
 
 @pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
-def test_resumed_equals_uninterrupted_to_the_bit(model, tmp_path, optimizer) -> None:
+def test_resumed_equals_uninterrupted_to_the_bit(model, tmp_path, optimizer, assert_ran_by) -> None:
     """Stopped where a state is saved in any case, and in between."""
     settings = replace(SETTINGS, optimizer=optimizer, epochs=2, max_steps=8, bn="batch", lr=0.01)
     model_file.save(model, tmp_path / "m.safetensors")
@@ -70,23 +70,27 @@ def test_resumed_equals_uninterrupted_to_the_bit(model, tmp_path, optimizer) -> 
         parts = model_file.load(folder / "last.safetensors").state_dict()
         assert all(torch.equal(whole[k], parts[k]) for k in whole)
         assert [row["loss"] for row in rows(folder, "train")] == losses
+        assert_ran_by(folder, "pc")
+    assert_ran_by(tmp_path / "whole", "pc")
 
 
-def test_checkpoint_trains_exactly_as_backprop(model, tmp_path) -> None:
+def test_checkpoint_trains_exactly_as_backprop(model, tmp_path, assert_ran_by) -> None:
     model_file.save(model, tmp_path / "m.safetensors")
     for method in ("backprop", "checkpoint"):
         loaded = model_file.load(tmp_path / "m.safetensors")
         train(loaded, tmp_path / method, replace(SETTINGS, adjoint=method, bn="batch"))
+        assert_ran_by(tmp_path / method, method)
     states = [model_file.load(tmp_path / m / "last.safetensors").state_dict() for m in ("backprop", "checkpoint")]
     assert all(torch.allclose(states[0][k], states[1][k], rtol=1e-4, atol=1e-6) for k in states[0])
 
 
-def test_training_lowers_the_loss_and_writes_the_drift(model, tmp_path) -> None:
+def test_training_lowers_the_loss_and_writes_the_drift(model, tmp_path, assert_ran_by) -> None:
     result = train(model, tmp_path / "run", replace(SETTINGS, epochs=4, max_steps=24, bn="batch"))
     assert result.after.loss < result.before.loss
     logged = rows(tmp_path / "run", "train")
     assert float(logged[-1]["loss"]) < float(logged[0]["loss"])
     assert all(math.isfinite(float(row["drift_layer1"])) for row in logged)
+    assert_ran_by(tmp_path / "run", "pc")
 
 
 def test_only_the_chosen_stage_changes(model, tmp_path) -> None:
@@ -103,9 +107,10 @@ def test_batch_norm_policy(model, tmp_path, bn) -> None:
     assert torch.equal(model.net.bn1.running_mean, before) == (bn == "frozen")
 
 
-def test_bf16_autocast_trains(model, tmp_path) -> None:
+def test_bf16_autocast_trains(model, tmp_path, assert_ran_by) -> None:
     result = train(model, tmp_path / "run", replace(SETTINGS, amp="bf16", bn="batch"))
     assert math.isfinite(result.after.loss)
+    assert_ran_by(tmp_path / "run", "pc")
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "step", "constant"])
@@ -164,7 +169,7 @@ def test_drift_is_reported_once_per_stage(model, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("bn", ["frozen", "batch"])
-def test_a_drifting_stage_moves_to_anchors_before_its_gradient_is_used(model, tmp_path, bn) -> None:
+def test_a_drifting_stage_moves_to_anchors_before_its_gradient_is_used(model, tmp_path, bn, assert_ran_by) -> None:
     scale_last_norms(model, 40.0)
     model_file.save(model, tmp_path / "m.safetensors")
     settings = replace(SETTINGS, lr=1e-4, clip_grad=1.0, bn=bn)
@@ -173,6 +178,7 @@ def test_a_drifting_stage_moves_to_anchors_before_its_gradient_is_used(model, tm
     assert model.stages["layer1"].adjoint.method == "checkpoint"
     exact = model_file.load(tmp_path / "m.safetensors")
     train(exact, tmp_path / "exact", replace(settings, adjoint="checkpoint"))
+    assert_ran_by(tmp_path / "exact", "checkpoint")
     assert len(result.moved_to_anchors) == 3
     for name, value in exact.state_dict().items():
         assert torch.allclose(model.state_dict()[name], value, rtol=1e-4, atol=1e-6), name
@@ -211,7 +217,7 @@ def test_a_state_is_not_taken_for_a_model(model, tmp_path) -> None:
         model_file.load(tmp_path / "run" / "state.safetensors")
 
 
-def test_a_resumed_command_keeps_the_settings_it_does_not_name(model, tmp_path, monkeypatch) -> None:
+def test_a_resumed_command_keeps_the_settings_it_does_not_name(model, tmp_path, monkeypatch, assert_ran_by) -> None:
     monkeypatch.chdir(tmp_path)
     model_file.save(model, tmp_path / "m.safetensors")
     begin = ["finetune", "m.safetensors", "--data", "digits", "-o", "run", "--images", "64", "--test-images", "20"]
@@ -223,6 +229,7 @@ def test_a_resumed_command_keeps_the_settings_it_does_not_name(model, tmp_path, 
     kept = {name: state.settings[name] for name in ("adjoint", "lr", "batch_size", "max_steps", "stages")}
     assert kept == {"adjoint": "pc", "lr": 0.02, "batch_size": 16, "max_steps": 4, "stages": ["layer3"]}
     assert state.progress["step"] == 4
+    assert_ran_by(tmp_path / "run", "pc")
 
 
 @pytest.mark.slow

@@ -84,7 +84,7 @@ def test_a_resumed_run_goes_on_with_the_stored_decision(model, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("adjoint", ["pc", "multistep", "auto"])
-def test_a_stage_made_to_drift_moves_to_anchors_within_one_step(adjoint, model, tmp_path):
+def test_a_stage_made_to_drift_moves_to_anchors_within_one_step(adjoint, model, tmp_path, assert_ran_by):
     # After the second step the branches are scaled until no reversal contracts; no step may be taken on its gradient.
     scale_last_norms(model, 0.1)
     model_file.save(model, tmp_path / "m.safetensors")
@@ -113,6 +113,7 @@ def test_a_stage_made_to_drift_moves_to_anchors_within_one_step(adjoint, model, 
         results[name] = train(loaded, tmp_path / name, settings, callbacks=callbacks)
         losses[name] = [float(row["loss"]) for row in log(tmp_path / name)]
     assert losses[adjoint] == pytest.approx(losses["backprop"], rel=2e-3)
+    assert_ran_by(tmp_path / "backprop", "backprop")
     result = results[adjoint]
     assert result.moved_to_anchors or result.recalibrations
     assert any("step 3:" in message for message in messages) and "taken again" in messages[0]

@@ -135,7 +135,7 @@ def train(model: OdeResNet, teacher: Teacher, out: Path, settings: Settings, **k
     return finetune(model, images, test, out=out, settings=settings, device=cpu, teacher=teacher, **kwargs)
 
 
-def test_a_run_with_a_teacher_resumes_to_the_bit(pico: OdeResNet, tmp_path: Path):
+def test_a_run_with_a_teacher_resumes_to_the_bit(pico: OdeResNet, tmp_path: Path, assert_ran_by):
     teacher = own_teacher(copy.deepcopy(pico), "pico")
     with torch.no_grad():
         for p in pico.parameters():
@@ -153,6 +153,7 @@ def test_a_run_with_a_teacher_resumes_to_the_bit(pico: OdeResNet, tmp_path: Path
     whole = model_file.load(tmp_path / "whole" / "last.safetensors").state_dict()
     parts = model_file.load(tmp_path / "parts" / "last.safetensors").state_dict()
     assert all(torch.equal(whole[k], parts[k]) for k in whole)
+    assert_ran_by(tmp_path / "parts", "pc")
 
 
 @pytest.mark.slow

@@ -46,9 +46,10 @@ def test_what_may_change_is_said(here: Path, capsys: Any) -> None:
     assert load_state(here / "run").progress["step"] == 4
 
 
-def test_a_run_from_before_the_papers_heun_was_renamed_goes_on(here: Path) -> None:
+def test_a_run_from_before_the_papers_heun_was_renamed_goes_on(here: Path, assert_ran_by: Any) -> None:
     """Its state, settings and stored adjoints say 'heun' of the rule that is called 'heunnet' now."""
-    alike = ("--adjoint", "heunnet", "--schedule", "constant")
+    # Of layer1's one step the reversal is off by more than a run allows, and exact anchors would take its place.
+    alike = ("--adjoint", "heunnet", "--schedule", "constant", "--on-drift", "warn")
     for name in ("straight", "old"):
         assert main(run("-o", name, *alike, steps=4 if name == "straight" else 2)) == 0
     path = here / "old" / "state.safetensors"
@@ -59,6 +60,8 @@ def test_a_run_from_before_the_papers_heun_was_renamed_goes_on(here: Path) -> No
     assert main(run("-o", "old", "--resume", *alike, steps=4)) == 0
     old, straight = (load_file(here / name / "last.safetensors") for name in ("old", "straight"))
     assert all(torch.equal(old[key], value) for key, value in straight.items())
+    for name in ("straight", "old"):
+        assert_ran_by(here / name, "heunnet")
 
 
 def test_a_run_that_is_past_its_end_is_refused(here: Path, capsys: Any) -> None:
