@@ -18,7 +18,7 @@ from .loop import training_batches
 from .optimization import create_optimizer, create_scheduler, optimizer_slots
 from .resuming import with_stage_names
 from .settings import Settings
-from .starting import autocast_of, choice_batch, prepare_to_train, switch_scheme, train_only
+from .starting import autocast_of, choice_batch, prepare_to_train, switch_scheme, tell_of_shared_statistics, train_only
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ def dry_run(
     model.to(device)
     train_only(model, settings.stages)
     torch.manual_seed(settings.seed)
+    tell_of_shared_statistics(model, settings, on_message)
     switch_scheme(model, settings, train, device, on_message)
     if settings.channels_last:
         model.use_channels_last()

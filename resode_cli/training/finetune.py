@@ -29,7 +29,7 @@ from .results import Callbacks, FinetuneResult, Progress, peak_bytes
 from .resuming import loaded_checksum, run_fingerprint, saved_files, teacher_fingerprint, with_stage_names
 from .run_folder import StepRecord
 from .settings import Settings
-from .starting import choice_batch, prepare_to_train, switch_scheme, train_only
+from .starting import choice_batch, prepare_to_train, switch_scheme, tell_of_shared_statistics, train_only
 from .teacher import Teacher
 
 MOST_SKIPPED = 10  # steps in a row
@@ -122,6 +122,7 @@ class _Run:
         if resume is None:
             torch.manual_seed(settings.seed)
             data = test if test is not None else train
+            tell_of_shared_statistics(model, settings, self.callbacks.on_message)
             self.progress.switched = switch_scheme(model, settings, data, device, self.callbacks.on_message)
         else:
             self.progress = Progress(**resume.progress)

@@ -12,6 +12,8 @@ from torch import Tensor
 from ..data import ImageData, batches
 from ..errors import join
 from ..network.model import OdeResNet, autocast_dtype, freeze_batch_norm
+from ..network.stage import OdeStage
+from ..surgery.batch_norm import batch_norms
 from .settings import Settings
 
 COMPARED = CALIBRATED = 32  # images
@@ -40,6 +42,24 @@ def prepare_to_train(model: OdeResNet, settings: Settings) -> None:
     model.train()
     if settings.bn == "frozen":
         freeze_batch_norm(model)
+
+
+def tell_of_shared_statistics(model: OdeResNet, settings: Settings, say: Callable[[str], None]) -> None:
+    """Say which stages have one BatchNorm for all their steps, where its running statistics move in training.
+
+    They become an average over the states of all steps, so that in eval mode no step normalises as it was trained to.
+    """
+    shared = [name for name, stage in model.stages.items() if stage.spec.kind == "tied" and _keeps_statistics(stage)]
+    if settings.bn == "batch" and shared:
+        say(
+            f"note: all steps of {join(shared)} share BatchNorms, whose running statistics average over their states;"
+            " where steps are large, the network is another one in eval mode than the one that is trained"
+            " (`resode tie --depth-weights tied+stats` gives every step its own, --bn frozen keeps those there are)"
+        )
+
+
+def _keeps_statistics(stage: OdeStage) -> bool:
+    return any(True for block in stage.blocks for _ in batch_norms(block))
 
 
 def autocast_of(settings: Settings, device: torch.device) -> AbstractContextManager[Any]:
