@@ -77,7 +77,6 @@ def deepen_command(
 ) -> None:
     """Take stages to more steps. Without --stage: all that have any. With --fit: and keep what the network knows."""
     start()
-    from ..network.specs import as_horizon
     from ..surgery.steps import deepened
 
     request.check(settings, OFFERED, given)
@@ -88,16 +87,10 @@ def deepen_command(
     if horizon is not None and mode == "identity":
         raise UsageError("--mode identity keeps the function; --horizon changes it")
     history: dict[str, object] = {"blocks": blocks, "mode": mode, "depth_weights": depth_weights}
-    time = None if horizon is None else as_horizon(horizon)
-    if time is not None:
-        history["horizon"] = str(time)
-    rewrite = Rewrite("deepen", model, out, comparing, reading, origin, history, force, json)
+    rewrite = Rewrite("deepen", model, out, comparing, reading, origin, history, force, json, horizon)
 
     def change(old: OdeStage) -> OdeStage:
-        new = deepened(old, blocks, mode=mode, depth_weights=depth_weights)
-        if time is not None:
-            new.use_horizon(time)
-        return new
+        return deepened(old, blocks, mode=mode, depth_weights=depth_weights)
 
     own = {name: rewrite.model.stages[name].spec.depth for name in rewrite.pick(stage)}
     few = settings.substeps

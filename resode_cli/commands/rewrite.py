@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Rewrite:
-    """One run of such a command. settings: for the model's history."""
+    """One run of such a command. settings: for the model's history; horizon: what the stages' T becomes."""
 
     command: str
     path: Path
@@ -36,11 +36,16 @@ class Rewrite:
     settings: dict[str, Any]
     force: bool
     json: bool
+    horizon: str | None = None
 
     def __post_init__(self) -> None:
         from ..machine.atomic import check_output
         from ..network.model import as_device, non_finite
+        from ..network.specs import as_horizon
 
+        self.time = None if self.horizon is None else as_horizon(self.horizon)
+        if self.time is not None:
+            self.settings["horizon"] = str(self.time)
         self.output = Output(json_mode=self.json)
         if self.comparing.data is None and self.reading.images is not None:
             raise UsageError("--images says how many images of --data to use; add --data")
@@ -68,8 +73,15 @@ class Rewrite:
         from ..fitting.rewriting import change_stages, rewrite_and_fit
 
         picked = self.pick(names)
+
+        def changed(old: OdeStage) -> OdeStage:
+            new = change(old)
+            if self.time is not None:
+                new.use_horizon(self.time)
+            return new
+
         if plan is None:
-            result = self.whole(lambda model: change_stages(model, picked, change))
+            result = self.whole(lambda model: change_stages(model, picked, changed))
             if not result.changed:
                 self.output.note(f"nothing to {self.command}: {', '.join(picked) or 'no stage'} stood so before")
             return
@@ -83,7 +95,7 @@ class Rewrite:
             )
         with file_lock(self.out, on_message=self.output.note), fit_callbacks(self.output, plan) as fit:
             try:
-                result = rewrite_and_fit(self.model, picked, change, plan, self._measuring(), self._callbacks(fit=fit))
+                result = rewrite_and_fit(self.model, picked, changed, plan, self._measuring(), self._callbacks(fit=fit))
             except BaseException:
                 if self.saved:
                     self.output.note(f"{self.unfinished} holds what was fitted so far")

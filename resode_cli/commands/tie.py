@@ -68,7 +68,6 @@ def tie_command(
 ) -> None:
     """Share one block among all steps of a stage. Changes the function; --fit repairs it."""
     start()
-    from ..network.specs import as_horizon
     from ..surgery.depth_weights import TIED
     from ..surgery.steps import tied
 
@@ -82,15 +81,9 @@ def tie_command(
     if comparing.gradients is None:
         comparing = replace(comparing, gradients=request.fit is not None)
     history: dict[str, object] = {"rule": rule, "depth_weights": depth_weights}
-    time = None if horizon is None else as_horizon(horizon)
-    if time is not None:
-        history["horizon"] = str(time)
-    rewrite = Rewrite("tie", model, out, comparing, reading, origin, history, force, json)
+    rewrite = Rewrite("tie", model, out, comparing, reading, origin, history, force, json, horizon)
 
     def change(old: OdeStage) -> OdeStage:
-        new = tied(old, rule=rule, depth_weights=depth_weights)
-        if time is not None:
-            new.use_horizon(time)
-        return new
+        return tied(old, rule=rule, depth_weights=depth_weights)
 
     rewrite.stages(stage, change, request.plan(rewrite, settings))
