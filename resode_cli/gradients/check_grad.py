@@ -212,7 +212,7 @@ def _compare(
     parameters = [
         ParameterGradient(model.file_name(key), *_difference(reference, gradients, [key])) for key in reference
     ]
-    scheme = next(iter(model.stages.values())).spec.scheme
+    scheme = ", ".join(dict.fromkeys(stage.spec.scheme for stage in model.stages.values() if stage.spec.depth))
     return MethodGradients(name, scheme, tuple(rows), tuple(parameters), switched)
 
 

@@ -164,6 +164,12 @@ def test_heun_on_a_heun_model_is_not_switched(deep, doubles):
         assert not method.scheme_switched and method.scheme == "heun"
 
 
+def test_stages_with_rules_of_their_own_are_all_named(deep, doubles):
+    deep.stages["layer2"].use_scheme("heun")
+    (method,) = check_gradients(deep, doubles, LABELS, methods=[Adjoint("checkpoint")]).methods
+    assert method.scheme == "euler, heun" and not method.scheme_switched
+
+
 def test_frozen_parameters_are_measured_too(deep, doubles):
     (expected,) = check_gradients(deep, doubles, LABELS, methods=[Adjoint("euler")]).methods
     deep.requires_grad_(False)
