@@ -51,7 +51,7 @@ class ParameterGradient:
 
 @dataclass(frozen=True)
 class MethodGradients:
-    """One method on all stages and all parameters; name: its label. scheme: the forward rule, or the stages' several."""
+    """One method on all stages and all parameters; name: its label. scheme: the stages' forward rule, or rules."""
 
     name: str
     scheme: str
