@@ -27,6 +27,7 @@ from .commands import (
     info,
     list_sources,
     recalibrate,
+    recipes,
     tie,
     untie,
 )
@@ -105,6 +106,7 @@ app.command("finetune")(finetune.finetune_command)
 app.command("eval")(evaluate.eval_command)
 app.command("export")(export.export_command)
 app.command("demo")(demo.demo_command)
+app.add_typer(recipes.commands, name="recipes")
 
 
 def _print_version(value: bool) -> None:

@@ -38,14 +38,19 @@ def one_line(text: str) -> str:
     return printable(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
-def unknown(what: str, given: str, allowed: Iterable[str]) -> UsageError:
-    """The error for a name that is not one of `allowed`: what was given, what is allowed, the nearest match."""
+def unknown(what: str, given: str, allowed: Iterable[str], *, named_by: str | None = None) -> UsageError:
+    """The error for a name that is not one of `allowed`: what was given, what is allowed, the nearest match.
+
+    named_by: what names the allowed ones, in place of their list.
+    """
     names = list(allowed)
     message = f"unknown {what} {given!r}"
     nearest = difflib.get_close_matches(given, names, n=4, cutoff=0.5)
     if nearest:
         message += f"; did you mean {join(nearest, 'or')}?"
-    if len(names) <= 12:
+    if named_by is not None:
+        message += f" ({named_by})"
+    elif len(names) <= 12:
         message += f" (allowed: {', '.join(names)})"
     return UsageError(message)
 

@@ -13,7 +13,8 @@ import typer
 from ..errors import UsageError, join
 from ..options import option
 from ..quantities import COUNT, LONGEST_STAGE, WORKERS, Range
-from ..recipe import read_recipe
+from ..recipe import choose, read_recipe
+from .output import Output
 
 if TYPE_CHECKING:
     from ..data import ImageData
@@ -24,20 +25,24 @@ if TYPE_CHECKING:
 
 def fill_from_recipe(ctx: typer.Context, value: Path | None) -> Path | None:
     """Let a recipe supply defaults: flags win wherever they stand, and values are checked as flags are."""
-    if value is not None:
-        names = [p.name for p in ctx.command.params if p.name not in (None, *NOT_OF_A_RECIPE)]
-        settings = read_recipe(value, ctx.info_name or "", [name for name in names if name])
-        kinds = get_type_hints(ctx.command.callback)
-        for name, given in settings.items():
-            if name == "source" and isinstance(given, str) and given.rpartition(":")[0].endswith(".py"):
-                raise UsageError(
-                    f"recipe {value.name}: source = {given!r}: a recipe must not name code to run;"
-                    " name it on the command line, and leave it out there"
-                )
-            settings[name] = as_kind(kinds[name], given, f"recipe {value.name}: {name.replace('_', '-')}")
-        ctx.default_map = {**(ctx.default_map or {}), **settings}
-        ctx.meta[RECIPE] = (value.name, settings)
-    return value
+    if value is None or ctx.resilient_parsing:  # a shell that completes a line wants no word of ours
+        return value
+    recipe = choose(value)
+    names = [p.name for p in ctx.command.params if p.name not in (None, *NOT_OF_A_RECIPE)]
+    settings = read_recipe(recipe, ctx.info_name or "", [name for name in names if name])
+    kinds = get_type_hints(ctx.command.callback)
+    for name, given in settings.items():
+        if name == "source" and isinstance(given, str) and given.rpartition(":")[0].endswith(".py"):
+            raise UsageError(
+                f"recipe {recipe.name}: source = {given!r}: a recipe must not name code to run;"
+                " name it on the command line, and leave it out there"
+            )
+        settings[name] = as_kind(kinds[name], given, f"recipe {recipe.name}: {name.replace('_', '-')}")
+    if recipe.note is not None:
+        Output(json_mode=False).note(recipe.note)
+    ctx.default_map = {**(ctx.default_map or {}), **settings}
+    ctx.meta[RECIPE] = (recipe.name, settings)
+    return recipe.path
 
 
 NOT_OF_A_RECIPE = ("recipe", "help", "resume", "trust_source")  # what is asked for in the very command, or not at all
@@ -98,7 +103,10 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JS
 RecipeOption = Annotated[
     Path | None,
     typer.Option(
-        "--recipe", help="TOML file with defaults for these options.", is_eager=True, callback=fill_from_recipe
+        "--recipe",
+        help="TOML file with defaults for these options, or the name of one that comes with resode (`resode recipes`).",
+        is_eager=True,
+        callback=fill_from_recipe,
     ),
 ]
 DataOption = Annotated[

@@ -11,7 +11,7 @@ from PIL import Image
 
 from resode_cli.app import main
 from resode_cli.errors import ResodeError, UsageError
-from resode_cli.recipe import read_recipe
+from resode_cli.recipe import Chosen, read_recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.toml"))
 
@@ -81,7 +81,7 @@ DATA = {"finetune": "--data", "deepen": "--fit", "tie": "--fit"}
 def test_the_recipe_runs(recipe: Path, folder: Path) -> None:
     """Table by table, in the order of the file, on what the table before wrote."""
     tables = tomllib.loads(recipe.read_text())
-    assert tables and f"recipes/{recipe.name}" in recipe.read_text(), "the header says the command"
+    assert tables and f"--recipe {recipe.stem}" in recipe.read_text(), "the header says the command"
     made = "model.safetensors"
     for command, table in tables.items():
         arguments = [command, "--recipe", str(recipe), *SHORT.get(command, [])]
@@ -126,7 +126,7 @@ def test_a_recipe_that_cannot_be_meant_is_refused(tmp_path: Path, text: str, mes
     recipe = tmp_path / "r.toml"
     recipe.write_text(text)
     with pytest.raises((UsageError, ResodeError), match=message):
-        read_recipe(recipe, "convert", ["weights", "out"])
+        read_recipe(Chosen(recipe, recipe.name), "convert", ["weights", "out"])
 
 
 def test_values_are_checked_as_flags_are(folder: Path, capsys) -> None:
