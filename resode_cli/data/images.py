@@ -113,6 +113,11 @@ def _read(file: BinaryIO) -> Image.Image:
         # The decoder halves it on the way, to a quarter of the memory. Smaller ones keep their pixels to the bit.
         image.draft(image.mode, (width // 2, height // 2))
     image.load()
+    return upright(image)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A picture as RGB, turned as its EXIF orientation says. Raises UnreadableImage."""
     try:
         ImageOps.exif_transpose(image, in_place=True)
     except Exception:  # metadata that cannot be read say nothing of which side is up

@@ -7,8 +7,8 @@ workers and wherever it was resumed.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,23 +32,31 @@ DEFAULT_ROOT = Path("~/.cache/resode")
 
 @dataclass(frozen=True)
 class Batch:
-    """images: (B, C, H, W) float32, normalised; labels: (B,); skipped: corrupt files left out.
+    """images: (B, C, H, W) float32, normalised; labels: (B,).
 
-    failure: what kept a worker from reading it; `batches` raises it.
+    skipped: corrupt files left out, and why. failure: what kept a worker from reading it; `batches` raises it.
     """
 
     images: Tensor
     labels: Tensor
-    skipped: tuple[str, ...] = ()
+    skipped: Mapping[str, str] = field(default_factory=dict)
     failure: ResodeError | None = None
 
 
-class ImageData(Dataset[tuple[Tensor, int] | str]):
+@dataclass(frozen=True)
+class Skipped:
+    """A corrupt file that is left out, and why it cannot be read."""
+
+    file: str
+    reason: str
+
+
+class ImageData(Dataset[tuple[Tensor, int] | Skipped]):
     """One split of a data set, preprocessed for a model.
 
     samples: (image, number) pairs. labels: for each number its place in class_names; None: the number itself.
     partial: classes that some split lacks. notes: what the user should know of it. skipped: the corrupt files that
-    `batches` met, each once.
+    `batches` met, each once, and why they cannot be read.
     """
 
     def __init__(
@@ -78,7 +86,7 @@ class ImageData(Dataset[tuple[Tensor, int] | str]):
         self.split = split
         self.partial = tuple(partial)
         self.notes = tuple(notes)
-        self.skipped: dict[str, None] = {}
+        self.skipped: dict[str, str] = {}
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -114,14 +122,14 @@ class ImageData(Dataset[tuple[Tensor, int] | str]):
         except (OSError, ValueError):
             return b""
 
-    def __getitem__(self, i: int) -> tuple[Tensor, int] | str:
-        """The image and its label, or the name of a corrupt file that is skipped."""
+    def __getitem__(self, i: int) -> tuple[Tensor, int] | Skipped:
+        """The image and its label, or a corrupt file that is skipped."""
         index = self.indices[i]
         try:
             image, label = self._read(index)
         except UnreadableImage as error:
             if self.skip_corrupt:
-                return self._file(index)
+                return Skipped(self._file(index), str(error))
             raise ResodeError(
                 f"{shown(self._file(index))}: not a readable image ({shown(str(error))});"
                 " --skip-corrupt leaves such files out"
@@ -134,9 +142,9 @@ class ImageData(Dataset[tuple[Tensor, int] | str]):
             torch.manual_seed(((self.seed * 1_000_003 + self.epoch) * 10_000_019 + index) % 2**64)
             return self.transform(image), label
 
-    def __getitems__(self, chosen: Sequence[int]) -> list[tuple[Tensor, int] | str | ResodeError]:
+    def __getitems__(self, chosen: Sequence[int]) -> list[tuple[Tensor, int] | Skipped | ResodeError]:
         """Items for a loader. An error comes as the last of them: raised in a worker it would arrive as a traceback."""
-        items: list[tuple[Tensor, int] | str | ResodeError] = []
+        items: list[tuple[Tensor, int] | Skipped | ResodeError] = []
         for i in chosen:
             try:
                 items.append(self[i])
@@ -149,7 +157,7 @@ class ImageData(Dataset[tuple[Tensor, int] | str]):
         """The batch, once it is in the main process. Raises the error that reading it met; notes what was skipped."""
         if batch.failure is not None:
             raise batch.failure
-        self.skipped.update(dict.fromkeys(batch.skipped))
+        self.skipped.update(batch.skipped)
         return batch
 
     def skipped_note(self) -> str | None:
@@ -303,9 +311,9 @@ def batches(
         yield data.received(batch)
 
 
-def _collate(items: Sequence[tuple[Tensor, int] | str | ResodeError]) -> Batch:
+def _collate(items: Sequence[tuple[Tensor, int] | Skipped | ResodeError]) -> Batch:
     good = [item for item in items if isinstance(item, tuple)]
-    skipped = tuple(item for item in items if isinstance(item, str))
+    skipped = {item.file: item.reason for item in items if isinstance(item, Skipped)}
     failure = next((item for item in items if isinstance(item, ResodeError)), None)
     if not good or failure is not None:
         return Batch(torch.empty(0), torch.empty(0, dtype=torch.long), skipped, failure)

@@ -269,7 +269,7 @@ class _Run:
     def _step(self, batch: Batch) -> Taken:
         """Take a step on a batch, or leave it out where its gradient is no number."""
         if len(batch.labels) == 0:
-            raise ResodeError(f"a whole batch of corrupt images: {batch.skipped[0]} and others")
+            raise ResodeError(f"a whole batch of corrupt images: {next(iter(batch.skipped))} and others")
         self._train_mode()
         images, labels = batch.images.to(self.device), batch.labels.to(self.device)
         random = RandomState.now(self.device)
