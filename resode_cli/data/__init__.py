@@ -2,7 +2,7 @@
 
 folders: which folder holds which split · listing: which files are images · classes: whose order of classes holds ·
 images: from a file to RGB · transforms: from there to an input · named: data sets with a name ·
-loading: what a model is fed.
+loading: what a model is fed · selection: which images the names mean that a user gives.
 """
 
 from .classes import check_classes
