@@ -6,6 +6,7 @@
                  --tie, untie, deepen--> of other steps
                  --fit----------> brought back to the network it came from, on images without labels
                  --finetune----> trained by an Adjoint: backprop, checkpoint, euler, heun, pc
+                 --predict--> the likeliest classes of images
                  --check_gradients--> how far those gradients are from backprop
 
 Importing this package imports neither torch nor timm; the names below do when first used.
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from .fitting.settings import FitSettings
     from .gradients.check_grad import check_gradients
     from .measuring.evaluate import evaluate
+    from .measuring.predict import Prediction, predict
     from .network.model import OdeResNet, freeze_batch_norm
     from .network.parts import PreprocessingChoice
     from .ode import Adjoint
@@ -43,6 +45,7 @@ _HOMES = {
     "FitData": "fitting.images",
     "FitSettings": "fitting.settings",
     "OdeResNet": "network.model",
+    "Prediction": "measuring.predict",
     "PreprocessingChoice": "network.parts",
     "ResodeError": "errors",
     "Settings": "training.settings",
@@ -58,6 +61,7 @@ _HOMES = {
     "open_data": "data",
     "open_source": "sources.registry",
     "own_teacher": "training.teacher",
+    "predict": "measuring.predict",
     "recalibrate": "surgery.batch_norm",
     "save": "files.model_file",
     "tie": "surgery.rewrite",
@@ -69,6 +73,7 @@ __all__ = [
     "FitData",
     "FitSettings",
     "OdeResNet",
+    "Prediction",
     "PreprocessingChoice",
     "ResodeError",
     "Settings",
@@ -84,6 +89,7 @@ __all__ = [
     "open_data",
     "open_source",
     "own_teacher",
+    "predict",
     "recalibrate",
     "save",
     "tie",

@@ -26,6 +26,7 @@ from .commands import (
     finetune,
     info,
     list_sources,
+    predict,
     recalibrate,
     recipes,
     tie,
@@ -104,6 +105,7 @@ app.command("check-grad")(check_grad.check_grad_command)
 app.command("bench")(bench.bench_command)
 app.command("finetune")(finetune.finetune_command)
 app.command("eval")(evaluate.eval_command)
+app.command("predict")(predict.predict_command)
 app.command("export")(export.export_command)
 app.command("demo")(demo.demo_command)
 app.add_typer(recipes.commands, name="recipes")

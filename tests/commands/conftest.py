@@ -33,7 +33,7 @@ def partly():
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 12), *layers, nn.Linear(12, 10))
 """
 
-LOADS = ("info", "eval", "export", "check-grad", "finetune", "deepen", "tie", "untie", "recalibrate")
+LOADS = ("info", "eval", "predict", "export", "check-grad", "finetune", "deepen", "tie", "untie", "recalibrate")
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 

@@ -27,6 +27,7 @@ NEEDED = {
     "bench": ["none.safetensors"],
     "finetune": ["none.safetensors", "--data", "digits", "-o", "run", "--teacher", "none.safetensors"],
     "eval": ["none.safetensors", "--data", "digits"],
+    "predict": ["none.safetensors", "none.png"],
     "export": ["none.safetensors", "-o", "out.onnx"],
 }
 NEEDS = {"--snapshots": ["--adjoint", "checkpoint"], "--corrections": ["--adjoint", "pc"]}

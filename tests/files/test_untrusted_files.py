@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -45,6 +46,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trap(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of them, where one stands."""
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -52,6 +54,7 @@ def trap(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 WAYS = {
     "info": ["info", "m.safetensors"],
     "eval": ["eval", "m.safetensors", "--data", "digits", "--images", "4"],
+    "predict": ["predict", "m.safetensors", "one.png"],
     "export": ["export", "m.safetensors", "-o", "out.safetensors"],
     "check-grad": ["check-grad", "m.safetensors", "--images", "2", "--adjoint", "checkpoint"],
     "bench": ["bench", "m.safetensors", "--batch-size", "2", "--repeats", "1", "--adjoint", "checkpoint"],

@@ -1,0 +1,124 @@
+"""`resode predict MODEL IMAGE|FOLDER|PATTERN…`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import ResodeError, UsageError
+from ..quantities import COUNT
+from .options import (
+    DATA,
+    BatchSizeOption,
+    DeviceOption,
+    JsonOption,
+    ModelArgument,
+    Origin,
+    RecipeOption,
+    WorkersOption,
+    check_writable,
+    number,
+)
+from .output import Output, start
+from .parameters import Fields, takes
+
+SHOWN = 10  # images in the table where a file has them all
+
+
+@takes(origin=Fields(Origin()))
+def predict_command(
+    *,
+    model: ModelArgument,
+    images: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="IMAGE|FOLDER|PATTERN",
+            help="Images, folders (with all below them) and patterns in quotes, as '*.jpg' or 'photos/**/*.png'.",
+        ),
+    ],
+    top: Annotated[
+        int, number("--top", range=COUNT, help="Classes for each image, the likeliest first; at most all.")
+    ] = 1,
+    csv: Annotated[
+        Path | None,
+        typer.Option(
+            "--csv", help="Write path, class_1, probability_1, class_2, … of every image to this file, replacing it."
+        ),
+    ] = None,
+    skip_corrupt: Annotated[
+        bool,
+        typer.Option(
+            "--skip-corrupt",
+            help="Exit with 0 although images could not be read. They are named and left out either way.",
+            rich_help_panel=DATA,
+        ),
+    ] = False,
+    batch_size: BatchSizeOption = 100,
+    device: DeviceOption = "auto",
+    workers: WorkersOption = 0,
+    origin: Origin,
+    recipe: RecipeOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Name the likeliest classes of images, in the order in which they are found, with probabilities.
+
+    The exit code is 1 where an image could not be read; all others are predicted.
+    """
+    start()
+    from ..data.images import shown
+    from ..data.selection import select_images
+    from ..machine.atomic import atomic_path
+    from ..measuring.predict import check_top, predict
+    from ..network.model import as_device
+    from ..quantities import counted
+    from ..reports.predictions import prediction_table, predictions_csv, predictions_json
+    from .progress import counting
+
+    output = Output(json_mode=json)
+    if csv is not None:
+        check_writable("--csv", csv)
+    loaded = origin.load(model)
+    check_top(top, loaded.info.num_classes)
+    found = select_images(images or [])
+    if csv is not None:
+        _check_apart(csv, [str(model), *found.paths])
+    output.notes(found.notes)
+    if loaded.info.class_names is None:
+        output.note("the model names no classes: they are numbered from 0, in the order of its outputs")
+    with counting(output, "predicting", len(found.paths)) as advance:
+        result = predict(
+            loaded.to(as_device(device)),
+            found.paths,
+            top=top,
+            batch_size=batch_size,
+            workers=workers,
+            on_batch=advance,
+        )
+    predicted = [p for p in result if p.error is None]
+    unreadable = [p for p in result if p.error is not None]
+    if predicted:
+        output.show(prediction_table(predicted, rows=SHOWN if csv is not None else None))
+    if predicted and csv is not None:
+        with atomic_path(csv) as temporary:
+            # A path that is no text is written as the bytes that it is.
+            temporary.write_text(predictions_csv(predicted), encoding="utf-8", errors="surrogateescape")
+        output.note(f"wrote {shown(csv)}: {counted(len(predicted), 'image')}")
+    for p in unreadable:
+        output.note(f"{shown(p.path or '')}: not a readable image ({shown(p.error or '')})")
+    if not predicted:
+        raise ResodeError("no image could be read")
+    output.json(predictions_json(predicted, unreadable, named=loaded.info.class_names is not None))
+    if unreadable:
+        output.note(f"{len(unreadable)} of {counted(len(result), 'image')} left out, as they could not be read")
+        if not skip_corrupt:
+            raise typer.Exit(1)
+
+
+def _check_apart(csv: Path, read: Sequence[str]) -> None:
+    """Raises UsageError for a table that would take the place of what is read."""
+    if os.path.realpath(csv) in {os.path.realpath(path) for path in read}:
+        raise UsageError(f"--csv {str(csv)!r}: that is the model, or one of the images; name another file")
