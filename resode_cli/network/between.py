@@ -206,7 +206,7 @@ def check_not_its_own(stage: str, x: Tensor) -> None:
     if getattr(x, "_result_of", None) == stage:
         raise ResodeError(
             f"stage {stage} stands for all calls of its block in the network's loop, which only the model's own forward"
-            " can tell apart: call the model in place of `model.net`"
+            " can tell apart: call the model in place of `model.net`, and checkpoint with use_reentrant=False"
         )
 
 

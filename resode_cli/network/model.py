@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -234,9 +235,16 @@ class OdeResNet(nn.Module):
         return key
 
     def file_state(self) -> dict[str, Tensor]:
-        """Every tensor under its name in a model file; one that several blocks share once, under its first name."""
+        """Every tensor under its name in a model file; one that several blocks share once, under its first name.
+
+        Raises ResodeError for two tensors of one name, of which a file could hold but one.
+        """
         tensors = distinct(self.net.state_dict(keep_vars=True).items())
-        return {self.file_name(key): value.detach() for key, value in tensors.items()}
+        found = {self.file_name(key): value.detach() for key, value in tensors.items()}
+        if len(found) < len(tensors):
+            twice = [name for name, count in Counter(map(self.file_name, tensors)).items() if count > 1]
+            raise ResodeError(f"the model has two tensors of one name, and cannot be saved: {first_few(twice)}")
+        return found
 
     def load_file_state(self, tensors: dict[str, Tensor]) -> None:
         """Load tensors under their file names. Raises ResodeError naming what does not fit."""

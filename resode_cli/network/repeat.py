@@ -56,13 +56,16 @@ def generator_states() -> tuple[object, ...]:
 
 
 def remember(nets: Iterable[nn.Module]) -> Callable[[], None]:
-    """What puts back modes, buffers and plain attributes of all modules."""
+    """What puts back modes, buffers and plain attributes of all modules, and the tensors that they keep as attributes.
+
+    Those may have a history then, with which nothing could be copied any more.
+    """
     modules = list(dict.fromkeys(module for net in nets for module in net.modules()))
     training = [(module, module.training) for module in modules]
     held = [(module, dict(module._buffers)) for module in modules]
     buffers = [(b, b.clone()) for _, tensors in held for b in tensors.values() if b is not None]
     plain = [
-        (module, {name: value for name, value in module.__dict__.items() if isinstance(value, _PLAIN)})
+        (module, {name: value for name, value in module.__dict__.items() if isinstance(value, (*_PLAIN, torch.Tensor))})
         for module in modules
     ]
 
@@ -76,6 +79,9 @@ def remember(nets: Iterable[nn.Module]) -> Callable[[], None]:
                 if not (buffer.is_meta or is_simulated(buffer) or torch.equal(buffer, value)):
                     buffer.copy_(value)
         for module, attributes in plain:
+            for name in [name for name, value in module.__dict__.items() if isinstance(value, torch.Tensor)]:
+                if name not in attributes:
+                    del module.__dict__[name]
             module.__dict__.update(attributes)
 
     return restore

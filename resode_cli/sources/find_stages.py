@@ -73,12 +73,12 @@ def find_stages(net: nn.Module, example: Tensor) -> Found:
 
 
 @contextmanager
-def _told_apart(net: nn.Module) -> Iterator[dict[nn.Module, str]]:
+def _told_apart(net: nn.Module) -> Iterator[dict[nn.Module, tuple[str, nn.Module]]]:
     """While a module has one child under several names, let all but the first be copies that hold the same tensors.
 
-    Yields the first name of each copy's original.
+    Yields each copy's original, with its first name.
     """
-    copies: dict[nn.Module, str] = {}
+    copies: dict[nn.Module, tuple[str, nn.Module]] = {}
     replaced: list[tuple[nn.Module, str, nn.Module]] = []
     for parent in list(net.modules()):
         first: dict[nn.Module, str] = {}
@@ -87,7 +87,7 @@ def _told_apart(net: nn.Module) -> Iterator[dict[nn.Module, str]]:
                 continue
             alike = copy.copy(child)
             alike.__dict__.update({n: copy.copy(h) for n, h in vars(child).items() if "_hook" in n})  # to be watched
-            copies[alike] = first[child]
+            copies[alike] = first[child], child
             replaced.append((parent, name, child))
             parent._modules[name] = alike
     try:
@@ -100,13 +100,17 @@ def _told_apart(net: nn.Module) -> Iterator[dict[nn.Module, str]]:
 class _Search:
     """What is known of a network's modules: which are steps, and why others are not.
 
-    copies: modules that stand for another child of the same parent, and its name.
+    copies: modules that stand for another child of the same parent, which they name and hold.
     """
 
-    def __init__(self, net: nn.Module, example: Tensor, copies: Mapping[nn.Module, str]) -> None:
+    def __init__(self, net: nn.Module, example: Tensor, copies: Mapping[nn.Module, tuple[str, nn.Module]]) -> None:
         self.net, self.example, self.copies = net, example, copies
         self.seen = watch(net, example)
         self.paths = {module: path for path, module in net.named_modules()}
+        self.places: dict[nn.Module, list[str]] = {}  # the names that a module has, one in each parent
+        for path, parent in net.named_modules():
+            for name, child in parent.named_children():
+                self.places.setdefault(child, []).append(f"{path}.{name}".lstrip("."))
         self.refused: dict[str, Reading] = {}  # by path, as `reused`
         self.reused: dict[str, Reading] = {}
         self.unlinked: dict[tuple[str, ...], list[tuple[str, str]]] = {}  # by names of what two blocks take otherwise
@@ -128,7 +132,7 @@ class _Search:
             if reading.split is not None:
                 reading = self._verified(child, reading)
             if reading.split is not None:
-                reading = self._once_or_in_a_row(child, reading)
+                reading = self._in_one_place(child, reading)
             if reading.split is not None:
                 self.steps.difference_update(child.modules())
                 self.steps.add(child)
@@ -154,14 +158,23 @@ class _Search:
             return Reading(None, f"takes more than the state ({names}), learned or another for each image", near=True)
         return Reading(None, untraceable=True)  # for want of a way to trace it with them
 
-    def _once_or_in_a_row(self, module: nn.Module, reading: Reading) -> Reading:
-        """The reading of a step, unless it is called several times in another way than step after step."""
+    def _in_one_place(self, module: nn.Module, reading: Reading) -> Reading:
+        """The reading of a step, unless it is called several times in another way than step after step.
+
+        A block that two modules hold is none: a stage takes the place of one, and the other would go on without it.
+        """
+        _, original = self.copies.get(module, ("", module))
+        if len(places := self.places[original]) > 1:
+            reason = f"is held in several places ({first_few(places)}), of which a stage could take but one"
+            return Reading(None, reason, near=True)
         call = self.seen.of(module)
         if len(call.runs) == 1:
             return reading
         times = f"is called {len(call.runs)} times"
         if not call.in_a_row:
-            return Reading(None, f"{times}, and not each time on its own last result", near=True)
+            named = any(original is other for _, other in self.copies.values())
+            how = "under each of its names in turn" if named else "not each time on its own last result"
+            return Reading(None, f"{times}, and {how}", near=True)
         if not call.alike:
             names = list(dict.fromkeys(name for run in call.runs for name in run.further))
             return Reading(None, f"{times}, with another {first_few(names)} each time", near=True)
@@ -242,7 +255,7 @@ class _Search:
         """In the order in which they run."""
         order = {module: i for i, module in enumerate(self.seen.calls)}
         found = [
-            (order[parent.get_submodule((*part.transition, *part.blocks)[0])], part)
+            (order[parent.get_submodule((*part.blocks, *part.transition)[0])], part)
             for path, parent in self.net.named_modules()
             for part in self._stages_of(path, parent)
         ]
@@ -271,17 +284,17 @@ class _Search:
             elif chain.blocks:
                 further = tuple(self.seen.of(children[chain.blocks[0]]).further)
                 transition = tuple(chain.transition) if in_order and not further else ()
-                same = {name: first for name in chain.blocks if (first := self.copies.get(children[name])) is not None}
+                same = {name: self.copies[children[name]][0] for name in chain.blocks if children[name] in self.copies}
                 yield StageParts(path, transition, tuple(chain.blocks), further, same)
 
     def _refuse_in_several(self, chains: list[_Chain], children: dict[str, nn.Module]) -> bool:
         """Take blocks that run in several chains for no steps; whether there are any."""
-        first = {name: self.copies.get(child, name) for name, child in children.items()}
+        first = {name: self.copies[child][0] if child in self.copies else name for name, child in children.items()}
         places = Counter(block for chain in chains for block in {first[name] for name in chain.blocks})
         again = [name for name in children if places[first[name]] > 1]
         for name in again:
             self.steps.discard(children[name])
-            reason = "runs in several places, and not each time on its own last result"
+            reason = "runs in several places, which are not one chain"
             self.refused[self.paths[children[name]]] = Reading(None, reason, near=True)
         return bool(again)
 

@@ -112,6 +112,8 @@ def convert(
         )
     if not changed and trained is not None:
         _check_in_training(trained, model, batch, str(source.spec))
+        if any(stage.spec.calls > 1 for stage in model.stages.values()):
+            _check_recorded(model, batch[:SEVERAL])
     return model, result
 
 
@@ -192,6 +194,16 @@ def _check_in_training(expected: _Training, model: OdeResNet, batch: Tensor, sou
                 )
     if expected.gradients is not None:
         _check_gradients(expected.gradients, found.gradients or {}, source)
+
+
+def _check_recorded(model: OdeResNet, images: Tensor) -> None:
+    """Raises ResodeError where a loop over one block cannot be followed while autograd records it.
+
+    A source that checkpoints by re-entry has no gradients to compare.
+    """
+    with as_before(model), torch.enable_grad():
+        model.train()
+        repeatable(lambda: model(images))
 
 
 def _check_gradients(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], source: str) -> None:

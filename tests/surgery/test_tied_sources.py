@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import resode_cli
 from resode_cli import Adjoint, OdeResNet, ResodeError
@@ -180,7 +181,47 @@ def test_it_can_be_untied_deepened_and_given_back(name: str) -> None:
     torch.testing.assert_close(deep(_images()), net.head(state.mean((2, 3))))
 
 
+class Held(nn.Module):
+    """Another module that holds a block, and may run it."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.block(x)
+
+
+def _and_in_head() -> Net:
+    block = Block()
+    net = Net(nn.Sequential(block, block, block), lambda net, x: net.further(net.layer(x)))
+    net.further = Held(block)
+    return net
+
+
+def _and_elsewhere() -> Net:
+    block = Block()
+    net = Net(nn.Sequential(*[block] * 4), _call)
+    net.extra = block
+    return net
+
+
+def _two_containers() -> Net:
+    block = Block()
+    net = Net(nn.Sequential(block, block), lambda net, x: net.further(F.relu(net.layer(x))))
+    net.further = nn.Sequential(block, block)
+    return net
+
+
+def _names_of_one_in_a_loop() -> Net:
+    return Net(nn.Sequential(*[Block()] * 2), _times)
+
+
 REFUSED = {
+    r"layer\.0 \(Block\), like 2 more, is held in several places \(layer\.0, further\.block\)": _and_in_head,
+    r".*\(Block\), like 3 more, is held in several places": _and_elsewhere,
+    r".*\(Block\), like 2 more, is held in several places": _two_containers,
+    r"layer\.0 \(Block\), like 1 more, is called 4 times, and under each of its names in turn": _names_of_one_in_a_loop,
     r"layer \(Block\) is called 4 times, with another t each time": lambda: Net(Block(), _one_at_times),
     r"layer \(Block\) is called 4 times, and Net reads states in between": lambda: Net(Block(), _read_between),
     r"layer\.0 \(Block\), like 1 more, is called 4 times, and not each time on its own last result": lambda: Net(
@@ -194,6 +235,44 @@ def test_what_is_no_tied_stage_is_refused_with_the_reason(reason: str) -> None:
     net = REFUSED[reason]().double().eval()
     with pytest.raises(ResodeError, match=f"has no residual steps to convert: {reason}"):
         resode_cli.convert(net, example=_images())
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_a_loop_that_checkpoints_by_reentry_is_refused_before_anything_trains_on_it() -> None:
+    def body(net: Any, x: Tensor) -> Tensor:
+        for _ in range(net.n):
+            x = checkpoint(net.layer, x, use_reentrant=True)
+        return x
+
+    with pytest.raises(ResodeError, match="use_reentrant=False"):
+        resode_cli.convert(Net(Block(), body).double().eval(), example=_images())
+
+
+def test_what_a_network_keeps_of_a_pass_has_no_history_after_a_conversion() -> None:
+    def body(net: Any, x: Tensor) -> Tensor:
+        net.kept = net.layer(x)
+        return net.kept
+
+    model = resode_cli.convert(Net(nn.Sequential(*[Block()] * 4), body).double(), example=_images())[0]
+    assert resode_cli.deepen(model, 8).stages["layer"].spec.depth == 8
+
+
+def test_stages_come_in_the_order_in_which_their_steps_run() -> None:
+    transition = nn.Conv2d(4, 4, 1)
+    net = Net(nn.Sequential(transition, Block(), Block()), lambda net, x: net.further(F.relu(net.layer(x))))
+    net.further = nn.Sequential(transition, Block(), Block())
+    model = resode_cli.convert(net.double().eval(), example=_images())[0]
+    assert [stage.spec.container for stage in model.stages.values()] == ["layer", "further"]
+
+
+def test_two_tensors_of_one_name_are_not_saved_as_one() -> None:
+    _, model = _pair(TIED["a list of one block"])
+    model.net.layer.register_module("0", nn.ModuleList([model.stages["layer"]]))
+    model.paths = {"layer": "layer.0.0"}
+    model.net.layer.register_module("bn", nn.BatchNorm2d(4))
+    model.stages["layer"].add_module("bn", nn.BatchNorm2d(4))
+    with pytest.raises(ResodeError, match=r"two tensors of one name, and cannot be saved: layer\.bn"):
+        model.file_state()
 
 
 def test_a_search_leaves_the_network_as_it_was() -> None:
