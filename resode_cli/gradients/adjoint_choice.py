@@ -93,6 +93,11 @@ def parse_adjoints(
     found = []
     for entry in text.split(","):
         name, *settings = (part.strip() for part in entry.split(":"))
+        if "=" in name:
+            raise UsageError(
+                f"adjoint {entry.strip()!r}: methods are compared on all stages here; `resode finetune` takes one"
+                " for each"
+            )
         own: dict[str, str] = {}
         for setting in settings:
             key, equals, value = setting.partition("=")

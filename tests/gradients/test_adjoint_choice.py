@@ -55,6 +55,11 @@ def test_mistakes_are_answered(text, settings, words):
         parse_adjoints(text, **settings)
 
 
+def test_an_entry_for_a_stage_is_told_where_it_belongs():
+    with pytest.raises(UsageError, match=r"'layer3=euler': methods are compared on all stages here; `resode finetune`"):
+        parse_adjoints("pc,layer3=euler")
+
+
 def test_auto_by_itself_refuses_what_it_chooses():
     with pytest.raises(UsageError, match="chooses its own"):
         parse_adjoint("auto", corrections=1)
