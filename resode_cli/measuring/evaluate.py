@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..data import Batch
 from ..errors import ResodeError
+from ..network.repeat import in_eval_mode
 
 
 @dataclass(frozen=True)
@@ -36,32 +37,30 @@ def evaluate(
     device: torch.device | str = "cpu",
     on_batch: Callable[[int], None] = lambda images: None,
 ) -> Evaluation:
-    """Top-1, top-5 and cross-entropy in eval mode. With fewer than five classes top-5 counts them all."""
-    training = model.training
-    model.eval()
+    """Top-1, top-5 and cross-entropy in eval mode; each module's own mode is put back.
+
+    With fewer than five classes top-5 counts them all.
+    """
     top1 = top5 = images = 0
     loss = 0.0
     predictions: list[Tensor] = []
     skipped: list[str] = []
-    try:
-        with torch.no_grad():
-            for batch in data:
-                skipped += batch.skipped
-                if len(batch.labels) == 0:
-                    continue
-                logits = model(batch.images.to(device)).float()
-                labels = batch.labels.to(device)
-                # timm.utils.accuracy gives percentages of a batch; the predictions are wanted too.
-                best = logits.topk(min(5, logits.shape[1]), dim=1).indices
-                hits = best == labels[:, None]
-                top1 += int(hits[:, 0].sum())
-                top5 += int(hits.sum())
-                loss += F.cross_entropy(logits, labels, reduction="sum").item()
-                images += len(labels)
-                predictions.append(best[:, 0].cpu())
-                on_batch(images)
-    finally:
-        model.train(training)
+    with in_eval_mode(model), torch.no_grad():
+        for batch in data:
+            skipped += batch.skipped
+            if len(batch.labels) == 0:
+                continue
+            logits = model(batch.images.to(device)).float()
+            labels = batch.labels.to(device)
+            # timm.utils.accuracy gives percentages of a batch; the predictions are wanted too.
+            best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+            hits = best == labels[:, None]
+            top1 += int(hits[:, 0].sum())
+            top5 += int(hits.sum())
+            loss += F.cross_entropy(logits, labels, reduction="sum").item()
+            images += len(labels)
+            predictions.append(best[:, 0].cpu())
+            on_batch(images)
     if images == 0:
         raise ResodeError("no image could be read")
     return Evaluation(top1 / images, top5 / images, loss / images, images, tuple(skipped), torch.cat(predictions))

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data import Batch, batches
 from ..data.images import shown
 from ..data.selection import open_images, select_images
 from ..errors import ResodeError, ResodeWarning, UsageError
 from ..network.model import OdeResNet
+from ..network.repeat import in_eval_mode
 from ..quantities import COUNT
 
 Images = str | Path | Image.Image | Tensor | Sequence[str | Path | Image.Image]
@@ -93,7 +93,7 @@ def _predictions(
     device = next(model.parameters()).device
     found: dict[int, Prediction] = {}
     unreadable: dict[str, str] = {}
-    with evaluating(model), torch.no_grad():
+    with in_eval_mode(model), torch.no_grad():
         for batch in data:
             unreadable.update(batch.skipped)
             if len(batch.labels):
@@ -126,15 +126,3 @@ def _names(model: OdeResNet, logits: Tensor) -> Sequence[str]:
             " model.name_classes(names) says what they are called"
         )
     return names
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; each module's own mode after it."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

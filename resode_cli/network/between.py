@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -161,10 +162,7 @@ def _inside_reentry() -> bool:
 
 def stand_in_for(stage: str, result: Tensor, further: Mapping[str, Any]) -> Tensor:
     """What the network gets from a stage's first block, where others follow, or from the first call of one block."""
-    if is_watched():
-        return StandIn.of(stage, 0, result, further)
-    result._result_of = stage  # type: ignore[attr-defined]
-    return result
+    return StandIn.of(stage, 0, result, further) if is_watched() else result
 
 
 def check_state(stage: str, given: object) -> None:
@@ -198,15 +196,22 @@ def refuse_to_trace(stage: str) -> NoReturn:
     )
 
 
-def check_not_its_own(stage: str, x: Tensor) -> None:
+def mark_as_own(stage: Any, result: Tensor) -> None:
+    """Note whose result it is, for a stage that stands for a loop over one block."""
+    result._result_of = weakref.ref(stage)  # type: ignore[attr-defined]
+
+
+def check_not_its_own(stage: Any, x: Tensor) -> None:
     """Raises ResodeError for a stage's own result, outside the model's forward, where a loop is not told from a call.
 
     Else a loop over one block would run all the steps each time.
     """
-    if getattr(x, "_result_of", None) == stage:
+    maker = getattr(x, "_result_of", None)
+    if maker is not None and maker() is stage:
         raise ResodeError(
-            f"stage {stage} stands for all calls of its block in the network's loop, which only the model's own forward"
-            " can tell apart: call the model in place of `model.net`, and checkpoint with use_reentrant=False"
+            f"stage {stage.spec.name} stands for all calls of its block in the network's loop, which only the"
+            " model's own forward can tell apart: call the model in place of `model.net`, and checkpoint with"
+            " use_reentrant=False"
         )
 
 

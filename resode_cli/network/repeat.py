@@ -88,6 +88,18 @@ def remember(nets: Iterable[nn.Module]) -> Callable[[], None]:
 
 
 @contextmanager
+def in_eval_mode(net: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block; each module's own mode after it, as that of a frozen BatchNorm."""
+    modes = [(module, module.training) for module in net.modules()]
+    net.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
 def as_before(net: nn.Module) -> Iterator[None]:
     """Put back modes, buffers and plain attributes of all modules."""
     restore = remember([net])

@@ -23,6 +23,7 @@ from .between import (
     check_state,
     enter_stage,
     is_watched,
+    mark_as_own,
     refuse_to_trace,
     stand_in_for,
 )
@@ -111,11 +112,13 @@ class OdeStage(InOnePiece, nn.Module):
         check_state(name, (args, kwargs))
         if args and isinstance(args[0], Tensor):
             if calls > 1:
-                check_not_its_own(name, args[0])
+                check_not_its_own(self, args[0])
             args = (enter_stage(args[0]), *args[1:])  # before hooks on the stage, which wrap what it is given
         result = super().__call__(*args, **kwargs)
         if calls == 1 and not (self.is_first and self.emptied):
             return result
+        if calls > 1 and not is_watched():
+            mark_as_own(self, result)
         return stand_in_for(name, result, self.take(*args, **kwargs))
 
     def follow(self, other: OdeStage) -> None:

@@ -248,6 +248,15 @@ def test_a_loop_that_checkpoints_by_reentry_is_refused_before_anything_trains_on
         resode_cli.convert(Net(Block(), body).double().eval(), example=_images())
 
 
+def test_results_of_one_loop_may_go_into_another_of_the_same_name() -> None:
+    _, model = _pair(TIED["a loop over one block"])
+    (stage,), (other,) = model.stages.values(), copy.deepcopy(model).stages.values()
+    state = stage(model.net.stem(_images()))
+    torch.testing.assert_close(other(state), stage(state.clone()))
+    with pytest.raises(ResodeError, match="stage net stands for all calls"):
+        stage(state)
+
+
 def test_what_a_network_keeps_of_a_pass_has_no_history_after_a_conversion() -> None:
     def body(net: Any, x: Tensor) -> Tensor:
         net.kept = net.layer(x)
