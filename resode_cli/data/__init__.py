@@ -2,12 +2,14 @@
 
 folders: which folder holds which split · listing: which files are images · classes: whose order of classes holds ·
 images: from a file to RGB · transforms: from there to an input · named: data sets with a name ·
-loading: what a model is fed · selection: which images the names mean that a user gives.
+opening: from a name and a split to images for a model · loading: what a model is fed, in batches ·
+selection: which images the names mean that a user gives.
 """
 
 from .classes import check_classes
-from .loading import DEFAULT_ROOT, Batch, ImageData, batches, held_out_splits, open_data, open_labelled
+from .loading import Batch, ImageData, batches
 from .named import NAMES
+from .opening import DEFAULT_ROOT, held_out_splits, open_data, open_labelled
 from .transforms import transform
 
 __all__ = [
