@@ -34,6 +34,7 @@ from .commands import (
 )
 from .commands.interrupt import leave_closed_terminal, listening, send_nowhere, stop
 from .commands.options import RECIPE
+from .commands.working_folder import Command
 from .errors import ResodeError, ResodeWarning, UsageError, printable
 from .machine.signals import Stopped, exit_code
 
@@ -94,20 +95,20 @@ app = typer.Typer(
     epilog="Add --debug to any command to see the traceback of an error.",
 )
 
-app.command("list")(list_sources.list_command)
-app.command("convert")(convert.convert_command)
-app.command("info")(info.info_command)
-app.command("tie")(tie.tie_command)
-app.command("untie")(untie.untie_command)
-app.command("deepen")(deepen.deepen_command)
-app.command("recalibrate")(recalibrate.recalibrate_command)
-app.command("check-grad")(check_grad.check_grad_command)
-app.command("bench")(bench.bench_command)
-app.command("finetune")(finetune.finetune_command)
-app.command("eval")(evaluate.eval_command)
-app.command("predict")(predict.predict_command)
-app.command("export")(export.export_command)
-app.command("demo")(demo.demo_command)
+app.command("list", cls=Command)(list_sources.list_command)
+app.command("convert", cls=Command)(convert.convert_command)
+app.command("info", cls=Command)(info.info_command)
+app.command("tie", cls=Command)(tie.tie_command)
+app.command("untie", cls=Command)(untie.untie_command)
+app.command("deepen", cls=Command)(deepen.deepen_command)
+app.command("recalibrate", cls=Command)(recalibrate.recalibrate_command)
+app.command("check-grad", cls=Command)(check_grad.check_grad_command)
+app.command("bench", cls=Command)(bench.bench_command)
+app.command("finetune", cls=Command)(finetune.finetune_command)
+app.command("eval", cls=Command)(evaluate.eval_command)
+app.command("predict", cls=Command)(predict.predict_command)
+app.command("export", cls=Command)(export.export_command)
+app.command("demo", cls=Command)(demo.demo_command)
 app.add_typer(recipes.commands, name="recipes")
 
 

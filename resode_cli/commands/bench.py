@@ -24,6 +24,7 @@ from .options import (
 )
 from .output import Output, start
 from .parameters import Fields, takes
+from .working_folder import current_model
 
 if TYPE_CHECKING:
     from ..bench.stage_shape import StageShape
@@ -104,8 +105,10 @@ def bench_command(
     json: JsonOption = False,
 ) -> None:
     """Measure time, memory, evaluations and gradient error of the methods, against backprop and torch checkpoint."""
-    if (model is None) == (stage_shape is None):
-        raise UsageError("give either a model file or --stage-shape C,H,W" + (", not both" if model else ""))
+    if model is not None and stage_shape is not None:
+        raise UsageError("give either a model file or --stage-shape C,H,W, not both")
+    if model is None and stage_shape is None:
+        model = current_model("give a model file or --stage-shape C,H,W", Output(json_mode=json))
     methods = _methods(adjoint, **{name: getattr(backward, name) for name in ADJOINT_SETTINGS})
     steps = depth_list("--depths", depths) if depths is not None else None
     if simulate is not None:

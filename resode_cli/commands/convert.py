@@ -11,11 +11,13 @@ from ..errors import UsageError
 from ..quantities import COUNT, CROPS, FINITE, POSITIVE, SEED
 from .options import ForceOption, HorizonOption, JsonOption, OutputOption, RecipeOption, check_safetensors, number
 from .output import Output, start
+from .working_folder import output_for, remember, source_name
 
 _LEFT_OUT = 3  # that many kinds of blocks are named
 
 
 def convert_command(
+    *,
     source: Annotated[
         str,
         typer.Argument(
@@ -23,7 +25,7 @@ def convert_command(
             help="timm:NAME, torchvision:NAME, cifar:resnet20|32|44|56|110|1202 or FILE.py:FUNCTION.",
         ),
     ],
-    out: OutputOption,
+    out: OutputOption = None,
     weights: Annotated[
         Path | None,
         typer.Option("--weights", help="Weights to load: .safetensors, .pth, .pt, .th, .tar, .bin or .ckpt."),
@@ -92,6 +94,7 @@ def convert_command(
     from ..surgery.convert import VERIFIED, check_scheme_and_form, convert, like, random_batch
 
     output = Output(json_mode=json)
+    out = output_for(out, source_name(source), force=force)
     check_output(check_safetensors(out), force=force)
     time = None if horizon is None else as_horizon(horizon)
     check_scheme_and_form(scheme, form)  # before anything is downloaded
@@ -135,6 +138,7 @@ def convert_command(
         output.note(f"… and {len(model.info.left_out) - _LEFT_OUT} more kinds of blocks: resode info {out}")
     output.show(verification_line(verified))
     output.note(f"wrote {out}")
+    remember(output, source=source, model=out, run=None)
     output.json(
         finite(
             {

@@ -27,6 +27,7 @@ from .options import (
 from .output import start
 from .parameters import Fields, Given, takes
 from .rewrite import Rewrite
+from .working_folder import name_of, output_for
 
 if TYPE_CHECKING:
     from ..network.stage import OdeStage
@@ -45,7 +46,7 @@ def deepen_command(
     *,
     model: ModelArgument,
     blocks: Annotated[int, number("--blocks", range=STEPS, help="Steps of each stage afterwards.")],
-    out: OutputOption,
+    out: OutputOption = None,
     mode: Annotated[
         str,
         typer.Option(
@@ -87,7 +88,8 @@ def deepen_command(
     if horizon is not None and mode == "identity":
         raise UsageError("--mode identity keeps the function; --horizon changes it")
     history: dict[str, object] = {"blocks": blocks, "mode": mode, "depth_weights": depth_weights}
-    rewrite = Rewrite("deepen", model, out, comparing, reading, origin, history, force, json, horizon)
+    target = output_for(out, f"{name_of(model)}-{blocks}", force=force)
+    rewrite = Rewrite("deepen", model, target, comparing, reading, origin, history, force, json, horizon)
 
     def change(old: OdeStage) -> OdeStage:
         return deepened(old, blocks, mode=mode, depth_weights=depth_weights)

@@ -16,11 +16,10 @@ from ..training.settings import Settings
 from .interrupt import working
 from .options import (
     DATA,
-    DataOption,
+    DATA_OPTION,
     DeviceOption,
     ForceOption,
     JsonOption,
-    ModelArgument,
     Origin,
     Reading,
     RecipeOption,
@@ -29,6 +28,17 @@ from .options import (
 )
 from .output import Output, start
 from .parameters import Fields, Given, takes
+from .start_of_run import Call, is_source, open_start, open_training, resumed_call, trusting
+from .working_folder import (
+    TAKEN,
+    check_named,
+    name_of,
+    new_run,
+    remember,
+    run_to_resume,
+    source_name,
+    without_remembered,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -42,9 +52,33 @@ if TYPE_CHECKING:
 def finetune_command(
     *,
     ctx: typer.Context,
-    model: ModelArgument,
-    data: DataOption,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for best and last model, log.csv and state.")],
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL|SOURCE",
+            help="Model file, or a SOURCE as `resode convert` takes it (timm:resnet50). With --resume: a run's folder.",
+        ),
+    ] = None,
+    data: Annotated[str | None, DATA_OPTION] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Folder for best and last model, log.csv and state. Default: a new one, as runs/resnet50-1.",
+        ),
+    ] = None,
+    pretrained: Annotated[
+        bool, typer.Option("--pretrained/--no-pretrained", help="Of a SOURCE: fetch the library's pretrained weights.")
+    ] = True,
+    new_head: Annotated[
+        bool,
+        typer.Option(
+            "--new-head",
+            help="Start with a new head for the data's classes. One without names, and for another number of classes,"
+            " is replaced in any case.",
+        ),
+    ] = False,
     settings: Settings,
     reading: Reading,
     test_images: Annotated[
@@ -59,7 +93,13 @@ def finetune_command(
             help="Check data, weights and budget, print plan and predicted peak, and train and write nothing.",
         ),
     ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, as if never stopped.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with a run, as if never stopped: --out, or MODEL, or this folder's last.",
+        ),
+    ] = False,
     origin: Origin,
     recipe: RecipeOption = None,
     force: ForceOption = False,
@@ -82,6 +122,7 @@ def finetune_command(
         check_folder,
         check_model,
         check_resumable,
+        check_source,
         ends_early,
         forget_lost_best,
         loaded_checksum,
@@ -93,30 +134,50 @@ def finetune_command(
     from .progress import training
 
     output = Output(json_mode=json)
-    if not resume:
+    if resume:
+        given = without_remembered(ctx, given)
+        model, data = (None if name in ctx.meta[TAKEN] else value for name, value in (("model", model), ("data", data)))
+        _check_resumes(dry_run=dry_run, force=force, new_head=new_head, pretrained=pretrained)
+        out = run_to_resume(model, out, output)
+    else:
+        check_named(ctx, model=model, data=data)
         _check_teacher(settings, given)
-    check_optimizer(settings)
-    if resume and dry_run:
-        raise UsageError("--dry-run looks at a run before it begins, and --resume goes on with one: leave out one")
-    if resume and force:
-        raise UsageError("--resume goes on with the run in --out, --force replaces it: give one of them")
-    if not resume:
         check_auto(given, chooses=settings.adjoint_choice().chooses)
+        out = out or new_run(source_name(str(model)) if is_source(str(model)) else name_of(str(model)))
+    check_optimizer(settings)
+    source, model_file = (model, None) if model is None or is_source(model) else (None, Path(model))
+    origin = trusting(origin, source)
     lock = FolderLock(out, on_message=output.note)
     _check_is_folder(out)
     ctx.with_resource(lock)
-    teacher_file = [t for t in (settings.teacher,) if t is not None and t.endswith(".safetensors")]
-    check_folder(out, resume=resume, force=force, reads=[model, *map(Path, teacher_file)])
+    teacher = settings.teacher
+    reads = [model_file, Path(teacher) if teacher is not None and teacher.endswith(".safetensors") else None]
+    check_folder(out, resume=resume, force=force, reads=[path for path in reads if path is not None])
     where = as_device(device)
     state = run_folder.load_state(out, source=origin.source, trust_source=origin.trust_source) if resume else None
     if state is not None:
         settings, changes = resumed(settings, given.all, state.settings, state.model)
         _check_teacher(settings, given)
-        output.notes([check_model(model, out, state), forget_lost_best(state, out), *changes])
-    loaded = state.model if state is not None else origin.load(model)
+        check_source(source, state)
+        gone = check_model(model_file, out, state) if model_file is not None else None
+        output.notes([gone, forget_lost_best(state, out), *changes])
+        call = resumed_call(state.fingerprint.get("call"), given.all, data, test_images, reading)
+        loaded = state.model
+    else:
+        call = Call(str(data), test_images, reading)
+        loaded = open_start(str(model), origin, pretrained=pretrained, seed=settings.seed, output=output)
+    data, reading = call.data, call.reading
     settings = with_stage_names(settings, loaded)
-    train = reading.open(data, loaded, "train", augment=settings.augment, seed=settings.seed)
-    test, *at_end = (reading.open(data, loaded, split, images=test_images) for split in held_out_splits(data))
+    train = open_training(
+        loaded,
+        data,
+        reading,
+        new_head=new_head,
+        seed=settings.seed,
+        output=output,
+        augment=settings.augment,
+    )
+    test, *at_end = (reading.open(data, loaded, split, images=call.test_images) for split in held_out_splits(data))
     for split in (train, test, *at_end):
         output.notes(split.notes)
     loaded.name_classes(train.class_names)  # so that the state of the run has them too
@@ -134,6 +195,7 @@ def finetune_command(
     if dry_run:
         _dry_run(loaded, train, settings, where, output, 0 if learned_from is None else learned_from.bytes)
         return
+    remember(output, run=out, data=data, **({} if source is None else {"source": source}))
     done = state.progress["step"] if state is not None else 0
     total = settings.steps(len(train))
     with working() as stop, training(output, total, done) as on_step:
@@ -155,7 +217,8 @@ def finetune_command(
             resume=state,
             teacher=learned_from,
             lock=lock,
-            began_with=None if state is not None else loaded_checksum(model),
+            began_with=None if state is not None or model_file is None else loaded_checksum(model_file),
+            call=call.record(),
         )
     if result.before is not None:
         output.show(f"before: {evaluation_line(result.before)}")
@@ -167,6 +230,7 @@ def finetune_command(
         f"{result.steps} steps in {result.seconds:.0f} s with adjoint {settings.adjoint},"
         f" peak memory {size(result.peak_bytes)}; {_written(lock.folder)} in {lock.folder}"
     )
+    remember(output, run=lock.folder, model=_made(lock.folder))
     best = max(result.best_top1, 0.0)
     if result.before is not None and result.after is not None and best < result.before.top1:
         output.note(
@@ -258,11 +322,28 @@ def _written(folder: Path) -> str:
     return join([name for name in FILES if (folder / name).is_file()]) or "nothing"
 
 
+def _made(folder: Path) -> Path | None:
+    """The model that a run leaves for other commands."""
+    from ..training.run_folder import BEST, LAST
+
+    return next((folder / name for name in (BEST, LAST) if (folder / name).is_file()), None)
+
+
 def _check_teacher(settings: Settings, given: Given) -> None:
     """Raises UsageError for a setting of the teacher without one."""
     for name in ("distill", "temperature", "teacher_states"):
         if name in given.all and settings.teacher is None:
             raise UsageError(f"--{name.replace('_', '-')} is a setting of the teacher; add --teacher MODEL")
+
+
+def _check_resumes(*, dry_run: bool, force: bool, new_head: bool, pretrained: bool) -> None:
+    """Raises UsageError for what a run that goes on cannot have."""
+    if dry_run:
+        raise UsageError("--dry-run looks at a run before it begins, and --resume goes on with one: leave out one")
+    if force:
+        raise UsageError("--resume goes on with the run in --out, --force replaces it: give one of them")
+    if new_head or not pretrained:
+        raise UsageError("--new-head and --no-pretrained are of a run that begins, and --resume goes on with one")
 
 
 def _check_is_folder(out: Path) -> None:

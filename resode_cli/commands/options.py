@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
@@ -30,19 +31,29 @@ def fill_from_recipe(ctx: typer.Context, value: Path | None) -> Path | None:
     recipe = choose(value)
     names = [p.name for p in ctx.command.params if p.name not in (None, *NOT_OF_A_RECIPE)]
     settings = read_recipe(recipe, ctx.info_name or "", [name for name in names if name])
-    kinds = get_type_hints(ctx.command.callback)
-    for name, given in settings.items():
-        if name == "source" and isinstance(given, str) and given.rpartition(":")[0].endswith(".py"):
-            raise UsageError(
-                f"recipe {recipe.name}: source = {given!r}: a recipe must not name code to run;"
-                " name it on the command line, and leave it out there"
-            )
-        settings[name] = as_kind(kinds[name], given, f"recipe {recipe.name}: {name.replace('_', '-')}")
+    settings = settings_of(ctx.command, settings, f"recipe {recipe.name}")
     if recipe.note is not None:
         Output(json_mode=False).note(recipe.note)
     ctx.default_map = {**(ctx.default_map or {}), **settings}
     ctx.meta[RECIPE] = (recipe.name, settings)
     return recipe.path
+
+
+def settings_of(command: Any, table: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The values of a TOML table as a command's parameters take them. where: what messages call the file.
+
+    Raises UsageError for a value of another type, and for code to run.
+    """
+    kinds = get_type_hints(command.callback)
+    settings = {}
+    for name, given in table.items():
+        if name == "source" and isinstance(given, str) and given.rpartition(":")[0].endswith(".py"):
+            raise UsageError(
+                f"{where}: source = {given!r}: a recipe must not name code to run;"
+                " name it on the command line, and leave it out there"
+            )
+        settings[name] = as_kind(kinds[name], given, f"{where}: {name.replace('_', '-')}")
+    return settings
 
 
 NOT_OF_A_RECIPE = ("recipe", "help", "resume", "trust_source")  # what is asked for in the very command, or not at all
@@ -97,7 +108,14 @@ DATA, MACHINE = "Data", "Machine"  # headings in a command's help
 
 # Typer reads annotations at run time and needs the names they use.
 ModelArgument = Annotated[Path, typer.Argument(help="Model file, as written by `resode convert`.")]
-OutputOption = Annotated[Path, typer.Option("--out", "-o", help="Model file to write (.safetensors).")]
+OutputOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        "-o",
+        help="Model file to write (.safetensors). Default: a new one here, named after its origin.",
+    ),
+]
 ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite the output if it exists.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 RecipeOption = Annotated[
@@ -109,15 +127,13 @@ RecipeOption = Annotated[
         callback=fill_from_recipe,
     ),
 ]
-DataOption = Annotated[
-    str,
-    typer.Option(
-        "--data",
-        "-d",
-        help="'digits', a torchvision name (cifar10, …) or a folder with train and test (or val).",
-        rich_help_panel=DATA,
-    ),
-]
+DATA_OPTION = typer.Option(
+    "--data",
+    "-d",
+    help="'digits', a torchvision name (cifar10, …) or a folder with train and test (or val).",
+    rich_help_panel=DATA,
+)
+DataOption = Annotated[str, DATA_OPTION]
 BatchSizeOption = Annotated[int, number("--batch-size", "-b", range=COUNT, help="Images per batch.", group=DATA)]
 DeviceOption = Annotated[
     str, typer.Option("--device", help="'auto', 'cpu', 'cuda', 'cuda:1', …", rich_help_panel=MACHINE)
@@ -164,8 +180,17 @@ class Reading:
         """Labelled images for a model."""
         from ..data import open_labelled
 
-        chosen = {"images": self.images, "skip_corrupt": self.skip_corrupt, "root": self.data_root}
-        return open_labelled(data, model.info, split, **{**chosen, **more})
+        return open_labelled(data, model.info, split, **{**self._chosen, **more})
+
+    def open_as_it_is(self, data: str, model: OdeResNet, split: Split, **more: Any) -> ImageData:
+        """The same with the data's own classes, whatever the model's are."""
+        from ..data import open_data
+
+        return open_data(data, model.info.preprocessing, split, **{**self._chosen, **more})
+
+    @property
+    def _chosen(self) -> dict[str, Any]:
+        return {"images": self.images, "skip_corrupt": self.skip_corrupt, "root": self.data_root}
 
 
 @dataclass(frozen=True)

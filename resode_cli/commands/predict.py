@@ -16,7 +16,6 @@ from .options import (
     BatchSizeOption,
     DeviceOption,
     JsonOption,
-    ModelArgument,
     Origin,
     RecipeOption,
     WorkersOption,
@@ -25,6 +24,7 @@ from .options import (
 )
 from .output import Output, start
 from .parameters import Fields, takes
+from .working_folder import current_model
 
 SHOWN = 10  # images in the table where a file has them all
 
@@ -32,14 +32,17 @@ SHOWN = 10  # images in the table where a file has them all
 @takes(origin=Fields(Origin()))
 def predict_command(
     *,
-    model: ModelArgument,
+    model: Annotated[
+        Path | None,
+        typer.Argument(help="Model file (.safetensors). Default: this folder's current one, as resode.toml says."),
+    ] = None,
     images: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="IMAGE|FOLDER|PATTERN",
             help="Images, folders (with all below them) and patterns in quotes, as '*.jpg' or 'photos/**/*.png'.",
         ),
-    ],
+    ] = None,
     top: Annotated[
         int, number("--top", range=COUNT, help="Classes for each image, the likeliest first; at most all.")
     ] = 1,
@@ -81,9 +84,14 @@ def predict_command(
     output = Output(json_mode=json)
     if csv is not None:
         check_writable("--csv", csv)
+    if model is None or not _may_be_model(model):  # it is the first of the images then
+        images = [*([] if model is None else [str(model)]), *(images or [])]
+        model = current_model("the first word is no model file (.safetensors)", output)
+    if not images:
+        raise UsageError("predict needs images: files, folders, or patterns in quotes; see `resode predict --help`")
     loaded = origin.load(model)
     check_top(top, loaded.info.num_classes)
-    found = select_images(images or [])
+    found = select_images(images)
     if csv is not None:
         _check_apart(csv, [str(model), *found.paths])
     output.notes(found.notes)
@@ -116,6 +124,11 @@ def predict_command(
         output.note(f"{len(unreadable)} of {counted(len(result), 'image')} left out, as they could not be read")
         if not skip_corrupt:
             raise typer.Exit(1)
+
+
+def _may_be_model(path: Path) -> bool:
+    """Whether a word is meant as a model: a file of models, or a folder with some, which loading then names."""
+    return path.suffix == ".safetensors" or (path.is_dir() and any(path.glob("*.safetensors")))
 
 
 def _check_apart(csv: Path, read: Sequence[str]) -> None:

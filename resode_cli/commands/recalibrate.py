@@ -22,6 +22,7 @@ from .options import (
 from .output import start
 from .parameters import Fields, takes
 from .rewrite import Rewrite
+from .working_folder import name_of, output_for
 
 if TYPE_CHECKING:
     from ..network.model import OdeResNet
@@ -38,7 +39,7 @@ def recalibrate_command(
     *,
     model: ModelArgument,
     data: DataOption,
-    out: OutputOption,
+    out: OutputOption = None,
     images: Annotated[
         int, number("--images", range=COUNT, help="Training images to average over, evenly spaced.", group=DATA)
     ] = 2000,
@@ -60,7 +61,8 @@ def recalibrate_command(
 
     comparing, reading = replace(comparing, data=data), replace(reading, images=test_images)
     history = {"data": data, "images": images}
-    rewrite = Rewrite("recalibrate", model, out, comparing, reading, origin, history, force, json)
+    target = output_for(out, f"{name_of(model)}-recalibrated", force=force)
+    rewrite = Rewrite("recalibrate", model, target, comparing, reading, origin, history, force, json)
     train = reading.open(data, rewrite.model, "train", images=images)
     rewrite.output.notes(train.notes)
     # Consecutive images of a folder are of one class, and a batch of one class has its own statistics.

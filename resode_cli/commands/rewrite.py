@@ -16,6 +16,7 @@ from ..machine.signals import exit_code
 from .interrupt import stop
 from .options import Comparing, Origin, Reading, check_safetensors
 from .output import Output
+from .working_folder import remember
 
 if TYPE_CHECKING:
     from ..fitting.rewriting import FitPlan, RewriteResult
@@ -151,6 +152,7 @@ class Rewrite:
                 self.unfinished.unlink(missing_ok=True)
             self.model.record(self.command, **settings)
             self.output.note(f"wrote {self.out}")  # before it is measured, which may be interrupted
+            remember(self.output, model=self.out, **({"data": self.comparing.data} if self.comparing.data else {}))
 
     def _report(self, result: RewriteResult, reference: str) -> None:
         from ..quantities import finite

@@ -25,6 +25,7 @@ from .options import (
 from .output import start
 from .parameters import Fields, Given, takes
 from .rewrite import Rewrite
+from .working_folder import name_of, output_for
 
 if TYPE_CHECKING:
     from ..network.stage import OdeStage
@@ -43,7 +44,7 @@ OFFERED = Fields(TIE_SETTINGS, but=("refine_steps", "substeps", "clip_grad"))
 def tie_command(
     *,
     model: ModelArgument,
-    out: OutputOption,
+    out: OutputOption = None,
     rule: Annotated[
         str, typer.Option("--rule", help="The shared block: 'mean' of the steps' weights, 'first', 'middle' or 'last'.")
     ] = "mean",
@@ -81,7 +82,8 @@ def tie_command(
     if comparing.gradients is None:
         comparing = replace(comparing, gradients=request.fit is not None)
     history: dict[str, object] = {"rule": rule, "depth_weights": depth_weights}
-    rewrite = Rewrite("tie", model, out, comparing, reading, origin, history, force, json, horizon)
+    target = output_for(out, f"{name_of(model)}-tied", force=force)
+    rewrite = Rewrite("tie", model, target, comparing, reading, origin, history, force, json, horizon)
 
     def change(old: OdeStage) -> OdeStage:
         return tied(old, rule=rule, depth_weights=depth_weights)

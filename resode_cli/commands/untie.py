@@ -16,13 +16,14 @@ from .options import (
 from .output import start
 from .parameters import Fields, takes
 from .rewrite import Rewrite
+from .working_folder import name_of, output_for
 
 
 @takes(comparing=Fields(Comparing()), reading=Fields(Reading()), origin=Fields(Origin()))
 def untie_command(
     *,
     model: ModelArgument,
-    out: OutputOption,
+    out: OutputOption = None,
     stage: StageOption = None,
     comparing: Comparing,
     reading: Reading,
@@ -35,4 +36,5 @@ def untie_command(
     start()
     from ..surgery.steps import untied
 
-    Rewrite("untie", model, out, comparing, reading, origin, {}, force, json).stages(stage, untied)
+    target = output_for(out, f"{name_of(model)}-untied", force=force)
+    Rewrite("untie", model, target, comparing, reading, origin, {}, force, json).stages(stage, untied)

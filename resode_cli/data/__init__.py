@@ -9,7 +9,7 @@ selection: which images the names mean that a user gives.
 from .classes import check_classes
 from .loading import Batch, ImageData, batches
 from .named import NAMES
-from .opening import DEFAULT_ROOT, held_out_splits, open_data, open_labelled
+from .opening import DEFAULT_ROOT, as_labelled, held_out_splits, open_data, open_labelled
 from .transforms import transform
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "NAMES",
     "Batch",
     "ImageData",
+    "as_labelled",
     "batches",
     "check_classes",
     "held_out_splits",

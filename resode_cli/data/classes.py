@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from .loading import ImageData
 
 
+NEW_HEAD = "`resode finetune --new-head` trains a head for the data's classes"
+
+
 def spelled(name: str) -> str:
     """A name in one spelling: file systems write accents as one character or as two."""
     return unicodedata.normalize("NFC", name)
@@ -99,8 +102,7 @@ def check_classes(data: ImageData, num_classes: int, class_names: Sequence[str] 
         elif data.partial:
             other = f"not every split has {listed(data.partial)}: remove what is no class, or "
         raise ResodeError(
-            f"{shown(data.name)} has {n} classes and the model's head {num_classes}, without names;"
-            f" {other}convert the source again with --num-classes {n} for a new head"
+            f"{shown(data.name)} has {n} classes and the model's head {num_classes}, without names; {other}{NEW_HEAD}"
         )
 
 
@@ -119,4 +121,4 @@ def _other_classes(where: str, names: Sequence[str], classes: Sequence[str]) -> 
     lists = differing({"only the data": theirs - own, "only the model": own - theirs})
     case = {n.casefold() for n in theirs - own} & {n.casefold() for n in own - theirs}
     hint = " (some differ in upper and lower case alone)" if case else ""
-    return ResodeError(f"the model tells other classes apart than {where} has: {lists}{hint}")
+    return ResodeError(f"the model tells other classes apart than {where} has: {lists}{hint}; {NEW_HEAD}")

@@ -76,7 +76,13 @@ def open_labelled(name: str, info: ModelInfo, split: Split, **arguments: Any) ->
 
     Raises ResodeError for data with other classes than the model's.
     """
-    data = open_data(name, info.preprocessing, split, class_names=info.class_names, **arguments)
+    return as_labelled(
+        open_data(name, info.preprocessing, split, class_names=info.class_names, **arguments), name, info
+    )
+
+
+def as_labelled(data: ImageData, name: str, info: ModelInfo) -> ImageData:
+    """The same data, once its classes are known to be the model's. Raises ResodeError where they are not."""
     check_classes(data, info.num_classes, info.class_names)
     if info.class_names is None and _folder_of(name)[0] is not None and order_note(data.class_names) is None:
         data.notes = (*data.notes, assumed_note(data.class_names))

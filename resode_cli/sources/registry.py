@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -12,7 +13,7 @@ from statistics import fmean
 import torch
 from torch import nn
 
-from ..errors import ResodeError, UsageError, unknown
+from ..errors import ResodeError, UsageError, join, unknown
 from ..machine.memory import check_room
 from ..network.parts import Preprocessing, PreprocessingChoice, Source, SourceSpec
 from . import saved_models, user_file
@@ -36,12 +37,31 @@ def parse_source(text: str) -> tuple[str, str]:
         return "file", text
     if text.endswith(".py"):
         raise UsageError(f"source {text!r}: name the function that builds the network, {text}:FUNCTION")
+    if not separator and "/" not in text and text:
+        return "timm", _bare(text)
     if not separator or file.endswith(".py"):
         raise UsageError(
             f"source {text!r}: write timm:NAME, torchvision:NAME, hf-hub:REPO, local-dir:FOLDER,"
             " cifar:NAME or FILE.py:FUNCTION"
         )
     raise unknown("source library", library, [known for known in LIBRARIES if known != "file"])
+
+
+def _bare(name: str) -> str:
+    """A name without a library, which is timm's. Raises UsageError, with the nearest sources, for any other."""
+    from torchvision import models
+
+    from . import cifar, timm_models
+
+    if timm_models.is_known(name):
+        return name
+    others = {f"torchvision:{other}" for other in models.list_models(module=models)}
+    others |= {f"cifar:{other}" for other in cifar.DEPTHS}
+    sources = {other.partition(":")[2]: other for other in sorted(others, reverse=True)}
+    sources |= {other: f"timm:{other}" for other in timm_models.names()}
+    nearest = [sources[n] for n in difflib.get_close_matches(name, sources, n=3, cutoff=0.6)]
+    hint = f"; did you mean {join(nearest, 'or')}?" if nearest else ""
+    raise UsageError(f"unknown source {name!r}{hint} (`resode list` names what converts)")
 
 
 def open_source(
@@ -85,7 +105,7 @@ def open_source(
         raise UsageError(f"{text} has no weights to fetch; pass --weights FILE or --no-pretrained")
     with _clear_download_errors(text, "pass --weights FILE, or --no-pretrained for a random network"):
         net = build(spec, pretrained=from_library)
-    notes: list[str] = []
+    notes: list[str] = [] if ":" in text else [f"{text} is taken as {library}:{name}"]
     if weights is not None:
         notes += load_weights(net, weights, num_classes=num_classes, prefix=prefix)
         spec = replace(spec, weights=weights.name)

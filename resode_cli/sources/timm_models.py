@@ -25,11 +25,21 @@ WEIGHTS = "fetched"
 def check_name(name: str) -> None:
     """Raises UsageError, with the nearest matches, for a name that timm does not have."""
     architecture, _, tag = name.partition(".")
-    if not timm.is_model(architecture):
-        raise unknown("timm model", name, timm.list_models())
+    if not is_known(name):
+        raise unknown("timm model", name, names())
     tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
     if tag and tag not in tags:
         raise unknown(f"pretrained tag of {architecture}", tag, tags)
+
+
+def is_known(name: str) -> bool:
+    """Whether timm has an architecture of that name; a tag may follow it."""
+    return bool(timm.is_model(name.partition(".")[0]))
+
+
+def names() -> list[str]:
+    """Those of all architectures."""
+    return list(timm.list_models())
 
 
 def build(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import secrets
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,6 +50,7 @@ def finetune(
     teacher: Teacher | None = None,
     lock: FolderLock | None = None,
     began_with: str | None = None,
+    call: Mapping[str, Any] | None = None,
 ) -> FinetuneResult:
     """Minimise the `Objective` on `train`; write best, last, log and state files to the folder `out`.
 
@@ -56,6 +59,7 @@ def finetune(
 
     lock: on `out`, where the caller holds it already. An error after a step leaves that step saved.
     began_with: the checksum of the model's file, by which a resumed run will know it.
+    call: what else a resumed run is to know of how this one was asked for, for JSON.
 
     What a run before has left in the folder goes once the first save of this one stands.
 
@@ -64,7 +68,7 @@ def finetune(
     """
     callbacks, where = callbacks or Callbacks(), torch.device(device)
     with nullcontext(lock) if lock is not None else FolderLock(Path(out), on_message=callbacks.on_message) as held:
-        return _Run(model, train, test, held, settings, where, callbacks, resume, teacher, began_with).run()
+        return _Run(model, train, test, held, settings, where, callbacks, resume, teacher, began_with, call).run()
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,7 @@ class _Run:
         resume: run_folder.State | None,
         teacher: Teacher | None,
         began_with: str | None,
+        call: Mapping[str, Any] | None,
     ) -> None:
         self.model, self.train, self.test, self.lock = model.to(device), train, test, lock
         self.before: Evaluation | None = None
@@ -110,6 +115,7 @@ class _Run:
                 "model": began_with,
                 "teacher": teacher_fingerprint(teacher),
                 "run": secrets.token_hex(4),
+                "call": dict(call or {}),
             }
             if resume is None
             else resume.fingerprint

@@ -13,6 +13,7 @@ from ..errors import ResodeError, UsageError, first_few
 from ..files import model_file
 from ..network.model import OdeResNet
 from ..options import flag_of, option_of, parameter_of
+from ..sources.registry import SAVED, parse_source
 from .results import NONE_YET
 from .run_folder import BEST, FILES, LOG, State, is_log
 from .settings import Settings
@@ -184,7 +185,8 @@ def forget_lost_best(state: State, folder: Path) -> str | None:
 def _checksum(path: Path) -> str | None:
     """The checksum of a model file whose tensors have it; None for what is no whole file."""
     try:
-        return str(model_file.read_tensors(path)[1].get(model_file.CHECKSUM))
+        model_file.read_tensors(path)
+        return loaded_checksum(path)
     except ResodeError:
         return None
 
@@ -206,7 +208,7 @@ def check_model(path: Path, folder: Path, state: State) -> str | None:
 
     The state holds the model, so that a file which is no longer there, or the run's own, is as good.
     """
-    if path.resolve().parent == folder.resolve():
+    if path.resolve() == folder.resolve() or path.resolve().parent == folder.resolve():
         return None
     if not path.is_file():
         return f"{path} is not there any more; the run's own state holds the model"
@@ -214,6 +216,16 @@ def check_model(path: Path, folder: Path, state: State) -> str | None:
     if began is not None and model_file.read_metadata(path).get(model_file.CHECKSUM) != began:
         raise UsageError(f"--resume: {path} is not the model that the run in {folder} began with; start a new run")
     return None
+
+
+def check_source(source: str | None, state: State) -> None:
+    """Raises UsageError for a SOURCE that is not what a resumed run was made of; nothing is known of a saved copy."""
+    if source is None:
+        return
+    library, name = parse_source(source)
+    began = state.model.info.source
+    if library not in SAVED and (library, name) != (began.library, began.name):
+        raise UsageError(f"--resume: the run began with {began}, not with {source}; start a new run")
 
 
 def saved_files(folder: Path) -> list[str]:

@@ -101,7 +101,7 @@ def test_unreadable_images_are_named_and_the_others_predicted(run: Run, model: s
         (("nope.png",), 2, "there is no such image or folder"),
         (("*.gif",), 2, "nothing fits this pattern"),
         (("empty",), 1, "there is no image to read: empty holds no images"),
-        ((), 2, "Missing argument"),
+        ((), 2, "predict needs images"),
         (("photos", "--top", "11"), 2, "--top 11: the model tells 10 classes apart"),
         (("photos", "--csv", "none/out.csv"), 2, "--csv"),
         (("photos", "--csv", "photos"), 2, "--csv"),

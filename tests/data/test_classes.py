@@ -160,7 +160,7 @@ def test_splits_with_different_classes_are_an_error(train, test, message: str, s
     "names, message",
     [
         (("cat", "dog", "yak"), "only the data: owl; only the model: yak"),
-        (("cat", "dog"), "only the data: owl$"),
+        (("cat", "dog"), "only the data: owl; `resode finetune --new-head`"),
         (
             ("CAT", "dog", "owl"),
             r"only the data: cat; only the model: CAT \(some differ in upper and lower case alone\)",
@@ -185,12 +185,12 @@ def test_labels_in_another_order_than_the_models_are_an_error(make_folder: Make)
 
 
 @pytest.mark.parametrize(
-    "head, hint", [(2, "convert"), (10, "make an empty folder for each class without images, or convert")]
+    "head, hint", [(2, "`resode"), (10, "make an empty folder for each class without images, or `resode")]
 )
 def test_another_number_of_classes_than_the_head_is_refused(head: int, hint: str, make_folder: Make):
     data = open_data(str(make_folder()), PLAIN, "train")
     check_classes(data, 3, None)
-    with pytest.raises(ResodeError, match=f"has 3 classes and the model's head {head}, .*; {hint} .*--num-classes 3"):
+    with pytest.raises(ResodeError, match=f"has 3 classes and the model's head {head}, .*; {hint} finetune --new-head"):
         check_classes(data, head, None)
 
 

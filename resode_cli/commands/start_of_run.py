@@ -1,0 +1,119 @@
+"""What a training run starts from: a model file or a source, with a head for the data's classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UsageError, join
+from .options import Origin, Reading
+from .output import Output
+
+if TYPE_CHECKING:
+    from ..data import ImageData
+    from ..network.model import OdeResNet
+
+
+def is_source(text: str) -> bool:
+    """Whether a MODEL is a SOURCE, as `convert` takes it, and no file."""
+    return not text.endswith(".safetensors") and not Path(text).exists()
+
+
+def trusting(origin: Origin, source: str | None) -> Origin:
+    """The origin for files of a network that the user's own file builds, which the command line names as MODEL."""
+    if source is None or origin.source is not None or not source.rpartition(":")[0].endswith(".py"):
+        return origin
+    return replace(origin, source=source)
+
+
+def open_start(text: str, origin: Origin, *, pretrained: bool, seed: int, output: Output) -> OdeResNet:
+    """The model of a file, or of a source, which is converted on the way.
+
+    pretrained: fetch the source's weights; else they are random, by the seed. Raises UsageError for what is neither.
+    """
+    if not is_source(text):
+        if not pretrained:
+            raise UsageError(f"--no-pretrained is of a SOURCE such as timm:resnet50; {text} is a model file")
+        return origin.load(Path(text))
+    import torch
+
+    from ..reports.report import verification_line
+    from ..sources.registry import open_source
+    from ..surgery.convert import convert
+
+    torch.manual_seed(seed)
+    try:
+        opened = open_source(text, pretrained=pretrained)
+    except UsageError as error:
+        raise UsageError(f"{error}; there is no model file {text!r}") from error
+    output.notes(note if note.startswith("warning: ") else f"note: {note}" for note in opened.notes)
+    model, verification = convert(opened)
+    verified = verification.record()
+    model.record("convert", source=str(opened.spec), scheme="euler", form="exact", seed=seed, verified=verified)
+    output.note(f"converted {text}: {verification_line(verified)}")
+    return model
+
+
+def open_training(
+    model: OdeResNet, data: str, reading: Reading, *, new_head: bool, seed: int, output: Output, **more: Any
+) -> ImageData:
+    """The training images; where their classes are others than an unnamed head's, the model gets a new head for them.
+
+    new_head: a new one in any case. seed: of its weights. more: arguments of `open_data`.
+    """
+    import torch
+
+    from ..data import as_labelled
+
+    old = model.info
+    if not new_head and old.class_names is not None:
+        return reading.open(data, model, "train", **more)
+    found = reading.open_as_it_is(data, model, "train", **more)
+    count = len(found.class_names)
+    if new_head or count != old.num_classes:
+        from ..surgery.head import replace_head
+
+        torch.manual_seed(seed)
+        layers = replace_head(model, count)
+        model.name_classes(found.class_names)
+        model.record("new-head", classes=count, layers=layers, seed=seed)
+        before = f"{old.num_classes} classes{'' if old.class_names else ' without names'}"
+        output.note(f"a new head ({join(layers)}), random, for the {count} classes of {data}; the old one had {before}")
+    return as_labelled(found, data, model.info)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a run was given beside its settings: a resumed one reads the same images without being told."""
+
+    data: str
+    test_images: int | None
+    reading: Reading
+
+    def record(self) -> dict[str, Any]:
+        """As a run's state holds it."""
+        own = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self.reading).items()}
+        return {"data": self.data, "test_images": self.test_images, "reading": own}
+
+
+def resumed_call(
+    saved: Mapping[str, Any] | None, given: frozenset[str], data: str | None, test_images: int | None, reading: Reading
+) -> Call:
+    """The call of a run that goes on: what the user gives anew, and the run's own for the rest.
+
+    saved: as `Call.record` gave it, None in runs of older versions. given: parameters that the user set.
+    Raises UsageError where nobody says what the data is.
+    """
+    saved = saved or {}
+    own = saved.get("reading")
+    known = {f.name for f in fields(reading)} - given
+    changes = {name: value for name, value in own.items() if name in known} if isinstance(own, dict) else {}
+    if "data_root" in changes:
+        changes["data_root"] = Path(str(changes["data_root"]))
+    name = data if data is not None else saved.get("data")
+    if not isinstance(name, str):
+        raise UsageError("an older resode saved this run, which does not know its data; add --data")
+    images = saved.get("test_images") if "test_images" not in given else test_images
+    return Call(name, images, replace(reading, **changes))
