@@ -23,7 +23,8 @@ from resode_cli.commands.interrupt import stop
 from resode_cli.files import model_file
 from resode_cli.machine.locks import FolderLock
 from resode_cli.network.model import non_finite
-from resode_cli.training import finetune
+from resode_cli.training import best, finetune, results
+from resode_cli.training.objective import Objective
 from resode_cli.training.run_folder import load_state
 
 # --force
@@ -73,17 +74,15 @@ class _Burst(torch.autograd.Function):
 
 def burst_at(step: int, monkeypatch: pytest.MonkeyPatch, *, last: int | None = None) -> None:
     """NaN gradients under a finite loss, in the given steps."""
-    from resode_cli.training import finetune
-
     count = [0]
-    ordinary = finetune.Objective.__call__  # type: ignore[attr-defined]
+    ordinary = Objective.__call__
 
     def call(self: Any, *arguments: Any) -> Any:
         count[0] += 1
         loss, logits = ordinary(self, *arguments)
         return (_Burst.apply(loss) if step <= count[0] <= (last or step) else loss), logits
 
-    monkeypatch.setattr(finetune.Objective, "__call__", call)  # type: ignore[attr-defined]
+    monkeypatch.setattr(Objective, "__call__", call)
 
 
 def test_a_gradient_that_is_no_number_is_not_stepped(here: Path, monkeypatch: Any, capsys: Any) -> None:
@@ -224,7 +223,7 @@ def test_a_command_with_nothing_to_save_stops_at_once(number: int, code: int, st
 def test_a_run_that_has_heeded_a_signal_is_not_stopped_again(here: Path, monkeypatch: Any, capsys: Any) -> None:
     """The signal comes in an evaluation; what the run does to end well outlasts the wait for a swallowed signal."""
     monkeypatch.setattr(interrupt, "LOST", 0.1)
-    evaluate, peak_bytes = finetune.evaluate, finetune.peak_bytes  # type: ignore[attr-defined]
+    evaluate, peak_bytes = best.evaluate, results.peak_bytes  # type: ignore[attr-defined]
 
     def stopped(*arguments: Any, **settings: Any) -> Any:
         if (here / "new" / "state.safetensors").exists():
@@ -236,7 +235,7 @@ def test_a_run_that_has_heeded_a_signal_is_not_stopped_again(here: Path, monkeyp
             time.sleep(0.4)
         return peak_bytes(*arguments)
 
-    monkeypatch.setattr(finetune, "evaluate", stopped)
+    monkeypatch.setattr(best, "evaluate", stopped)
     monkeypatch.setattr(finetune, "peak_bytes", slowly)
     assert main(run("-o", "new", "--save-every", "1", steps=4)) == 143
     assert "interrupted at step 3 of 4" in capsys.readouterr().err

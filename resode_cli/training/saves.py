@@ -1,0 +1,106 @@
+"""What a training run writes to its folder: its models, the state that it goes on from, and its log."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from ..data import ImageData
+from ..files import model_file
+from ..machine.locks import FolderLock
+from ..network.model import OdeResNet, check_finite
+from . import run_folder
+from .guard import Guard
+from .loop import Loop
+from .optimizer_state import OptimizerState
+from .results import Progress
+from .resuming import saved_files
+from .settings import Settings
+
+
+class Saves:
+    """The files of one run. What a run before has left in the folder goes once the first save of this one stands.
+
+    resumed: whether what the folder holds is this run's own.
+    """
+
+    def __init__(
+        self,
+        lock: FolderLock,
+        model: OdeResNet,
+        settings: Settings,
+        progress: Progress,
+        *,
+        train: ImageData,
+        fingerprint: dict[str, Any],
+        loop: Loop,
+        optimizer: OptimizerState,
+        guard: Guard,
+        resumed: bool,
+    ) -> None:
+        self.lock, self.model, self.settings, self.progress = lock, model, settings, progress
+        self.train, self.fingerprint = train, fingerprint
+        self.loop, self.optimizer, self.guard = loop, optimizer, guard
+        self.nothing_of = [] if resumed else saved_files(lock.folder)  # what a run before has left
+
+    def open_log(self, stage_names: Sequence[str], *, keep_up_to: int) -> None:
+        path = run_folder.log_path(self.lock.ensure(), self.fingerprint.get("run"), replacing=bool(self.nothing_of))
+        self.log = run_folder.Log(path, stage_names, keep_up_to=keep_up_to)
+
+    def move_log(self) -> None:
+        """The log goes on where the folder is now."""
+        self.log.path = self.lock.ensure() / self.log.path.name
+
+    def close(self) -> None:
+        """A run that never began, or saved nothing, is none, and leaves no log."""
+        if self.progress.step == 0 or self.nothing_of:
+            self.log.path.unlink(missing_ok=True)
+
+    def model_as(self, name: str) -> None:
+        """Write the model to a file of this name."""
+        self._check_finite()
+        model_file.write(self._described(), self.lock.ensure() / name)
+        self._replace(name)
+
+    def state(self) -> None:
+        """The state first: it alone is enough to go on; the last model is there for the other commands."""
+        with self.loop.undisturbed():
+            self._check_finite()
+            run_folder.save_state(
+                self.lock.ensure() / run_folder.STATE,
+                self.model,
+                optimizer=self.optimizer,
+                scaler=self.loop.scaler,
+                progress={**asdict(self.progress), "guard": asdict(self.guard.state)},
+                settings=asdict(self.settings),
+                fingerprint=self.fingerprint,
+            )
+            self._replace(run_folder.STATE)
+            self.model_as(run_folder.LAST)
+
+    def advice(self) -> str:
+        """What to say, behind what went wrong."""
+        state = self.lock.folder / run_folder.STATE
+        own = state.is_file() and not self.nothing_of
+        kept = f"{state} holds the last saved step" if own else "nothing was saved yet"
+        return f"; {kept}. Try a lower --lr, --clip-grad, or --adjoint checkpoint"
+
+    def _check_finite(self) -> None:
+        check_finite(self.model, f"after step {self.progress.step} weights are no numbers ({{}}){self.advice()}")
+
+    def _described(self) -> OdeResNet:
+        """The model with this run in its history."""
+        settings = {k: v for k, v in asdict(self.settings).items() if v is not None}
+        info = self.model.info.with_command("finetune", data=self.train.name, steps=self.progress.step, **settings)
+        return self.model.with_info(info.with_classes(self.train.class_names))
+
+    def _replace(self, written: str) -> None:
+        """What a run before has left goes, now that something of this one stands."""
+        folder = self.lock.folder
+        for name in self.nothing_of:
+            if name != written:
+                (folder / name).unlink(missing_ok=True)
+        if self.nothing_of:
+            self.nothing_of = []
+            self.log.path = self.log.path.replace(folder / run_folder.LOG)

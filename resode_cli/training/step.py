@@ -1,0 +1,128 @@
+"""One step of a training run: the gradient on a batch, taken again where it is known to be wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..data import Batch
+from ..errors import ResodeError
+from ..network.model import OdeResNet
+from ..ode import RandomState, fixed_buffers
+from . import run_folder
+from .guard import Figures, Guard, together
+from .loop import Loop
+from .objective import Objective
+from .results import Progress
+from .settings import Settings
+from .starting import prepare_to_train
+
+MOST_SKIPPED = 10  # steps in a row
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A step: its images, their loss and accuracy, the gradient's largest entry, and the monitor's figures.
+
+    steepest: 0 with fp16, whose gradients are scaled and may overflow; the scaler looks after them.
+    """
+
+    images: int
+    loss: float
+    accuracy: float
+    steepest: float
+    monitor: run_folder.Figures
+
+
+class Steps:
+    """Takes the steps of a run. advice: what to say behind what went wrong."""
+
+    def __init__(
+        self,
+        model: OdeResNet,
+        settings: Settings,
+        device: torch.device,
+        progress: Progress,
+        *,
+        loop: Loop,
+        guard: Guard,
+        objective: Objective,
+        say: Callable[[str], None],
+        advice: Callable[[], str],
+    ) -> None:
+        self.model, self.settings, self.device, self.progress = model, settings, device, progress
+        self.loop, self.guard, self.objective = loop, guard, objective
+        self.say, self.advice = say, advice
+        self.in_a_row = 0  # steps skipped just now
+
+    def take(self, batch: Batch) -> Taken:
+        """Take a step on a batch, or leave it out where its gradient is no number."""
+        if len(batch.labels) == 0:
+            raise ResodeError(f"a whole batch of corrupt images: {next(iter(batch.skipped))} and others")
+        prepare_to_train(self.model, self.settings)
+        images, labels = batch.images.to(self.device), batch.labels.to(self.device)
+        random = RandomState.now(self.device)
+        found = self._forward_backward(images, labels)
+        while self.guard.must_redo(found.monitor["drift"], images, labels, self.progress.step + 1):
+            # The gradient is thrown away and taken again: same random numbers, and running
+            # statistics that have moved once already.
+            random.restore()
+            self.loop.optimizer.zero_grad(set_to_none=True)
+            with fixed_buffers([self.model]):
+                found = self._forward_backward(images, labels)
+        if not math.isfinite(found.loss + found.steepest):
+            self._skip(found)
+            nothing: run_folder.Figures = {name: dict.fromkeys(stages) for name, stages in found.monitor.items()}
+            return replace(found, monitor=nothing)
+        self.in_a_row = 0
+        if not self.loop.update():
+            self.say(
+                f"step {self.progress.step + 1}: a gradient overflowed in fp16, so the step was skipped and the loss"
+                f" scale lowered to {self.loop.scaler.get_scale():g}"
+            )
+        return found
+
+    def _skip(self, found: Taken) -> None:
+        """Leave the weights as they are. Raises ResodeError where that is not wanted, or has been done too often."""
+        step, loss = self.progress.step + 1, found.loss
+        what = f"a gradient is {found.steepest} (loss {loss:.4g})" if math.isfinite(loss) else f"the loss is {loss}"
+        self.in_a_row += 1
+        if self.settings.on_nonfinite == "stop" or self.in_a_row > MOST_SKIPPED:
+            again = "" if self.in_a_row <= MOST_SKIPPED else f", as in the {MOST_SKIPPED} before"
+            raise ResodeError(f"{what} at step {step}{again}{self.advice()}, or --on-nonfinite skip")
+        self.progress.skipped += 1
+        self.say(f"step {step} is skipped: {what}")
+
+    def _forward_backward(self, images: Tensor, labels: Tensor) -> Taken:
+        """What a batch gives; and .grad set. Where it is split, the gradients of its parts add up."""
+        count = -(-len(labels) // self.guard.state.micro_batches)
+        cuts = [slice(a, a + count) for a in range(0, len(labels), count)]
+        parts = [self._part(images[cut], labels[cut], len(labels[cut]) / len(labels)) for cut in cuts]
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        look = gradients and not self.loop.scaler.is_enabled()
+        steepest = torch.nn.utils.get_total_norm(gradients, math.inf) if look else parts[0][0].new_zeros(())
+        # One transfer per step: the loss, the accuracy, the gradient's size and every stage's figures together.
+        loss = torch.stack([loss for loss, _, _ in parts]).sum()
+        right = torch.stack([right for _, right, _ in parts]).sum()
+        figures = together([figures for _, _, figures in parts])
+        known = (value for stages in figures.values() for value in stages.values() if value is not None)
+        values = iter(torch.stack([tensor.float() for tensor in (loss, right, steepest, *known)]).tolist())
+        self.guard.check()
+        total, accuracy, largest = (next(values) for _ in range(3))
+        monitor = {
+            figure: {name: None if value is None else next(values) for name, value in stages.items()}
+            for figure, stages in figures.items()
+        }
+        return Taken(len(labels), total, accuracy, largest, monitor)
+
+    def _part(self, images: Tensor, labels: Tensor, share: float) -> tuple[Tensor, Tensor, Figures]:
+        """The share of a batch's loss and accuracy that some of its images have, and the monitor's figures."""
+        with self.loop.autocast():
+            loss, logits = self.objective(images, labels)
+        self.loop.backward(loss if share == 1 else loss * share)
+        right = (logits.argmax(1) == labels).float().mean()
+        return loss.detach() * share, right * share, self.guard.figures()
