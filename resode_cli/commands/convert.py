@@ -127,7 +127,9 @@ def convert_command(
         )
     model, verification = convert(opened, scheme=scheme, form="pre" if form == "pre" else "exact", horizon=time)
     verified = verification.record()
-    settings = {"scheme": scheme, "form": form, "seed": seed, **({} if time is None else {"horizon": str(time)})}
+    settings: dict[str, object] = {"scheme": scheme, "form": form, "seed": seed}
+    settings |= {} if time is None else {"horizon": str(time)}
+    settings |= {"fresh_head": opened.fresh_head} if opened.fresh_head else {}
     model.record("convert", source=str(opened.spec), **settings, verified=verified)
     model_file.write(model, out)
     rows = stage_rows(model)

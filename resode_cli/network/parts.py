@@ -174,3 +174,4 @@ class Source:
     net: nn.Module
     preprocessing: Preprocessing
     notes: tuple[str, ...] = ()  # what the user should know, e.g. a re-initialised head
+    fresh_head: tuple[str, ...] = ()  # names of the head's parameters, where it starts at random

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..errors import ResodeError, UsageError, join, unknown
 from ..machine.memory import check_room
+from ..network.head import head_parameters
 from ..network.parts import Preprocessing, PreprocessingChoice, Source, SourceSpec
 from . import saved_models, user_file
 from .libraries import MODULES, library_of
@@ -106,14 +107,18 @@ def open_source(
     with _clear_download_errors(text, "pass --weights FILE, or --no-pretrained for a random network"):
         net = build(spec, pretrained=from_library)
     notes: list[str] = [] if ":" in text else [f"{text} is taken as {library}:{name}"]
+    fresh = () if offers.WEIGHTS == "own" else head_parameters(net)
     if weights is not None:
-        notes += load_weights(net, weights, num_classes=num_classes, prefix=prefix)
+        found, fresh = _load_weights(net, weights, num_classes=num_classes, prefix=prefix)
+        notes += found
         spec = replace(spec, weights=weights.name)
     elif from_library:
         spec = replace(spec, tag=offers.tag(name))
         classes = offers.pretrained_classes(name)
         if num_classes not in (None, classes):
             notes.append(_head_note(classes, num_classes))
+        else:
+            fresh = ()
     if stem == "cifar":
         notes.append("the 3×3 stem starts at random")
     if from_library or weights is not None or offers.WEIGHTS == "own":
@@ -131,7 +136,17 @@ def open_source(
         )
     elif own.channels != known.channels:
         notes += _channel_note(own, preprocessing)
-    return Source(spec, net, preprocessing.applied_to(own), tuple(notes))
+    return Source(spec, net, preprocessing.applied_to(own), tuple(notes), fresh)
+
+
+def _load_weights(
+    net: nn.Module, path: Path, *, num_classes: int | None, prefix: str | None
+) -> tuple[list[str], tuple[str, ...]]:
+    """What to say of a weight file that was loaded, and the head's parameters, where it has left them at random."""
+    head = {name: net.get_parameter(name).detach().clone() for name in head_parameters(net)}
+    notes = load_weights(net, path, num_classes=num_classes, prefix=prefix)
+    left = all(torch.equal(net.get_parameter(name), value) for name, value in head.items())
+    return notes, tuple(head) if left else ()
 
 
 def _open_saved(
@@ -167,10 +182,14 @@ def _open_saved(
         if not from_hub
         else timm_models.build_from_hub(spec.name, saved.architecture, saved.config, arguments)
     )
+    fresh = head_parameters(net)
     if file is not None:
-        notes += load_weights(net, file, num_classes=num_classes, prefix=prefix)
+        found, fresh = _load_weights(net, file, num_classes=num_classes, prefix=prefix)
+        notes += found
     elif from_hub and num_classes not in (None, saved.classes):
         notes.append(_head_note(saved.classes, num_classes))
+    elif from_hub:
+        fresh = ()
     if file is None and not from_hub:
         notes.append(RANDOM_NOTE)
     else:
@@ -180,7 +199,7 @@ def _open_saved(
     own = channelled(timm_models.preprocessing_of(saved.config), net, chosen)
     if own.channels not in (len(saved.config.get("mean", ())), 3):
         notes += _channel_note(own, chosen)
-    return Source(built, net, chosen.applied_to(own), tuple(notes))
+    return Source(built, net, chosen.applied_to(own), tuple(notes), fresh)
 
 
 def _check_scripts(net: nn.Module, name: str) -> None:

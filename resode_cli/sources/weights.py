@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ResodeError, UsageError, first_few, join, unknown
+from ..network.head import last_linear
 from ..network.model import describe_misfit
 from . import weight_files
 from .weight_files import StateDict, WeightFile
@@ -67,7 +68,7 @@ def load_weights(net: nn.Module, path: Path, *, num_classes: int | None, prefix:
     file = weight_files.read(path)
     file.states[:] = [_without_wrapping(state, net) for state in file.states]
     expected = net.state_dict()
-    head = _last_linear(net)
+    head = last_linear(net)
     own = [f"{head[0]}.{name}" for name, _ in head[1].named_parameters(recurse=False)] if head else []
     new_head = own if num_classes is not None else []
     needed = [key for key in expected if not key.endswith(COUNTER) and key not in new_head]
@@ -266,12 +267,6 @@ def _hint(
     if weight is not None and weight.shape[0] != head[1].weight.shape[0]:
         return f" (the file has {weight.shape[0]} classes: try --num-classes {weight.shape[0]})"
     return ""
-
-
-def _last_linear(net: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d] | None:
-    """The classifier: the last layer, where it is linear (a 1×1 convolution in some networks)."""
-    layers = [(name, m) for name, m in net.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-    return layers[-1] if layers else None
 
 
 def describe_not_finite(state: Mapping[str, Tensor]) -> str:

@@ -18,7 +18,8 @@ from .loop import training_batches
 from .optimization import create_optimizer, create_scheduler, optimizer_slots
 from .resuming import with_stage_names
 from .settings import Settings
-from .starting import autocast_of, choice_batch, prepare_to_train, switch_scheme, tell_of_shared_statistics, train_only
+from .starting import autocast_of, choice_batch, prepare_to_train, switch_scheme, tell_of_shared_statistics
+from .trained import train_only
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def dry_run(
     settings = with_stage_names(settings, model)
     check_finite(model, "the model holds NaN or infinity in {}: nothing can be trained from there")
     model.to(device)
-    train_only(model, settings.stages)
+    train_only(model, settings, on_message)
     torch.manual_seed(settings.seed)
     tell_of_shared_statistics(model, settings, on_message)
     switch_scheme(model, settings, train, device, on_message)

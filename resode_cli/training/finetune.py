@@ -26,9 +26,10 @@ from .resuming import run_fingerprint, teacher_fingerprint, with_stage_names
 from .run_folder import StepRecord
 from .saves import Saves
 from .settings import Settings
-from .starting import choice_batch, prepare_to_train, switch_scheme, tell_of_shared_statistics, train_only
+from .starting import choice_batch, prepare_to_train, switch_scheme, tell_of_shared_statistics
 from .step import Steps, Taken
 from .teacher import Teacher
+from .trained import train_only
 
 
 def finetune(
@@ -100,7 +101,7 @@ class _Run:
         )
         check_finite(model, "the model holds NaN or infinity in {}: nothing can be trained from there")
         self.stage_names = [name for name, stage in model.stages.items() if stage.spec.depth]
-        train_only(model, settings.stages)
+        train_only(model, settings, self.callbacks.on_message)
         if resume is None:
             torch.manual_seed(settings.seed)
             data = test if test is not None else train

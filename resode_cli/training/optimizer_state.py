@@ -78,7 +78,7 @@ class OptimizerState:
             self._restore_by_place(saved)
             return
         if saved.values["names"] != self.names:
-            raise UsageError("--resume: the saved run trained other parameters; give it the same --stage")
+            raise UsageError("--resume: the saved run trained other parameters; give it the same --stage and --freeze")
         current = self.optimizer.state_dict()
         places = {name: place for place, name in enumerate(name for group in self.names for name in group)}
         state = {places[name]: _unpack(entries, saved.tensors) for name, entries in saved.values["state"].items()}
@@ -108,7 +108,7 @@ class OptimizerState:
             for entry in entries.values()
         )
         if not fits:
-            raise UsageError("--resume: the saved run trained other parameters; give it the same --stage")
+            raise UsageError("--resume: the saved run trained other parameters; give it the same --stage and --freeze")
         self.optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})
 
 

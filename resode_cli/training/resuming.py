@@ -36,7 +36,7 @@ def resumed(
     named = set(given)
     settings = {setting.name: setting for setting in fields(Settings)}
     known = {name: saved[name] for name in settings if name in saved}
-    known["stages"] = tuple(known["stages"]) if known.get("stages") else None
+    known = {name: tuple(value) or None if isinstance(value, list) else value for name, value in known.items()}
     before, chosen = with_stage_names(Settings(**known), model), with_stage_names(chosen, model)
     said = []
     changes: dict[str, Any] = {}

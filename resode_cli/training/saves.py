@@ -17,6 +17,7 @@ from .optimizer_state import OptimizerState
 from .results import Progress
 from .resuming import saved_files
 from .settings import Settings
+from .trained import trains_head
 
 
 class Saves:
@@ -92,7 +93,10 @@ class Saves:
     def _described(self) -> OdeResNet:
         """The model with this run in its history."""
         settings = {k: v for k, v in asdict(self.settings).items() if v is not None}
-        info = self.model.info.with_command("finetune", data=self.train.name, steps=self.progress.step, **settings)
+        steps, head = self.progress.step, trains_head(self.model)
+        info = self.model.info.with_command(
+            "finetune", data=self.train.name, steps=steps, trained_head=head, **settings
+        )
         return self.model.with_info(info.with_classes(self.train.class_names))
 
     def _replace(self, written: str) -> None:

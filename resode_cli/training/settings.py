@@ -36,6 +36,7 @@ LEAN = "lean"  # as a memory budget
 
 length = partial(option, group="Length of the run")
 backward = partial(option, group="Backward pass")
+trained = partial(option, group="What is trained")
 optimisation = partial(option, group="Optimisation")
 images = partial(option, group="Data")
 teaching = partial(option, group="Teacher")
@@ -118,13 +119,21 @@ class Settings:
         None, "Of --schedule step: the shares of the run's steps after which it falls. Default: 1/2,3/4."
     )
     warmup: int = optimisation(0, "Steps of linear increase of the learning rate from 0.", range=COUNT_OR_NONE)
-    stages: tuple[str, ...] | None = optimisation(
+    stages: tuple[str, ...] | None = trained(
         None,
-        "Stages to train, by name (layer3) or place (3), comma-separated or given again. Default: everything.",
+        "Stages to train, by name (layer3) or place (3), comma-separated or given again; with them a head that started"
+        " at random. Default: everything.",
         flags=("--stage",),
         resume="stays",
     )
-    bn: str = optimisation(
+    freeze: tuple[str, ...] | None = trained(
+        None,
+        "Parameters that are not trained, by patterns of their names or their modules' (layer1, '*.bias', stem),"
+        " comma-separated or given again.",
+        resume="stays",
+    )
+    linear_probe: bool = trained(False, "Train the head alone, on features that stay as they are.", resume="stays")
+    bn: str = trained(
         "frozen",
         "BatchNorm: normalise by the running statistics, which stay, or by the batch's own.",
         choices=BATCH_NORM,
@@ -167,6 +176,13 @@ class Settings:
     def __post_init__(self) -> None:
         check_options(self)
         _ = self.budget_bytes, self.milestone_shares
+        if self.freeze is not None:
+            parts = tuple(part.strip() for given in self.freeze for part in given.split(","))
+            object.__setattr__(self, "freeze", parts)
+        if self.linear_probe and self.stages is not None:
+            raise UsageError("--linear-probe trains the head alone, --stage a stage: leave out one")
+        if self.linear_probe and self.bn == "batch":
+            raise UsageError("--linear-probe keeps BatchNorm as it is: leave out --bn batch")
         if self.milestones is not None and self.schedule != "step":
             raise UsageError(f"--milestones are of --schedule step; --schedule {self.schedule} has none")
         if self.micro_batches > self.batch_size:

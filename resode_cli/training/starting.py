@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..network.model import OdeResNet, autocast_dtype, freeze_batch_norm
 from ..network.stage import OdeStage
 from ..surgery.batch_norm import batch_norms
 from .settings import Settings
+from .trained import freeze_norms_of_frozen_parts
 
 COMPARED = CALIBRATED = 32  # images
 
@@ -27,21 +28,13 @@ def choice_batch(train: ImageData, settings: Settings, device: torch.device) -> 
     return batch.images.to(device), batch.labels.to(device)
 
 
-def train_only(model: OdeResNet, stages: Sequence[str] | None) -> None:
-    """Freeze all parameters but those of some stages; of none for None."""
-    if stages is None:
-        return
-    chosen = model.pick(stages)
-    model.requires_grad_(False)
-    for stage in chosen.values():
-        stage.requires_grad_(True)
-
-
 def prepare_to_train(model: OdeResNet, settings: Settings) -> None:
-    """Put the model in the mode that it trains in."""
+    """Put the model in the mode that it trains in. BatchNorms of what is not trained stay in eval mode."""
     model.train()
     if settings.bn == "frozen":
         freeze_batch_norm(model)
+    elif not all(parameter.requires_grad for parameter in model.parameters()):
+        freeze_norms_of_frozen_parts(model)
 
 
 def tell_of_shared_statistics(model: OdeResNet, settings: Settings, say: Callable[[str], None]) -> None:
