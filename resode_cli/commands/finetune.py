@@ -175,7 +175,7 @@ def finetune_command(
         new_head=new_head,
         seed=settings.seed,
         output=output,
-        augment=settings.augment,
+        augment=settings.augmentation or False,
     )
     test, *at_end = (reading.open(data, loaded, split, images=call.test_images) for split in held_out_splits(data))
     for split in (train, test, *at_end):

@@ -10,11 +10,12 @@ from .classes import check_classes
 from .loading import Batch, ImageData, batches
 from .named import NAMES
 from .opening import DEFAULT_ROOT, as_labelled, held_out_splits, open_data, open_labelled
-from .transforms import transform
+from .transforms import Augmentation, transform
 
 __all__ = [
     "DEFAULT_ROOT",
     "NAMES",
+    "Augmentation",
     "Batch",
     "ImageData",
     "as_labelled",

@@ -15,7 +15,7 @@ from .folders import SPLIT_FOLDERS, Found, Split, has_splits, held_out_of, open_
 from .images import shown
 from .loading import ImageData
 from .named import DIGITS, NAMES, NOT_FLIPPED, PREFIX, WITH_VAL, open_named
-from .transforms import transform
+from .transforms import Augmentation, transform
 
 DEFAULT_ROOT = Path("~/.cache/resode")
 
@@ -25,7 +25,7 @@ def open_data(
     preprocessing: Preprocessing,
     split: Split,
     *,
-    augment: bool = False,
+    augment: bool | Augmentation = False,
     seed: int = 0,
     images: int | None = None,
     skip_corrupt: bool = False,

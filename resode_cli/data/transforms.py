@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,14 +15,32 @@ from torchvision.transforms import InterpolationMode, v2
 from ..errors import ResodeError
 from ..network.parts import Preprocessing
 
+STANDARD = "standard"
 SMALL = 64  # pixels of the longer side, up to which images are augmented by shifts
 
 
-def transform(preprocessing: Preprocessing, *, augment: bool, flip: bool = True) -> Callable[[Image.Image], Tensor]:
+@dataclass(frozen=True)
+class Augmentation:
+    """Crops and mirror images, and what is done beside them.
+
+    policy: 'standard' for no more; 'randaugment', 'trivialaugment' or 'augmix' as torchvision has them.
+    color_jitter: how far the factors of brightness, contrast and saturation are from 1 at most. random_erasing: the
+    probability that a rectangle becomes noise.
+    """
+
+    policy: str = STANDARD
+    color_jitter: float = 0.0
+    random_erasing: float = 0.0
+
+
+def transform(
+    preprocessing: Preprocessing, *, augment: bool | Augmentation, flip: bool = True
+) -> Callable[[Image.Image], Tensor]:
     """From a PIL image to a normalised tensor (C, H, W); grey for a network of one channel.
 
     Augmentation is the usual one: a random crop with an eighth of padding and a mirror image for
-    small images (He et al. 2015, section 4.2), a random resized crop and a mirror image for large ones.
+    small images (He et al. 2015, section 4.2), a random resized crop and a mirror image for large ones. A policy, and
+    a jitter of colours, follow on the picture; erasing on the normalised tensor.
     Raises ResodeError for a network whose channels are not those of pictures.
     """
     if preprocessing.channels not in (1, 3):
@@ -41,6 +60,9 @@ def transform(preprocessing: Preprocessing, *, augment: bool, flip: bool = True)
         steps = _central(preprocessing, interpolation)
     if augment and flip:
         steps.append(v2.RandomHorizontalFlip())
+    chosen = augment if isinstance(augment, Augmentation) else Augmentation()
+    if augment:
+        steps += _policy(chosen, preprocessing, interpolation)
     if preprocessing.channels == 1:
         steps.insert(0, v2.Grayscale())
     steps += [
@@ -48,7 +70,28 @@ def transform(preprocessing: Preprocessing, *, augment: bool, flip: bool = True)
         v2.ToDtype(torch.float32, scale=True),
         v2.Normalize(list(preprocessing.mean), list(preprocessing.std)),
     ]
+    if augment and chosen.random_erasing:
+        steps.append(v2.RandomErasing(chosen.random_erasing, value="random"))
     return v2.Compose(steps)
+
+
+def _policy(chosen: Augmentation, preprocessing: Preprocessing, interpolation: InterpolationMode) -> list[Any]:
+    """What is done to the picture beside crops and mirror images. What a policy moves in from outside has mean colour.
+
+    Policies interpolate rotations, for which torchvision takes no more than bilinear.
+    """
+    colour = [round(255 * value) for value in preprocessing.mean]
+    fill: Any = colour if len(colour) > 1 else colour[0]
+    smooth = InterpolationMode.NEAREST if interpolation == InterpolationMode.NEAREST else InterpolationMode.BILINEAR
+    policies: dict[str, Callable[..., Any]] = {
+        "randaugment": v2.RandAugment,
+        "trivialaugment": v2.TrivialAugmentWide,
+        "augmix": v2.AugMix,
+    }
+    steps = [] if chosen.policy == STANDARD else [policies[chosen.policy](interpolation=smooth, fill=fill)]
+    if jitter := chosen.color_jitter:
+        steps.append(v2.ColorJitter(jitter, jitter, jitter))
+    return steps
 
 
 def _covering(size: tuple[int, int], preprocessing: Preprocessing) -> Any:

@@ -1,4 +1,4 @@
-"""What a training run minimises: the cross-entropy with the labels, and the distance from a teacher."""
+"""What a training run minimises: the distance from the labels, and from a teacher."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from timm.loss import BinaryCrossEntropy
 from torch import Tensor, nn
 
 from ..errors import UsageError
@@ -16,16 +17,19 @@ from .teacher import Teacher, distillation_loss
 
 
 class Objective:
-    """(1 − λ) CE(z, labels) + λ D(z, z_teacher) + μ mean over stages of ‖x − t‖² / ‖t‖²
+    """(1 − λ) L(z, labels) + λ D(z, z_teacher) + μ mean over stages of ‖x − t‖² / ‖t‖²
 
-    λ, D: `settings.distill` and the distillation loss at `settings.temperature`; x, t: outputs of a stage
-    of the model and of the teacher; μ: `settings.teacher_states`. Without a teacher, the cross-entropy.
+    L: the cross-entropy, or with `settings.bce_loss` the mean over the classes of each one's binary cross-entropy,
+    with labels of which all classes have a share of `settings.label_smoothing` alike. λ, D: `settings.distill` and
+    the distillation loss at `settings.temperature`; x, t: outputs of a stage of the model and of the teacher; μ:
+    `settings.teacher_states`. Without a teacher, L.
 
     Raises UsageError for μ > 0 with a teacher that has other stages.
     """
 
     def __init__(self, model: OdeResNet, teacher: Teacher | None, settings: Settings) -> None:
         self.model, self.teacher, self.settings = model, teacher, settings
+        self.binary = BinaryCrossEntropy(smoothing=settings.label_smoothing) if settings.bce_loss else None
         self.watched: dict[str, tuple[nn.Module, nn.Module]] = {}
         if teacher is not None and settings.teacher_states:
             theirs = teacher.net.stages if isinstance(teacher.net, OdeResNet) else {}
@@ -37,21 +41,29 @@ class Objective:
             self.watched = {name: (stage, theirs[name]) for name, stage in model.stages.items()}
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss and the model's logits."""
+        """The loss and the model's logits. labels: classes (B,), or smoothed probabilities of them (B, K)."""
         if self.teacher is None:
             logits = self.model(images)
-            return F.cross_entropy(logits.float(), labels), logits
+            return self._from_labels(logits, labels), logits
         with self._outputs() as outputs:
             target = self.teacher.logits(images)
             logits = self.model(images)
         weight = self.settings.distill
         loss = weight * distillation_loss(logits, target, self.settings.temperature)
         if weight < 1:
-            loss = loss + (1 - weight) * F.cross_entropy(logits.float(), labels)
+            loss = loss + (1 - weight) * self._from_labels(logits, labels)
         if outputs:
             terms = [(x.float() - t.float()).square().sum() / t.float().square().sum() for t, x in outputs.values()]
             loss = loss + self.settings.teacher_states * torch.stack(terms).mean()
         return loss, logits
+
+    def _from_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """L. Probabilities of classes are smoothed already."""
+        if self.binary is not None:
+            loss: Tensor = self.binary(logits.float(), labels)
+            return loss
+        smoothing = self.settings.label_smoothing if labels.ndim == 1 else 0.0
+        return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
 
     @contextmanager
     def _outputs(self) -> Iterator[dict[str, list[Tensor]]]:

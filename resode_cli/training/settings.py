@@ -25,8 +25,11 @@ from ..quantities import (
 )
 
 if TYPE_CHECKING:
+    from ..data import Augmentation
     from ..gradients.stage_adjoints import AdjointsByStage
 
+NO_AUG, STANDARD_AUG = "none", "standard"
+AUG = (NO_AUG, STANDARD_AUG, "randaugment", "trivialaugment", "augmix")
 SCHEDULES = ("cosine", "step", "constant")
 AMP = ("none", "bf16", "fp16")
 BATCH_NORM = ("frozen", "batch")
@@ -39,6 +42,8 @@ backward = partial(option, group="Backward pass")
 trained = partial(option, group="What is trained")
 optimisation = partial(option, group="Optimisation")
 images = partial(option, group="Data")
+augmentation = partial(option, group="Augmentation")
+regularisation = partial(option, group="Regularisation")
 teaching = partial(option, group="Teacher")
 saving = partial(option, group="Saving and logging")
 machine = partial(option, group="Machine")
@@ -140,8 +145,48 @@ class Settings:
         resume="stays",
     )
     amp: str = machine("none", "Autocast.", choices=AMP, resume="stays")
-    augment: bool = images(
-        True, "Random crops, and mirror images where fit.", flags=("--augment",), off="--no-augment", resume="stays"
+    augment: bool = augmentation(
+        True,
+        "Random crops, and mirror images where fit; --no-augment is --aug none.",
+        flags=("--augment",),
+        off="--no-augment",
+        resume="stays",
+    )
+    aug: str = augmentation(
+        STANDARD_AUG,
+        "What images are augmented by: nothing, crops and mirror images, or these and a policy of torchvision's.",
+        choices=AUG,
+        resume="stays",
+    )
+    color_jitter: float = augmentation(
+        0.0,
+        "Change brightness, contrast and saturation by factors up to so far from 1.",
+        range=FRACTION,
+        resume="stays",
+    )
+    random_erasing: float = augmentation(
+        0.0, "Probability that a rectangle of an image is replaced by noise.", range=FRACTION, resume="stays"
+    )
+    mixup: float = augmentation(
+        0.0,
+        "Mix pairs of images and of labels by shares from the distribution Beta(α, α) of this α; 0: none.",
+        range=NOT_NEGATIVE,
+        resume="stays",
+    )
+    cutmix: float = augmentation(
+        0.0,
+        "The same by a rectangle of the other image; with --mixup each takes half of the batches.",
+        range=NOT_NEGATIVE,
+        resume="stays",
+    )
+    mixup_prob: float = augmentation(
+        1.0, "Share of the batches that are mixed by --mixup or --cutmix.", range=FRACTION, resume="stays"
+    )
+    label_smoothing: float = regularisation(
+        0.0, "Share of every label that all classes have alike.", range=DECAYING, resume="stays"
+    )
+    bce_loss: bool = regularisation(
+        False, "Binary cross-entropy of every class by itself, in place of the cross-entropy.", resume="stays"
     )
     seed: int = images(
         0, "Seed of the order of images, their augmentation and random layers.", range=SEED, resume="stays"
@@ -179,6 +224,9 @@ class Settings:
         if self.freeze is not None:
             parts = tuple(part.strip() for given in self.freeze for part in given.split(","))
             object.__setattr__(self, "freeze", parts)
+        self._check_augmentation()
+        if (self.label_smoothing or self.bce_loss) and self.teacher is not None and self.distill == 1:
+            raise UsageError("--distill 1 leaves the labels out, which --label-smoothing and --bce-loss are about")
         if self.linear_probe and self.stages is not None:
             raise UsageError("--linear-probe trains the head alone, --stage a stage: leave out one")
         if self.linear_probe and self.bn == "batch":
@@ -192,6 +240,26 @@ class Settings:
         given = (self.anchors, self.snapshots, self.bits, self.slices)
         if self.adjoint != "auto" or self.corrections or any(value is not None for value in given):
             self.adjoint_choice()  # which is a mistake if there is no such; it needs torch, and help does not
+
+    @property
+    def augmentation(self) -> Augmentation | None:
+        """How images are augmented; None for not at all."""
+        from ..data import Augmentation
+
+        return Augmentation(self.aug, self.color_jitter, self.random_erasing) if self._augments else None
+
+    @property
+    def _augments(self) -> bool:
+        return self.augment and self.aug != NO_AUG
+
+    def _check_augmentation(self) -> None:
+        if not self.augment and self.aug not in (NO_AUG, STANDARD_AUG):
+            raise UsageError(f"--no-augment and --aug {self.aug} contradict each other: leave out one")
+        if not self._augments and (self.color_jitter or self.random_erasing):
+            flag = "--color-jitter" if self.color_jitter else "--random-erasing"
+            raise UsageError(f"{flag} augments images, which --no-augment and --aug none do not: leave out one")
+        if self.mixup_prob != 1 and not (self.mixup or self.cutmix):
+            raise UsageError("--mixup-prob is of --mixup and --cutmix: give one of them")
 
     @property
     def budget_bytes(self) -> int | None:

@@ -16,6 +16,7 @@ from ..ode import RandomState, fixed_buffers
 from . import run_folder
 from .guard import Figures, Guard, together
 from .loop import Loop
+from .mixing import mixing_of
 from .objective import Objective
 from .results import Progress
 from .settings import Settings
@@ -57,6 +58,7 @@ class Steps:
         self.model, self.settings, self.device, self.progress = model, settings, device, progress
         self.loop, self.guard, self.objective = loop, guard, objective
         self.say, self.advice = say, advice
+        self.mixing = mixing_of(settings, model.info.num_classes)
         self.in_a_row = 0  # steps skipped just now
 
     def take(self, batch: Batch) -> Taken:
@@ -65,9 +67,11 @@ class Steps:
             raise ResodeError(f"a whole batch of corrupt images: {next(iter(batch.skipped))} and others")
         prepare_to_train(self.model, self.settings)
         images, labels = batch.images.to(self.device), batch.labels.to(self.device)
+        if self.mixing is not None:
+            images, labels = self.mixing(images, labels, step=self.progress.step)
         random = RandomState.now(self.device)
         found = self._forward_backward(images, labels)
-        while self.guard.must_redo(found.monitor["drift"], images, labels, self.progress.step + 1):
+        while self.guard.must_redo(found.monitor["drift"], images, classes_of(labels), self.progress.step + 1):
             # The gradient is thrown away and taken again: same random numbers, and running
             # statistics that have moved once already.
             random.restore()
@@ -124,5 +128,10 @@ class Steps:
         with self.loop.autocast():
             loss, logits = self.objective(images, labels)
         self.loop.backward(loss if share == 1 else loss * share)
-        right = (logits.argmax(1) == labels).float().mean()
+        right = (logits.argmax(1) == classes_of(labels)).float().mean()
         return loss.detach() * share, right * share, self.guard.figures()
+
+
+def classes_of(labels: Tensor) -> Tensor:
+    """The classes (B,) of labels; of probabilities (B, K) the most probable."""
+    return labels if labels.ndim == 1 else labels.argmax(1)
