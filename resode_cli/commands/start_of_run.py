@@ -51,7 +51,9 @@ def open_start(text: str, origin: Origin, *, pretrained: bool, seed: int, output
     output.notes(note if note.startswith("warning: ") else f"note: {note}" for note in opened.notes)
     model, verification = convert(opened)
     verified = verification.record()
-    model.record("convert", source=str(opened.spec), scheme="euler", form="exact", seed=seed, verified=verified)
+    fresh: dict[str, object] = {"fresh_head": opened.fresh_head} if opened.fresh_head else {}
+    how: dict[str, object] = {"scheme": "euler", "form": "exact", "seed": seed, **fresh}
+    model.record("convert", source=str(opened.spec), **how, verified=verified)
     output.note(f"converted {text}: {verification_line(verified)}")
     return model
 
@@ -73,12 +75,13 @@ def open_training(
     found = reading.open_as_it_is(data, model, "train", **more)
     count = len(found.class_names)
     if new_head or count != old.num_classes:
+        from ..network.head import head_parameters
         from ..surgery.head import replace_head
 
         torch.manual_seed(seed)
         layers = replace_head(model, count)
         model.name_classes(found.class_names)
-        model.record("new-head", classes=count, layers=layers, seed=seed)
+        model.record("new-head", classes=count, seed=seed, fresh_head=head_parameters(model.net))
         before = f"{old.num_classes} classes{'' if old.class_names else ' without names'}"
         output.note(f"a new head ({join(layers)}), random, for the {count} classes of {data}; the old one had {before}")
     return as_labelled(found, data, model.info)

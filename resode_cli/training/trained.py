@@ -20,7 +20,7 @@ def fresh_head(model: OdeResNet) -> tuple[str, ...]:
     """
     fresh: tuple[str, ...] = ()
     for entry in model.info.history:
-        if entry.get("command") == "convert":
+        if entry.get("command") in ("convert", "new-head"):
             noted = entry.get("fresh_head")
             fresh = tuple(name for name in noted if isinstance(name, str)) if isinstance(noted, (list, tuple)) else ()
         elif entry.get("command") == "finetune" and entry.get("trained_head", entry.get("stages") is None):

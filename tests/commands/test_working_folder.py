@@ -184,6 +184,13 @@ def test_a_source_gets_a_head_for_the_data(run: Run, make_folder: Make) -> None:
     run("eval", "--data", folder)
 
 
+def test_a_new_head_is_trained_whatever_else_is(run: Run, make_folder: Make, model: str) -> None:
+    said = run("finetune", model, "--data", make_folder(size=8), *SHORT, "--stage", "layer1", "--lr", 0.1).stderr
+    assert "the head started at random, so it is trained beside --stage" in said
+    (_, head, *_) = load_state(Path("runs/m-1"), trust_source=True).model.info.history
+    assert (head["command"], head["classes"], head["fresh_head"]) == ("new-head", 3, ["linear.weight", "linear.bias"])
+
+
 def test_a_head_with_names_is_replaced_only_where_that_is_asked_for(run: Run, make_folder: Make, model: str) -> None:
     first, second = make_folder("a", size=8), make_folder("b", classes=("kea", "owl"), size=8)
     run("finetune", model, "--data", first, *SHORT)
