@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, Literal
 
-from .errors import unknown
-from .quantities import Range
+from .errors import UsageError, unknown
+from .quantities import WORKERS, Range
 
 KEY = "option"
 # The fields of a training run's settings, and of an adjoint as it is written, that go with its method.
@@ -20,7 +20,7 @@ ADJOINT_SETTINGS = ("anchors", "corrections", "snapshots", "slices", "bits")
 class Option:
     """What a setting is, beside its name, type and default.
 
-    range: the numbers that it takes. choices: the words that it takes.
+    range: the numbers that it takes. choices: the words that it takes. word: the one that it takes besides numbers.
     flags: how a command spells it, where that is not its name; a short one may follow.
     off: the flag that says no. group: the heading in a command's help under which it stands.
     commas: the setting is a tuple, which a command takes as one text with commas; else a flag is repeated.
@@ -30,6 +30,7 @@ class Option:
     help: str
     range: Range | None = None
     choices: tuple[str, ...] = ()
+    word: str | None = None
     flags: tuple[str, ...] = ()
     off: str | None = None
     group: str | None = None
@@ -40,6 +41,17 @@ class Option:
 def option(default: Any, help: str, **more: Any) -> Any:
     """A field of a dataclass that is a setting. `more`: the fields of `Option`."""
     return field(default=default, metadata={KEY: Option(help, **more)})
+
+
+def workers_option() -> Any:
+    """How many processes read images, wherever images are read."""
+    return option(
+        "auto",
+        "Processes that read images: a number, 0 for none besides this one, or 'auto'.",
+        range=WORKERS,
+        word="auto",
+        group="Machine",
+    )
 
 
 def option_of(setting: Field[Any]) -> Option:
@@ -69,7 +81,9 @@ def check_option(setting: Field[Any], value: Any) -> None:
     found = option_of(setting)
     if value is None:
         return
-    if found.range is not None:
+    if found.range is not None and value != found.word:
+        if isinstance(value, str):
+            raise UsageError(f"{flag_of(setting)} {value!r}: write a whole number, or {found.word}")
         found.range.check(flag_of(setting), value)
     for word in value if isinstance(value, tuple) else (value,):
         if found.choices and word not in found.choices:

@@ -14,9 +14,9 @@ from .options import (
     JsonOption,
     ModelArgument,
     Origin,
+    Readers,
     Reading,
     RecipeOption,
-    WorkersOption,
 )
 from .output import Output, start
 from .parameters import Fields, takes
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ..data.folders import Split
 
 
-@takes(reading=Fields(Reading()), origin=Fields(Origin()))
+@takes(reading=Fields(Reading()), readers=Fields(Readers()), origin=Fields(Origin()))
 def eval_command(
     *,
     model: ModelArgument,
@@ -36,7 +36,7 @@ def eval_command(
     reading: Reading,
     batch_size: BatchSizeOption = 100,
     device: DeviceOption = "auto",
-    workers: WorkersOption = 0,
+    readers: Readers,
     origin: Origin,
     recipe: RecipeOption = None,
     json: JsonOption = False,
@@ -59,7 +59,10 @@ def eval_command(
     where = as_device(device)
     with counting(output, "evaluating", len(images)) as advance:
         result = evaluate(
-            loaded.to(where), batches(images, batch_size, workers=workers), device=where, on_batch=advance
+            loaded.to(where),
+            batches(images, batch_size, workers=readers.workers, device=where),
+            device=where,
+            on_batch=advance,
         )
     output.notes([images.skipped_note()])
     output.show(evaluation_line(result))

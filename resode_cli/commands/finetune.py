@@ -309,9 +309,8 @@ def _on_test(
 
     best = out / BEST
     model = origin.load(best) if best.is_file() else last
-    found = evaluate(
-        model.to(device), batches(data, max(settings.batch_size, 100), workers=settings.workers), device=device
-    )
+    size = max(settings.batch_size, 100)
+    found = evaluate(model.to(device), batches(data, size, workers=settings.workers, device=device), device=device)
     output.show(f"{'best' if best.is_file() else 'last'} model on {data.split}: {evaluation_line(found)}")
     return evaluation_json(found)
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 import typer
 
 from ..errors import UsageError, join
-from ..options import option
-from ..quantities import COUNT, LONGEST_STAGE, WORKERS, Range
+from ..options import option, workers_option
+from ..quantities import COUNT, LONGEST_STAGE, Range
 from ..recipe import choose, read_recipe
 from .output import Output
 
@@ -138,10 +138,6 @@ BatchSizeOption = Annotated[int, number("--batch-size", "-b", range=COUNT, help=
 DeviceOption = Annotated[
     str, typer.Option("--device", help="'auto', 'cpu', 'cuda', 'cuda:1', …", rich_help_panel=MACHINE)
 ]
-WorkersOption = Annotated[
-    int,
-    number("--workers", range=WORKERS, help="Processes that read images; 0: none besides this one.", group=MACHINE),
-]
 StageOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -194,6 +190,13 @@ class Reading:
 
 
 @dataclass(frozen=True)
+class Readers:
+    """Who reads images."""
+
+    workers: int | str = workers_option()
+
+
+@dataclass(frozen=True)
 class Comparing:
     """On what a rewritten network is compared with what it was."""
 
@@ -205,7 +208,7 @@ class Comparing:
     )
     batch_size: int = option(100, "Images per batch.", range=COUNT, flags=("--batch-size", "-b"), group=DATA)
     device: str = option("auto", "'auto', 'cpu', 'cuda', 'cuda:1', …", group=MACHINE)
-    workers: int = option(0, "Processes that read images; 0: none besides this one.", range=WORKERS, group=MACHINE)
+    workers: int | str = workers_option()
     gradients: bool | None = option(
         None,
         "Report the gradient errors of reversals, before and after. Default: where there is a fit.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import Field, dataclass, fields, replace
 from functools import wraps
 from types import NoneType, SimpleNamespace
@@ -92,6 +93,8 @@ def _of_setting(defaults: Any, setting: Field[Any]) -> inspect.Parameter:
     if tuple in _origins(kind):
         kind = str if found.commas else list[str] | None
         default = ",".join(default) if found.commas else default
+    if found.word is not None:
+        kind, default = str, str(default)
     flag = flag_of(setting)
     flags = [f"{flag}/{found.off}" if found.off else flag, *found.flags[1:]]
     words: dict[str, Any] = (
@@ -114,7 +117,11 @@ def _completion(found: Option) -> Callable[[str], list[str]]:
 
 
 def _from_text(setting: Field[Any], value: Any) -> Any:
-    """A field's value from a parameter's: a tuple of what was repeated or separated by commas."""
+    """A field's value from a parameter's: a tuple of what was repeated or separated by commas, a number of its text."""
+    if option_of(setting).word is not None:
+        with suppress(ValueError):
+            return int(value)
+        return value
     if option_of(setting).commas:
         return tuple(part.strip() for part in value.split(","))
     return tuple(value) or None if isinstance(value, list) else value

@@ -17,8 +17,8 @@ from .options import (
     DeviceOption,
     JsonOption,
     Origin,
+    Readers,
     RecipeOption,
-    WorkersOption,
     check_writable,
     number,
 )
@@ -29,7 +29,7 @@ from .working_folder import current_model
 SHOWN = 10  # images in the table where a file has them all
 
 
-@takes(origin=Fields(Origin()))
+@takes(readers=Fields(Readers()), origin=Fields(Origin()))
 def predict_command(
     *,
     model: Annotated[
@@ -62,7 +62,7 @@ def predict_command(
     ] = False,
     batch_size: BatchSizeOption = 100,
     device: DeviceOption = "auto",
-    workers: WorkersOption = 0,
+    readers: Readers,
     origin: Origin,
     recipe: RecipeOption = None,
     json: JsonOption = False,
@@ -103,7 +103,7 @@ def predict_command(
             found.paths,
             top=top,
             batch_size=batch_size,
-            workers=workers,
+            workers=readers.workers,
             on_batch=advance,
         )
     predicted = [p for p in result if p.error is None]

@@ -69,8 +69,9 @@ def recalibrate_command(
     order = [i for start in range(STRIDE) for i in range(start, len(train), STRIDE)]
 
     def change(loaded: OdeResNet) -> None:
-        read = batches(train, comparing.batch_size, order=order, workers=comparing.workers)
-        recalibrate(loaded, read, device=rewrite.device)
+        where = rewrite.device
+        read = batches(train, comparing.batch_size, order=order, workers=comparing.workers, device=where)
+        recalibrate(loaded, read, device=where)
         rewrite.output.notes([train.skipped_note()])
 
     rewrite.whole(change)

@@ -7,7 +7,7 @@ selection: which images the names mean that a user gives.
 """
 
 from .classes import check_classes
-from .loading import Batch, ImageData, batches
+from .loading import Batch, ImageData, Key, batches, read
 from .named import NAMES
 from .opening import DEFAULT_ROOT, as_labelled, held_out_splits, open_data, open_labelled
 from .transforms import Augmentation, transform
@@ -18,11 +18,13 @@ __all__ = [
     "Augmentation",
     "Batch",
     "ImageData",
+    "Key",
     "as_labelled",
     "batches",
     "check_classes",
     "held_out_splits",
     "open_data",
     "open_labelled",
+    "read",
     "transform",
 ]

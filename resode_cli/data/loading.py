@@ -1,14 +1,16 @@
 """What a model is fed: images and labels, transformed, in batches.
 
 Augmentation draws from a generator seeded by (seed, epoch, image), so a run is the same whatever the number of
-workers and wherever it was resumed.
+workers and wherever it was resumed. The epoch comes with the place of each image that is asked for: a worker has a copy
+of the data of its own, and reads for one epoch while the model still trains on the one before.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,9 @@ from torch.utils.data import DataLoader, Dataset
 from ..errors import ResodeError, first_few
 from .folders import Split
 from .images import UnreadableImage, shown, to_rgb
-from .workers import loader_arguments, read_in_workers
+from .workers import AUTO, loader_arguments, read_in_workers, worker_count
+
+Key = tuple[int, int]  # an epoch, and the place of an image in the data
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,14 @@ class Batch:
     labels: Tensor
     skipped: Mapping[str, str] = field(default_factory=dict)
     failure: ResodeError | None = None
+
+    def on(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        """Images and labels on a device. To a GPU they are on their way: what is run there next waits for them."""
+        return self.images.to(device, non_blocking=True), self.labels.to(device, non_blocking=True)
+
+    def pin_memory(self) -> Batch:
+        """The same in memory that a GPU copies from by itself. A DataLoader calls it, by this name."""
+        return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -73,7 +85,6 @@ class ImageData(Dataset[tuple[Tensor, int] | Skipped]):
         self.transform = transform
         self.indices = range(len(samples)) if indices is None else indices
         self.seed = seed  # None: the transform draws nothing
-        self.epoch = 0
         self.skip_corrupt = skip_corrupt
         self.labels = labels
         self.split = split
@@ -83,10 +94,6 @@ class ImageData(Dataset[tuple[Tensor, int] | Skipped]):
 
     def __len__(self) -> int:
         return len(self.indices)
-
-    def start_epoch(self, epoch: int) -> None:
-        """Augment images as in this epoch from now on."""
-        self.epoch = epoch
 
     def files(self) -> Iterator[tuple[str, int]]:
         """Name, within the folder that holds them all, and bytes of each image in use, in order.
@@ -115,8 +122,12 @@ class ImageData(Dataset[tuple[Tensor, int] | Skipped]):
         except (OSError, ValueError):
             return b""
 
-    def __getitem__(self, i: int) -> tuple[Tensor, int] | Skipped:
-        """The image and its label, or a corrupt file that is skipped."""
+    def __getitem__(self, key: int | Key) -> tuple[Tensor, int] | Skipped:
+        """The image and its label, or a corrupt file that is skipped.
+
+        key: its place, in epoch 0; or an epoch and its place.
+        """
+        epoch, i = (0, key) if isinstance(key, int) else key
         index = self.indices[i]
         try:
             image, label = self._read(index)
@@ -131,16 +142,15 @@ class ImageData(Dataset[tuple[Tensor, int] | Skipped]):
             raise ResodeError(f"{shown(self._file(index))}: not enough memory to read this image") from error
         if self.seed is None:
             return self.transform(image), label
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(((self.seed * 1_000_003 + self.epoch) * 10_000_019 + index) % 2**64)
+        with _seeded(((self.seed * 1_000_003 + epoch) * 10_000_019 + index) % 2**64):
             return self.transform(image), label
 
-    def __getitems__(self, chosen: Sequence[int]) -> list[tuple[Tensor, int] | Skipped | ResodeError]:
+    def __getitems__(self, chosen: Sequence[int | Key]) -> list[tuple[Tensor, int] | Skipped | ResodeError]:
         """Items for a loader. An error comes as the last of them: raised in a worker it would arrive as a traceback."""
         items: list[tuple[Tensor, int] | Skipped | ResodeError] = []
-        for i in chosen:
+        for key in chosen:
             try:
-                items.append(self[i])
+                items.append(self[key])
             except ResodeError as error:
                 items.append(error)
                 break
@@ -174,25 +184,58 @@ class ImageData(Dataset[tuple[Tensor, int] | Skipped]):
         return str(self.samples.samples[index][0]) if hasattr(self.samples, "samples") else f"image {index}"
 
 
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """What transforms draw from, torch's generator of the CPU, starts from the seed, and stands as before at the end.
+
+    torch.manual_seed seeds every GPU too, or, where none was used yet, notes the whole call stack for that: some 100 µs
+    of each image.
+    """
+    generator = torch.default_generator
+    before = generator.get_state()
+    try:
+        generator.manual_seed(seed)
+        yield
+    finally:
+        generator.set_state(before)
+
+
 def batches(
     data: ImageData,
     batch_size: int,
     *,
     order: Sequence[int] | None = None,
-    workers: int = 0,
-    drop_last: bool = False,
-    skip: int = 0,
-) -> Iterator[Batch]:
-    """The data in batches, in the given order; `skip` batches are left out without being read."""
+    epoch: int = 0,
+    workers: int | str = 0,
+    device: torch.device | str = "cpu",
+) -> Generator[Batch, None, None]:
+    """The data in batches, in the given order, augmented as in an epoch. workers, device: see `read`."""
     order = range(len(data)) if order is None else order
-    chunks = [list(order[i : i + batch_size]) for i in range(0, len(order), batch_size)]
-    if drop_last and len(chunks) > 1 and len(chunks[-1]) < batch_size:
-        chunks.pop()
+    if workers == AUTO:
+        workers = worker_count(len(order), device)
+    chosen = ([(epoch, i) for i in order[first : first + batch_size]] for first in range(0, len(order), batch_size))
+    return read(data, chosen, workers=workers, device=device)
+
+
+def read(
+    data: ImageData, chosen: Iterable[Sequence[Key]], *, workers: int | str = 0, device: torch.device | str = "cpu"
+) -> Generator[Batch, None, None]:
+    """A batch for each sequence of keys, which may go on without end: workers read ahead of what is asked for.
+
+    workers: processes that read; 0: none besides this one; 'auto': as many as pay where a whole epoch is read.
+    device: where the batches go. From workers to a GPU, they come in memory that it copies from by itself.
+    """
+    count = worker_count(len(data), device) if workers == AUTO else int(workers)
     own = torch.Generator()  # a loader draws a seed for its workers; not from the generator that dropout uses
     loader: DataLoader[Any] = DataLoader(
-        data, batch_sampler=chunks[skip:], collate_fn=_collate, generator=own, **loader_arguments(workers)
+        data,
+        batch_sampler=chosen,  # type: ignore[arg-type]  # which has no length where it has no end
+        collate_fn=_collate,
+        generator=own,
+        pin_memory=count > 0 and torch.device(device).type == "cuda",
+        **loader_arguments(count),
     )
-    for batch in read_in_workers(loader) if workers else loader:
+    for batch in read_in_workers(loader) if count else loader:
         yield data.received(batch)
 
 

@@ -16,11 +16,16 @@ from functools import partial
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 
 from ..errors import ResodeError, join
+from ..machine.cores import available_cores
 from ..machine.signals import SIGNALS
 
+AUTO = "auto"  # as a number of workers
+FEW = 1000  # images, for which workers are not started unless asked for
+MOST = 8  # workers that are started without being asked for
 STUCK = 300  # seconds without a batch; slow network disks take tens of them
 LOOKED_AFTER = 5  # seconds after which the processes are looked after: a signal may come just before a wait begins
 PR_SET_PDEATHSIG = 1
@@ -29,6 +34,16 @@ _alive: set[BaseProcess] = set()
 _ending: set[BaseProcess] = set()
 _waiting = 0  # how many loops wait for a batch just now
 _starting = 0  # how many loaders are being made just now
+
+
+def worker_count(images: int, device: torch.device | str) -> int:
+    """How many workers 'auto' takes, where so many images are read and go to a device."""
+    cores = available_cores()
+    if images < FEW or cores == 1:
+        return 0
+    if torch.device(device).type == "cpu":
+        return 1
+    return min(cores - 1, MOST)
 
 
 class WorkerDied(ResodeError):

@@ -371,6 +371,7 @@ class _Fit:
             seed=self.seed,
             epoch=self.seen // (len(self.trained) // self.batch_size),
             workers=self.settings.workers,
+            device=self.device,
         )
         for batch in source:
             self.seen += 1
@@ -378,7 +379,7 @@ class _Fit:
                 yield batch
 
     def _batches(self, data: ImageData, order: Sequence[int]) -> Iterator[Batch]:
-        return batches(data, self.batch_size, order=order, workers=self.settings.workers)
+        return batches(data, self.batch_size, order=order, workers=self.settings.workers, device=self.device)
 
     def _backup(self) -> dict[str, Tensor]:
         return {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}

@@ -40,7 +40,7 @@ class Measuring:
     device: torch.device
     data: ImageData | None = None
     batch_size: int = 100
-    workers: int = 0
+    workers: int | str = 0
     gradients: bool = False
 
 
@@ -202,7 +202,9 @@ def _column(
         data = measuring.data
         callbacks.on_message(f"{name}: evaluating on {len(data):,} images of {data.name}")
         evaluation = evaluate(
-            model, batches(data, measuring.batch_size, workers=measuring.workers), device=measuring.device
+            model,
+            batches(data, measuring.batch_size, workers=measuring.workers, device=measuring.device),
+            device=measuring.device,
         )
         if skipped := data.skipped_note():
             callbacks.on_message(skipped)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from ..errors import UsageError
-from ..options import check_options, option
-from ..quantities import COUNT, COUNT_OR_NONE, NOT_NEGATIVE, POSITIVE, SEED, TEMPERATURE, WORKERS
+from ..options import check_options, option, workers_option
+from ..quantities import COUNT, COUNT_OR_NONE, NOT_NEGATIVE, POSITIVE, SEED, TEMPERATURE
 
 TO_STATES, END_TO_END = ("blocks", "stages"), ("logits", "refine")
 PHASES = TO_STATES + END_TO_END
@@ -92,7 +92,7 @@ class FitSettings:
         off="--no-fit-augment",
     )
     seed: int = fitted(0, "Seed of the fit: order and augmentation of images.", range=SEED)
-    workers: int = option(0, "Processes that read images; 0: none besides this one.", range=WORKERS, group="Machine")
+    workers: int | str = workers_option()
 
     def __post_init__(self) -> None:
         check_options(self)

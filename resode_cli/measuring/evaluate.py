@@ -50,8 +50,8 @@ def evaluate(
             skipped += batch.skipped
             if len(batch.labels) == 0:
                 continue
-            logits = model(batch.images.to(device)).float()
-            labels = batch.labels.to(device)
+            x, labels = batch.on(device)
+            logits = model(x).float()
             # timm.utils.accuracy gives percentages of a batch; the predictions are wanted too.
             best = logits.topk(min(5, logits.shape[1]), dim=1).indices
             hits = best == labels[:, None]

@@ -43,7 +43,7 @@ def predict(
     *,
     top: int = 1,
     batch_size: int = 100,
-    workers: int = 0,
+    workers: int | str = 0,
     on_batch: Callable[[int], None] = lambda images: None,
 ) -> list[Prediction]:
     """The `top` likeliest classes of each image, in the order of the images, where the model stands, in eval mode.
@@ -64,7 +64,8 @@ def predict(
     else:
         given = _files(images)
         paths = [None if isinstance(image, Image.Image) else str(image) for image in given]
-        data = batches(open_images(given, model.info.preprocessing), batch_size, workers=workers)
+        where = next(model.parameters()).device
+        data = batches(open_images(given, model.info.preprocessing), batch_size, workers=workers, device=where)
     return _predictions(model, data, paths, top, on_batch)
 
 
@@ -97,7 +98,7 @@ def _predictions(
         for batch in data:
             unreadable.update(batch.skipped)
             if len(batch.labels):
-                logits = model(batch.images.to(device)).cpu().double()
+                logits = model(batch.on(device)[0]).cpu().double()
                 names = _names(model, logits)
                 check_top(top, logits.shape[1])
                 best = logits.softmax(dim=1).topk(top, dim=1)

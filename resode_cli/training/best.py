@@ -72,5 +72,6 @@ class Evaluations:
                 self.progress.best_file = loaded_checksum(self.saves.lock.folder / run_folder.BEST)
 
     def _evaluate(self, test: ImageData) -> Evaluation:
-        data = batches(test, max(self.settings.batch_size, 100), workers=self.settings.workers)
+        size, workers = max(self.settings.batch_size, 100), self.settings.workers
+        data = batches(test, size, workers=workers, device=self.device)
         return evaluate(self.model, data, device=self.device)

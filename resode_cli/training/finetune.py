@@ -235,6 +235,7 @@ class _Run:
             epoch=epoch,
             skip=done,
             workers=settings.workers,
+            device=self.device,
         )
         return self.loop.run(source, self.steps.take, self._stepped, self._between)
 

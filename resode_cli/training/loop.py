@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
+from itertools import count
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..data import Batch, ImageData, batches
+from ..data import Batch, ImageData, Key, read
 from ..errors import ResodeError
 from ..machine.signals import Stopped
 from .optimization import create_optimizer, create_scheduler
@@ -35,17 +36,30 @@ def shuffled(items: Sequence[int], *, seed: int, epoch: int) -> list[int]:
 
 
 def training_batches(
-    data: ImageData, chosen: Sequence[int], size: int, *, seed: int, epoch: int, skip: int = 0, workers: int = 0
+    data: ImageData,
+    chosen: Sequence[int],
+    size: int,
+    *,
+    seed: int,
+    epoch: int,
+    skip: int = 0,
+    workers: int | str = 0,
+    device: torch.device | str = "cpu",
 ) -> Generator[Batch, None, None]:
     """Full batches of the chosen images without end, from an epoch on, each epoch in an order of its own.
 
-    skip: batches of the first epoch that are left out.
+    skip: batches of the first epoch that are left out. One loader reads them all, so that its workers go on into the
+    next epoch while the model is evaluated after this one. workers, device: see `read`.
     """
-    while True:
-        data.start_epoch(epoch)
-        order = shuffled(chosen, seed=seed, epoch=epoch)
-        yield from batches(data, size, order=order, workers=workers, drop_last=True, skip=skip)
-        epoch, skip = epoch + 1, 0
+
+    def keys() -> Iterator[list[Key]]:
+        for number in count(epoch):
+            order = shuffled(chosen, seed=seed, epoch=number)
+            full = max(len(order) // size, 1)  # all there are, where they are no batch
+            for batch in range(skip if number == epoch else 0, full):
+                yield [(number, i) for i in order[batch * size : (batch + 1) * size]]
+
+    return read(data, keys(), workers=workers, device=device)
 
 
 class Loop:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError
-from ..options import ADJOINT_SETTINGS, check_options, option
+from ..options import ADJOINT_SETTINGS, check_options, option, workers_option
 from ..quantities import (
     BITS,
     CORRECTIONS,
@@ -20,7 +20,6 @@ from ..quantities import (
     POSITIVE,
     SEED,
     TEMPERATURE,
-    WORKERS,
     parse_bytes,
 )
 
@@ -210,7 +209,7 @@ class Settings:
     log_every: int = saving(20, "Steps per row of log.csv.", range=COUNT)
     save_every: int = saving(100, "Steps between saves of the state.", range=COUNT)
     eval_every: int = saving(1, "Epochs between evaluations.", range=COUNT)
-    workers: int = machine(0, "Processes that read images; 0: none besides this one.", range=WORKERS)
+    workers: int | str = workers_option()
     compile: bool = machine(False, "Compile the branches with torch.compile.")
     channels_last: bool = machine(False, "Keep images and states in that memory format.")
     teacher: str | None = teaching(None, "Model file or SOURCE to learn from.")

@@ -24,8 +24,7 @@ def choice_batch(train: ImageData, settings: Settings, device: torch.device) -> 
     """Training images, evenly spaced: neighbours in a folder are of one class."""
     count = min(CALIBRATED, settings.batch_size, len(train))
     order = [i * len(train) // count for i in range(count)]
-    batch = next(batches(train, count, order=order))
-    return batch.images.to(device), batch.labels.to(device)
+    return next(batches(train, count, order=order)).on(device)
 
 
 def prepare_to_train(model: OdeResNet, settings: Settings) -> None:

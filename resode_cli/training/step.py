@@ -66,7 +66,7 @@ class Steps:
         if len(batch.labels) == 0:
             raise ResodeError(f"a whole batch of corrupt images: {next(iter(batch.skipped))} and others")
         prepare_to_train(self.model, self.settings)
-        images, labels = batch.images.to(self.device), batch.labels.to(self.device)
+        images, labels = batch.on(self.device)
         if self.mixing is not None:
             images, labels = self.mixing(images, labels, step=self.progress.step)
         random = RandomState.now(self.device)

@@ -193,12 +193,9 @@ class _Relabelled:
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, i: int):
-        image, label = self.data[i]
-        return image, label + 1 + i
-
-    def start_epoch(self, epoch: int) -> None:
-        self.data.start_epoch(epoch)
+    def __getitem__(self, key):
+        image, label = self.data[key]
+        return image, label + 1 + key[1]
 
     def received(self, batch):
         return batch
