@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing.process import BaseProcess
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -117,10 +118,20 @@ def _next(source: Iterator[Any], workers: set[BaseProcess]) -> Any:
 
 def ignore_stops(parent: int, _: int) -> None:
     """What a worker does first."""
+    sys.excepthook = _quietly
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux" and os.getppid() == parent:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _quietly(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """No word of a batch whose handing over the main process broke off: it says itself what happened.
+
+    The thread that hands batches over ends up here.
+    """
+    if not issubclass(kind, (OSError, EOFError, multiprocessing.AuthenticationError)):
+        sys.__excepthook__(kind, error, traceback)
 
 
 def loader_arguments(workers: int) -> dict[str, Any]:

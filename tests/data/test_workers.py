@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -53,3 +54,18 @@ def test_a_batch_that_breaks_off_is_a_process_that_died(error: type[Exception], 
     assert torch.equal(next(batches)[:, 0], torch.tensor([0.0, 1.0]))
     with pytest.raises(WorkerDied, match="a process that reads images died"):
         next(batches)
+
+
+class Broken(Numbers):
+    """What its worker's thread for handing over batches meets."""
+
+    def __getitem__(self, i: int) -> Tensor:
+        error = (ConnectionResetError if i else ValueError)(f"at {i}")
+        sys.excepthook(type(error), error, None)
+        return super().__getitem__(i)
+
+
+def test_a_worker_says_nothing_of_a_batch_that_was_not_fetched(capfd: Any) -> None:
+    """The main process breaks off where another worker died, and tells of that."""
+    assert len(list(read_in_workers(DataLoader(Broken(), batch_size=4, **loader_arguments(1))))) == 2
+    assert capfd.readouterr().err.strip() == "ValueError: at 0"

@@ -39,7 +39,7 @@ def test_what_would_make_another_run_is_refused_by_name(flag: str, here: Path, c
 
 
 def test_what_may_change_is_said(here: Path, capsys: Any) -> None:
-    assert main(run("-o", "run", "--resume", "--lr", "0.5", "--log-every", "1", "--workers", "0", steps=4)) == 0
+    assert main(run("-o", "run", "--resume", "--lr", "0.5", "--log-every", "1", "--workers", "auto", steps=4)) == 0
     error = capsys.readouterr().err
     assert "--lr is 0.5 from here on; it was 0.001" in error and "--max-steps is 4 from here on; it was 3" in error
     assert "--workers" not in error, "it is what it was"
