@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import stat
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,6 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 # Formats that Pillow opens and that are no pictures, or that another program would have to draw.
 _NO_PICTURES = {"EPS", "WMF", "PDF", "MPEG", "HDF5", "GRIB", "BUFR", "FITS", "IPTC"}
+_USUAL = ("JPEG", "PNG")
 # A strip of one pixel's height would be resized to a hundred thousand times the network's input.
 _LONGEST = 250
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF's tags
@@ -103,8 +105,7 @@ def _check_regular(found: os.stat_result) -> None:
 
 
 def _read(file: BinaryIO) -> Image.Image:
-    Image.init()
-    image = Image.open(file, formats=[name for name in Image.OPEN if name not in _NO_PICTURES])
+    image = Image.open(file, formats=_formats())
     width, height = image.size
     if max(width, height) > _LONGEST * min(width, height):
         raise UnreadableImage(f"{width}×{height} pixels: one side is more than {_LONGEST} times the other")
@@ -114,6 +115,13 @@ def _read(file: BinaryIO) -> Image.Image:
         image.draft(image.mode, (width // 2, height // 2))
     image.load()
     return upright(image)
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """What files are tried as, one after the other: the usual ones first, as some of the others look long at a file."""
+    Image.init()
+    return tuple(name for name in dict.fromkeys([*_USUAL, *Image.OPEN]) if name not in _NO_PICTURES)
 
 
 def upright(image: Image.Image) -> Image.Image:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data import Batch
 from ..errors import ResodeError
@@ -60,12 +60,19 @@ class Steps:
         self.say, self.advice = say, advice
         self.mixing = mixing_of(settings, model.info.num_classes)
         self.in_a_row = 0  # steps skipped just now
+        self.modes: list[tuple[nn.Module, bool]] = []  # in which modules train, once they have
+
+    def _train_mode(self) -> None:
+        """Put every module in the mode that it trains in, where one has left it: a look is cheaper than to set them."""
+        if not self.modes or any(module.training is not mode for module, mode in self.modes):
+            prepare_to_train(self.model, self.settings)
+            self.modes = [(module, module.training) for module in self.model.modules()]
 
     def take(self, batch: Batch) -> Taken:
         """Take a step on a batch, or leave it out where its gradient is no number."""
         if len(batch.labels) == 0:
             raise ResodeError(f"a whole batch of corrupt images: {next(iter(batch.skipped))} and others")
-        prepare_to_train(self.model, self.settings)
+        self._train_mode()
         images, labels = batch.on(self.device)
         if self.mixing is not None:
             images, labels = self.mixing(images, labels, step=self.progress.step)
