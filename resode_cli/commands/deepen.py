@@ -24,7 +24,7 @@ from .options import (
     StageOption,
     number,
 )
-from .output import start
+from .output import Output, start
 from .parameters import Fields, Given, takes
 from .rewrite import Rewrite
 from .working_folder import name_of, output_for
@@ -80,6 +80,8 @@ def deepen_command(
     start()
     from ..surgery.steps import deepened
 
+    if mode == "replicate":
+        request = request.by_default(comparing.data, Output(json_mode=json))
     request.check(settings, OFFERED, given)
     if request.fit is not None and mode != "replicate":
         raise UsageError(f"--fit starts from equal weights in a block's run of steps, not from --mode {mode}")

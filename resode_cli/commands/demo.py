@@ -43,7 +43,7 @@ COMMANDS = (
     (
         "deepened",
         "3. Every stage taken to 24 steps, each with weights of its own",
-        "deepen recalibrated.safetensors --blocks 24 --depth-weights free --data digits -o deep.safetensors",
+        "deepen recalibrated.safetensors --blocks 24 --depth-weights free --data digits --no-fit -o deep.safetensors",
     ),
     (
         "gradients",

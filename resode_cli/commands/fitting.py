@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
@@ -34,12 +34,30 @@ class FitRequest:
     """On what to fit, to what, and in which form."""
 
     fit: str | None = option(
-        None, "Fit to the source network on these images (a data set or a folder); no labels needed.", group="Fit"
+        None,
+        "Fit to the source network on these images (a data set or a folder); no labels needed. `deepen` takes --data"
+        " where this is left out.",
+        group="Fit",
     )
+    no_fit: bool = option(False, "Of `deepen`: measure on --data, and do not fit.", group="Fit")
     teacher: str | None = option(None, "Model file or SOURCE to learn from. Default: the model as it was.", group="Fit")
     form: str | None = option(
         None, "'exact' or 'pre'. Default: as it is; with --fit, 'pre' where blocks allow.", group="Fit"
     )
+
+    def by_default(self, data: str | None, output: Output) -> FitRequest:
+        """With the data known, a fit on its training images, which is said. Raises UsageError for one that is declined.
+
+        What a rewrite costs in accuracy it costs on any data; a fit that is of no use is undone.
+        """
+        if self.no_fit:
+            if self.fit is not None:
+                raise UsageError("--fit asks for a fit, and --no-fit declines it: leave out one")
+            return self
+        if self.fit is not None or data is None:
+            return self
+        output.note(f"fitted to the source on the training images of {data}, without their labels; --no-fit declines")
+        return replace(self, fit=data)
 
     def check(self, settings: FitSettings, offered: Fields, given: Given) -> None:
         """Raises UsageError for an option of a fit without one, and for a flag that none of its phases reads.

@@ -187,5 +187,7 @@ class Rewrite:
         self.output.json(finite(document))
 
     def _remedy(self, result: RewriteResult) -> str:
-        mend = ", and mend it with --fit DATA (images, no labels)" if self.command in ("deepen", "tie") else ""
+        again = f"resode {self.command} {self.path}"
+        again += f" --blocks {self.settings['blocks']}" if "blocks" in self.settings else ""
+        mend = f", and mend it: `{again} --fit DATA` (images, no labels)" if self.command in ("deepen", "tie") else ""
         return ": measure it with --data DATA" + (mend if result.fit is None else "")

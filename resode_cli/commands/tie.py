@@ -35,7 +35,7 @@ OFFERED = Fields(TIE_SETTINGS, but=("refine_steps", "substeps", "clip_grad"))
 
 
 @takes(
-    request=Fields(FitRequest()),
+    request=Fields(FitRequest(), but=("no_fit",)),
     settings=OFFERED,
     comparing=Fields(Comparing()),
     reading=Fields(Reading()),

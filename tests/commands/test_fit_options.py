@@ -40,6 +40,16 @@ def document(capsys, arguments: list[str]) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
+def test_deepen_fits_to_known_data_unless_that_is_declined(net: Path, pictures: Path, tmp_path: Path, capsys):
+    deepen = ["deepen", str(net), "--blocks", "6", "--data", str(pictures), "--json"]
+    found = document(capsys, [*deepen, *QUICK, "-o", str(tmp_path / "fitted.safetensors")])
+    assert [phase["phase"] for phase in found["fit"]["phases"]] == ["blocks", "refine"]
+    found = document(capsys, [*deepen, "--no-fit", "-o", str(tmp_path / "plain.safetensors")])
+    assert "fit" not in found and found["before"]["images"] == found["after"]["images"]
+    found = document(capsys, [*deepen, "--mode", "identity", "-o", str(tmp_path / "identity.safetensors")])
+    assert "fit" not in found and found["top1_agreement"] == 1
+
+
 def test_deepen_fits_saves_and_reports(net: Path, pictures: Path, tmp_path: Path, capsys):
     out = tmp_path / "deep.safetensors"
     arguments = ["deepen", str(net), "--blocks", "7", "--fit", str(pictures), "--data", str(pictures), *QUICK]
@@ -110,6 +120,8 @@ def test_a_deepened_linear_network_reports_no_more_parameters(net: Path, tmp_pat
     [
         (["deepen", "NET", "--blocks", "6", "--fit-steps", "5"], "--fit-steps is a setting of a fit; add --fit DATA"),
         (["deepen", "NET", "--blocks", "6", "--smooth", "1"], "--smooth is a setting of a fit"),
+        (["deepen", "NET", "--blocks", "6", "--fit", "DATA", "--no-fit"], "--no-fit declines it: leave out one"),
+        (["deepen", "NET", "--blocks", "6", "--data", "DATA", "--no-fit", "--fit-steps", "5"], "a setting of a fit"),
         (["deepen", "NET", "--blocks", "6", "--form", "pre"], "--form changes the function"),
         (["deepen", "NET", "--blocks", "6", "--fit", "nowhere/"], "data folder 'nowhere/' does not exist"),
         (["deepen", "NET", "--blocks", "6", "--fit", "DATA", "--mode", "identity"], "not from --mode identity"),

@@ -37,7 +37,7 @@ def test_a_changed_function_is_not_verified_by_noise(kind: str, pico: OdeResNet,
     assert "nothing is known of its accuracy" in out
     assert "verified" not in out and "agreement" not in out
     if kind in ("deepen", "tie"):
-        assert "measure it with --data DATA, and mend it with --fit DATA" in out
+        assert "measure it with --data DATA, and mend it: `resode " in out
     assert main(["info", str(tmp_path / "out.safetensors")]) == 0
     assert "verified" not in capsys.readouterr().out
 
