@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..errors import ResodeError, first_few
 from .folders import Split
 from .images import UnreadableImage, shown, to_rgb
-from .workers import AUTO, loader_arguments, read_in_workers, worker_count
+from .workers import loader_arguments, read_in_workers, worker_count
 
 Key = tuple[int, int]  # an epoch, and the place of an image in the data
 
@@ -211,8 +211,7 @@ def batches(
 ) -> Generator[Batch, None, None]:
     """The data in batches, in the given order, augmented as in an epoch. workers, device: see `read`."""
     order = range(len(data)) if order is None else order
-    if workers == AUTO:
-        workers = worker_count(len(order), device)
+    workers = worker_count(workers, len(order), device)
     chosen = ([(epoch, i) for i in order[first : first + batch_size]] for first in range(0, len(order), batch_size))
     return read(data, chosen, workers=workers, device=device)
 
@@ -225,7 +224,7 @@ def read(
     workers: processes that read; 0: none besides this one; 'auto': as many as pay where a whole epoch is read.
     device: where the batches go. From workers to a GPU, they come in memory that it copies from by itself.
     """
-    count = worker_count(len(data), device) if workers == AUTO else int(workers)
+    count = worker_count(workers, len(data), device)
     own = torch.Generator()  # a loader draws a seed for its workers; not from the generator that dropout uses
     loader: DataLoader[Any] = DataLoader(
         data,

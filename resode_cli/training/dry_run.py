@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..data import ImageData
+from ..data.workers import worker_count
 from ..gradients.results import ChosenAdjoints
 from ..machine.memory import free_bytes
 from ..network.model import OdeResNet, check_finite
@@ -27,6 +28,7 @@ class DryRun:
     """What a run would do. Bytes are predicted for the most that a step has alive at a time.
 
     free_bytes: of the device, now, weights included. trained: numbers. skipped: what is unreadable in the first batch.
+    workers: processes that would read images.
     """
 
     steps: int
@@ -41,6 +43,7 @@ class DryRun:
     predicted_bytes: int
     free_bytes: int
     skipped: tuple[str, ...]
+    workers: int
 
 
 def dry_run(
@@ -106,4 +109,5 @@ def dry_run(
         predicted(found) + teacher_bytes,
         free_bytes(device) + weights,
         tuple(first.skipped),
+        worker_count(settings.workers, len(train), device),
     )

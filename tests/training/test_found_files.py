@@ -96,6 +96,7 @@ STATES: dict[str, Callable[[dict[str, Any]], object]] = {
     "a number of stages": put(settings__stages=5),
     "no precision": put(settings__amp=None),
     "a numbered teacher": put(settings__teacher=5),
+    "a word for workers": put(settings__workers="many"),
 }
 
 

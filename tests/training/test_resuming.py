@@ -46,6 +46,19 @@ def test_what_may_change_is_said(here: Path, capsys: Any) -> None:
     assert load_state(here / "run").progress["step"] == 4
 
 
+def test_a_run_from_before_workers_were_auto_goes_on_with_its_number(here: Path, capsys: Any) -> None:
+    path = here / "run" / "state.safetensors"
+    tensors, metadata = read_tensors(path)
+    assert metadata["run"]["settings"]["workers"] == "auto"
+    metadata["run"]["settings"]["workers"] = 0
+    write_tensors(path, tensors, metadata)
+    assert main(run("-o", "run", "--resume", "--workers", "0", steps=4)) == 0
+    assert "--workers" not in capsys.readouterr().err
+    assert load_state(here / "run").settings["workers"] == 0
+    assert main(run("-o", "run", "--resume", "--workers", "1", steps=5)) == 0
+    assert "--workers is 1 from here on; it was 0" in capsys.readouterr().err
+
+
 def test_a_run_from_before_the_papers_heun_was_renamed_goes_on(here: Path, assert_ran_by: Any) -> None:
     """Its state, settings and stored adjoints say 'heun' of the rule that is called 'heunnet' now."""
     # Of layer1's one step the reversal is off by more than a run allows, and exact anchors would take its place.

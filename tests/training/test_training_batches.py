@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from itertools import islice
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from small_runs import run
 
+from resode_cli.app import main
 from resode_cli.data import Batch, open_data
 from resode_cli.network.parts import Preprocessing
 from resode_cli.training.loop import training_batches
@@ -61,3 +66,14 @@ def test_no_random_number_of_the_callers_is_drawn(workers: int) -> None:
     before = torch.get_rng_state()
     found(PER_EPOCH + 1, workers=workers)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("asked", "count"), [("3", 3), ("auto", 0)])
+def test_a_dry_run_says_how_many_processes_would_read(asked: str, count: int, here: Path, capsys: Any) -> None:
+    assert main(run("-o", "new", "--dry-run", "--json", "--workers", asked)) == 0
+    assert json.loads(capsys.readouterr().out)["workers"] == count
+
+
+def test_a_word_that_is_no_number_of_workers_is_refused(here: Path, capsys: Any) -> None:
+    assert main(run("-o", "new", "--workers", "many")) == 2
+    assert "error: --workers 'many': write a whole number, or auto" in capsys.readouterr().err
