@@ -116,10 +116,12 @@ class Simulation:
         amp: str = "none",
         optimizer_slots: int = 1,
         micro_batches: int = 1,
+        accumulates: bool = False,
     ) -> StepUse:
         """One step by these adjoints. images: the shape (B, C, H, W) of a batch.
 
-        optimizer_slots: numbers that the optimizer keeps for each trained one.
+        optimizer_slots: numbers that the optimizer keeps for each trained one. accumulates: whether there are gradients
+        of other batches already.
         """
         model = self.model
         model.use_adjoint(adjoints)
@@ -130,9 +132,10 @@ class Simulation:
         own = [*model.parameters(), *model.buffers()]
         fixed = sum(t.nbytes for t in own) + batch.nbytes
         fixed += optimizer_slots * sum(p.nbytes for p in model.parameters() if p.requires_grad)
+        repeats = 2 if micro_batches > 1 or accumulates else 1
         ledger = Ledger(self.machine, [*own, batch, labels], self.mode, self.calls)
         try:
-            pieces, peak = self._run(ledger, batch, labels, amp, repeats=2 if micro_batches > 1 else 1)
+            pieces, peak = self._run(ledger, batch, labels, amp, repeats=repeats)
             self._look_for_leaks([*own, batch, labels])
         except ResodeError:
             raise
@@ -142,7 +145,7 @@ class Simulation:
         finally:
             for p in model.parameters():
                 p.grad = None
-        seconds = ledger.seconds / min(micro_batches, 2) * micro_batches
+        seconds = ledger.seconds / repeats * micro_batches
         return StepUse(fixed + peak, fixed, seconds, pieces)
 
     def _look_for_leaks(self, own: list[Tensor]) -> None:

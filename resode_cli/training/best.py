@@ -74,4 +74,5 @@ class Evaluations:
     def _evaluate(self, test: ImageData) -> Evaluation:
         size, workers = max(self.settings.batch_size, 100), self.settings.workers
         data = batches(test, size, workers=workers, device=self.device)
-        return evaluate(self.model, data, device=self.device)
+        with self.saves.averaged():
+            return evaluate(self.model, data, device=self.device)

@@ -14,6 +14,7 @@ from ..machine.memory import free_bytes
 from ..network.model import OdeResNet, check_finite
 from ..ode import RandomState
 from ..simulation.step import Simulation, predicted
+from .averaging import average_bytes
 from .guard import Guard
 from .loop import training_batches
 from .optimization import create_optimizer, create_scheduler, optimizer_slots
@@ -27,6 +28,7 @@ from .trained import train_only
 class DryRun:
     """What a run would do. Bytes are predicted for the most that a step has alive at a time.
 
+    batch_size: images of one of the `accumulate` batches of a step.
     free_bytes: of the device, now, weights included. trained: numbers. skipped: what is unreadable in the first batch.
     workers: processes that would read images.
     """
@@ -35,6 +37,7 @@ class DryRun:
     batch_size: int
     micro_batches: int
     adjoints: dict[str, str]
+    accumulate: int
     trained: int
     weights: int
     gradients: int
@@ -70,6 +73,7 @@ def dry_run(
         model.compile_branches()
     total = settings.steps(len(train))
     create_scheduler(create_optimizer(model, settings), settings, total)
+    beside = teacher_bytes + average_bytes(model, settings)
     guard = Guard(
         model,
         settings,
@@ -79,34 +83,42 @@ def dry_run(
         on_message=on_message,
         on_choice=on_choice,
         state=None,
-        beside=teacher_bytes,
+        beside=beside,
     )
     random = RandomState.now(device)
     guard.start(lambda: choice_batch(train, settings, device))
     random.restore()
-    source = training_batches(train, range(len(train)), settings.batch_size, seed=settings.seed, epoch=0)
+    source = training_batches(train, range(len(train)), settings.step_images, seed=settings.seed, epoch=0)
     first = next(source)
     source.close()
     prepare_to_train(model, settings)
     slots, parts = optimizer_slots(settings), guard.state.micro_batches
-    shape = (len(first.labels), *first.images.shape[1:])
+    batch = -(-len(first.labels) // settings.accumulate)
+    if device.type == "cpu":  # the images of the step's other batches wait there
+        beside += first.images.nbytes - first.images[:batch].nbytes
     found = Simulation(model, device.type).step(
-        model.adjoints, shape, amp=settings.amp, optimizer_slots=slots, micro_batches=parts
+        model.adjoints,
+        (batch, *first.images.shape[1:]),
+        amp=settings.amp,
+        optimizer_slots=slots,
+        micro_batches=parts,
+        accumulates=settings.accumulate > 1,
     )
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = sum(p.nbytes for p in trained)
     weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     return DryRun(
         total,
-        len(first.labels),
+        batch,
         parts,
         {name: adjoint.label for name, adjoint in model.adjoints.items()},
+        settings.accumulate,
         sum(p.numel() for p in trained),
         weights,
         gradients,
         slots * gradients,
         max(found.peak - weights - (1 + slots) * gradients, 0),
-        predicted(found) + teacher_bytes,
+        predicted(found) + beside,
         free_bytes(device) + weights,
         tuple(first.skipped),
         worker_count(settings.workers, len(train), device),

@@ -16,6 +16,7 @@ from ..gradients.results import ChosenAdjoints
 from ..machine.locks import FolderLock
 from ..network.model import OdeResNet, check_finite
 from . import run_folder
+from .averaging import Average, average_bytes
 from .best import Evaluations
 from .guard import Guard, GuardState
 from .loop import DONE, INTERRUPTED, Loop, training_batches
@@ -133,11 +134,14 @@ class _Run:
             on_message=self.callbacks.on_message,
             on_choice=self._chosen,
             state=GuardState(**self.progress.guard),
-            beside=0 if teacher is None else teacher.bytes,
+            beside=(0 if teacher is None else teacher.bytes) + average_bytes(model, settings),
         )
         self.guard.start(lambda: choice_batch(train, settings, device))
         if resume is not None:
             resume.restore(optimizer, self.loop.scaler, device)
+        average = None if settings.ema is None else Average(model, settings)
+        if average is not None and resume is not None:
+            average.restore(resume.average)
         self.saves = Saves(
             lock,
             model,
@@ -148,6 +152,7 @@ class _Run:
             loop=self.loop,
             optimizer=optimizer,
             guard=self.guard,
+            average=average,
             resumed=resume is not None,
         )
         self.evaluations = Evaluations(
@@ -168,6 +173,7 @@ class _Run:
             loop=self.loop,
             guard=self.guard,
             objective=objective,
+            average=average,
             say=self.callbacks.on_message,
             advice=self.saves.advice,
         )
@@ -230,7 +236,7 @@ class _Run:
         source = training_batches(
             self.train,
             range(len(self.train)),
-            settings.batch_size,
+            settings.step_images,
             seed=settings.seed,
             epoch=epoch,
             skip=done,

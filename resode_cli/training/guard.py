@@ -61,7 +61,7 @@ class Guard:
     """Sets the adjoints of a run, chosen on a batch if the settings say so, and acts on the monitor.
 
     batch: gives a batch to choose on. prepare: puts the model in the mode that it trains in. beside: bytes of a
-    teacher, which a budget has to hold too.
+    teacher and of an average of the weights, which a budget has to hold too.
     """
 
     def __init__(
@@ -186,11 +186,13 @@ class Guard:
         adjoints = self.model.adjoints
         fixed = {part: adjoints[part] for part in self.asked.fixed(self.model)}
         settings, given = self.settings, self.settings.micro_batches
+        images, labels = images.to(self.device), labels.to(self.device)
         part = -(-settings.batch_size // given)
         budget = (settings.budget_bytes or self._free()) - self.beside
-        if given > 1:  # the gradients of the parts before, and the images of the others
+        if given * settings.accumulate > 1:  # the gradients of the parts before, and the images of the others
             budget -= sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
-            budget -= images[0].nbytes * (settings.batch_size - part)
+            waiting = settings.step_images if self.device.type == "cpu" else settings.batch_size
+            budget -= images[0].nbytes * (waiting - part)
         if settings.budget_bytes is not None and self.device.type == "cpu":
             give_back_freed_memory()
         try:

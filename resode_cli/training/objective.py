@@ -60,10 +60,10 @@ class Objective:
     def _from_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
         """L. Probabilities of classes are smoothed already."""
         if self.binary is not None:
-            loss: Tensor = self.binary(logits.float(), labels)
+            loss: Tensor = self.binary(_exact(logits), labels)
             return loss
         smoothing = self.settings.label_smoothing if labels.ndim == 1 else 0.0
-        return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+        return F.cross_entropy(_exact(logits), labels, label_smoothing=smoothing)
 
     @contextmanager
     def _outputs(self) -> Iterator[dict[str, list[Tensor]]]:
@@ -79,3 +79,8 @@ class Objective:
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def _exact(logits: Tensor) -> Tensor:
+    """In float32 at least."""
+    return logits if logits.dtype == torch.float64 else logits.float()

@@ -33,7 +33,10 @@ FILES = (STATE, BEST, LAST, LOG)
 
 @dataclass(frozen=True)
 class State:
-    """A saved run. `restore` puts the optimizer, the scaler and the generators back."""
+    """A saved run. `restore` puts the optimizer, the scaler and the generators back.
+
+    average: of the weights, by name; empty where the run has none.
+    """
 
     model: OdeResNet
     progress: dict[str, Any]
@@ -42,6 +45,7 @@ class State:
     optimizer: Saved
     scaler: dict[str, Any]
     generators: dict[str, Tensor]
+    average: dict[str, Tensor]
 
     def restore(self, optimizer: OptimizerState, scaler: torch.amp.GradScaler, device: torch.device) -> None:
         """Put optimizer, loss scale and generators where they were. Raises ResodeError for what does not fit them."""
@@ -65,6 +69,7 @@ def save_state(
     *,
     optimizer: OptimizerState,
     scaler: torch.amp.GradScaler,
+    average: Mapping[str, Tensor],
     progress: dict[str, Any],
     settings: dict[str, Any],
     fingerprint: dict[str, Any],
@@ -73,6 +78,7 @@ def save_state(
     tensors = {f"model/{name}": value for name, value in model.file_state().items()}
     packed = optimizer.pack()
     tensors |= {f"optimizer/{name}": tensor for name, tensor in packed.tensors.items()}
+    tensors |= {f"average/{name}": tensor.detach() for name, tensor in average.items()}
     tensors["generator/cpu"] = torch.get_rng_state()
     if next(model.parameters()).is_cuda:
         tensors["generator/cuda"] = torch.cuda.get_rng_state(next(model.parameters()).device)
@@ -162,7 +168,7 @@ def load_state(folder: Path, *, source: str | None = None, trust_source: bool = 
     """
     run = _run_metadata(folder)
     tensors, metadata = model_file.read_tensors(folder / STATE)
-    parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "generator": {}}
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "generator": {}, "average": {}}
     for name, tensor in tensors.items():
         part, _, rest = name.partition("/")
         if part not in parts:
@@ -177,6 +183,7 @@ def load_state(folder: Path, *, source: str | None = None, trust_source: bool = 
         Saved(parts["optimizer"], run["optimizer"], by_place=run.get("optimizer_by") != "name"),
         run["scaler"],
         parts["generator"],
+        parts["average"],
     )
 
 

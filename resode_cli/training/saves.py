@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -11,6 +12,7 @@ from ..files import model_file
 from ..machine.locks import FolderLock
 from ..network.model import OdeResNet, check_finite
 from . import run_folder
+from .averaging import Average
 from .guard import Guard
 from .loop import Loop
 from .optimizer_state import OptimizerState
@@ -38,11 +40,12 @@ class Saves:
         loop: Loop,
         optimizer: OptimizerState,
         guard: Guard,
+        average: Average | None,
         resumed: bool,
     ) -> None:
         self.lock, self.model, self.settings, self.progress = lock, model, settings, progress
         self.train, self.fingerprint = train, fingerprint
-        self.loop, self.optimizer, self.guard = loop, optimizer, guard
+        self.loop, self.optimizer, self.guard, self.average = loop, optimizer, guard, average
         self.nothing_of = [] if resumed else saved_files(lock.folder)  # what a run before has left
 
     def open_log(self, stage_names: Sequence[str], *, keep_up_to: int) -> None:
@@ -59,20 +62,28 @@ class Saves:
             self.log.path.unlink(missing_ok=True)
 
     def model_as(self, name: str) -> None:
-        """Write the model to a file of this name."""
-        self._check_finite()
-        model_file.write(self._described(), self.lock.ensure() / name)
+        """Write the model to a file of this name: the average of its weights, where there is one."""
+        with self.averaged():
+            self._check_finite()
+            model_file.write(self._described(), self.lock.ensure() / name)
         self._replace(name)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """The model holds the average of its weights inside the block, where there is one."""
+        return nullcontext() if self.average is None else self.average.in_place(self.loop.deferred)
 
     def state(self) -> None:
         """The state first: it alone is enough to go on; the last model is there for the other commands."""
         with self.loop.undisturbed():
+            if self.average is not None:
+                self.average.put_back(self.loop.deferred)
             self._check_finite()
             run_folder.save_state(
                 self.lock.ensure() / run_folder.STATE,
                 self.model,
                 optimizer=self.optimizer,
                 scaler=self.loop.scaler,
+                average={} if self.average is None else self.average.state,
                 progress={**asdict(self.progress), "guard": asdict(self.guard.state)},
                 settings=asdict(self.settings),
                 fingerprint=self.fingerprint,

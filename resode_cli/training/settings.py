@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ..errors import UsageError
 from ..options import ADJOINT_SETTINGS, check_options, option, workers_option
 from ..quantities import (
+    AVERAGING,
     BITS,
     CORRECTIONS,
     COUNT,
@@ -108,7 +109,13 @@ class Settings:
         None, "Passes over the images. Default: one, or as many as --max-steps needs.", range=COUNT
     )
     max_steps: int | None = length(None, "End after this many steps.", range=COUNT)
-    batch_size: int = length(128, "Images per step.", range=COUNT, flags=("--batch-size", "-b"), resume="stays")
+    batch_size: int = length(128, "Images per batch.", range=COUNT, flags=("--batch-size", "-b"), resume="stays")
+    accumulate: int = length(
+        1,
+        "Batches whose gradients add up to one step, as of a batch so many times as large; steps count as one.",
+        range=COUNT,
+        resume="stays",
+    )
     lr: float = optimisation(1e-3, "Peak learning rate.", range=POSITIVE)
     momentum: float = optimisation(0.9, "Momentum of SGD.", range=DECAYING)
     weight_decay: float = optimisation(5e-4, "Weight decay; not applied to norms and biases.", range=NOT_NEGATIVE)
@@ -142,6 +149,15 @@ class Settings:
         "BatchNorm: normalise by the running statistics, which stay, or by the batch's own.",
         choices=BATCH_NORM,
         resume="stays",
+    )
+    ema: float | None = regularisation(
+        None,
+        "Decay, per step, of a moving average of the weights, of which evaluations, best and last model are then.",
+        range=AVERAGING,
+        resume="stays",
+    )
+    ema_warmup: bool = regularisation(
+        False, "Let the decay of --ema grow with the steps, for short runs.", resume="stays"
     )
     amp: str = machine("none", "Autocast.", choices=AMP, resume="stays")
     augment: bool = augmentation(
@@ -226,6 +242,8 @@ class Settings:
         self._check_augmentation()
         if (self.label_smoothing or self.bce_loss) and self.teacher is not None and self.distill == 1:
             raise UsageError("--distill 1 leaves the labels out, which --label-smoothing and --bce-loss are about")
+        if self.ema_warmup and self.ema is None:
+            raise UsageError("--ema-warmup is of --ema DECAY: give it")
         if self.linear_probe and self.stages is not None:
             raise UsageError("--linear-probe trains the head alone, --stage a stage: leave out one")
         if self.linear_probe and self.bn == "batch":
@@ -236,6 +254,8 @@ class Settings:
             raise UsageError(f"--micro-batches {self.micro_batches}: a batch has {self.batch_size} images")
         if self.micro_batches > 1 and self.teacher_states:
             raise UsageError("--teacher-states compares whole batches, which --micro-batches splits: leave out one")
+        if self.accumulate > 1 and self.teacher_states:
+            raise UsageError("--teacher-states compares whole steps, which --accumulate splits: leave out one")
         given = (self.anchors, self.snapshots, self.bits, self.slices)
         if self.adjoint != "auto" or self.corrections or any(value is not None for value in given):
             self.adjoint_choice()  # which is a mistake if there is no such; it needs torch, and help does not
@@ -284,9 +304,14 @@ class Settings:
 
         return parse_adjoints_by_stage(self.adjoint, **{name: getattr(self, name) for name in ADJOINT_SETTINGS})
 
+    @property
+    def step_images(self) -> int:
+        """Images per step of the optimizer."""
+        return self.batch_size * self.accumulate
+
     def per_epoch(self, images: int) -> int:
-        """Steps per epoch: full batches only, but one at least."""
-        return max(images // self.batch_size, 1)
+        """Steps per epoch: full ones only, but one at least."""
+        return max(images // self.step_images, 1)
 
     def steps(self, images: int) -> int:
         """Steps of the whole run on a training split of so many images."""

@@ -14,6 +14,7 @@ from ..errors import ResodeError
 from ..network.model import OdeResNet
 from ..ode import RandomState, fixed_buffers
 from . import run_folder
+from .averaging import Average
 from .guard import Figures, Guard, together
 from .loop import Loop
 from .mixing import mixing_of
@@ -52,11 +53,12 @@ class Steps:
         loop: Loop,
         guard: Guard,
         objective: Objective,
+        average: Average | None,
         say: Callable[[str], None],
         advice: Callable[[], str],
     ) -> None:
         self.model, self.settings, self.device, self.progress = model, settings, device, progress
-        self.loop, self.guard, self.objective = loop, guard, objective
+        self.loop, self.guard, self.objective, self.average = loop, guard, objective, average
         self.say, self.advice = say, advice
         self.mixing = mixing_of(settings, model.info.num_classes)
         self.in_a_row = 0  # steps skipped just now
@@ -73,12 +75,13 @@ class Steps:
         if len(batch.labels) == 0:
             raise ResodeError(f"a whole batch of corrupt images: {next(iter(batch.skipped))} and others")
         self._train_mode()
-        images, labels = batch.on(self.device)
+        # Each part of an accumulated batch comes to the device by itself.
+        images, labels = batch.on(self.device) if self.settings.accumulate == 1 else (batch.images, batch.labels)
         if self.mixing is not None:
             images, labels = self.mixing(images, labels, step=self.progress.step)
         random = RandomState.now(self.device)
         found = self._forward_backward(images, labels)
-        while self.guard.must_redo(found.monitor["drift"], images, classes_of(labels), self.progress.step + 1):
+        while self._must_redo(found, images, labels):
             # The gradient is thrown away and taken again: same random numbers, and running
             # statistics that have moved once already.
             random.restore()
@@ -95,7 +98,15 @@ class Steps:
                 f"step {self.progress.step + 1}: a gradient overflowed in fp16, so the step was skipped and the loss"
                 f" scale lowered to {self.loop.scaler.get_scale():g}"
             )
+        if self.average is not None:
+            self.average.update(self.progress.step + 1)
         return found
+
+    def _must_redo(self, found: Taken, images: Tensor, labels: Tensor) -> bool:
+        first = slice(self.settings.batch_size)
+        return self.guard.must_redo(
+            found.monitor["drift"], images[first], classes_of(labels[first]), self.progress.step + 1
+        )
 
     def _skip(self, found: Taken) -> None:
         """Leave the weights as they are. Raises ResodeError where that is not wanted, or has been done too often."""
@@ -109,10 +120,12 @@ class Steps:
         self.say(f"step {step} is skipped: {what}")
 
     def _forward_backward(self, images: Tensor, labels: Tensor) -> Taken:
-        """What a batch gives; and .grad set. Where it is split, the gradients of its parts add up."""
-        count = -(-len(labels) // self.guard.state.micro_batches)
-        cuts = [slice(a, a + count) for a in range(0, len(labels), count)]
-        parts = [self._part(images[cut], labels[cut], len(labels[cut]) / len(labels)) for cut in cuts]
+        """What a step's images give; and .grad set. Where they are split, the gradients of the parts add up."""
+        parts = []
+        for batch in _cuts(len(labels), self.settings.accumulate):
+            x, y = images[batch].to(self.device), labels[batch].to(self.device)
+            for cut in _cuts(len(y), self.guard.state.micro_batches):
+                parts.append(self._part(x[cut], y[cut], len(y[cut]) / len(labels)))
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         look = gradients and not self.loop.scaler.is_enabled()
         steepest = torch.nn.utils.get_total_norm(gradients, math.inf) if look else parts[0][0].new_zeros(())
@@ -137,6 +150,12 @@ class Steps:
         self.loop.backward(loss if share == 1 else loss * share)
         right = (logits.argmax(1) == classes_of(labels)).float().mean()
         return loss.detach() * share, right * share, self.guard.figures()
+
+
+def _cuts(images: int, parts: int) -> list[slice]:
+    """The images in so many parts, all of one size but the last, or in as many as there are images."""
+    count = -(-images // parts)
+    return [slice(a, a + count) for a in range(0, images, count)]
 
 
 def classes_of(labels: Tensor) -> Tensor:
