@@ -66,6 +66,7 @@ NOT_NEGATIVE = Range(0)
 FRACTION = Range(0, 1)
 DECAYING = Range(0, 1, below=True)  # the factor of a running average
 AVERAGING = Range(0, 1, above=True, below=True)
+LAYER_DECAY = Range(0, 1, above=True)
 CROPS = Range(0.05, 1)  # the part of an image's side that is kept; of less, the rest would fill the memory
 LONGEST_STAGE = 100_000
 STEPS = Range(1, LONGEST_STAGE)  # of a stage

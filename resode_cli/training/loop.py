@@ -8,12 +8,13 @@ from itertools import count
 from typing import Any, TypeVar
 
 import torch
+from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 
 from ..data import Batch, ImageData, Key, read
 from ..errors import ResodeError
 from ..machine.signals import Stopped
-from .optimization import create_optimizer, create_scheduler
+from .optimization import clipped_parameters, create_optimizer, create_scheduler
 from .results import Progress
 from .settings import Settings
 from .starting import autocast_of
@@ -89,6 +90,7 @@ class Loop:
         self.halfway = False  # through a step or a save
         self.optimizer = create_optimizer(model, settings)
         self.scheduler = create_scheduler(self.optimizer, settings, total)
+        self.clipped = clipped_parameters(model, settings)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16")
 
     def run(
@@ -146,7 +148,7 @@ class Loop:
         """Clip the gradient and take the step; whether it was taken: in fp16 an overflow leaves it out."""
         if self.settings.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_grad)
+            dispatch_clip_grad(self.clipped, self.settings.clip_grad, mode=self.settings.clip_mode)
         scale = self.scaler.get_scale()
         try:
             self.scaler.step(self.optimizer)

@@ -17,20 +17,22 @@ from ..quantities import (
     COUNT_OR_NONE,
     DECAYING,
     FRACTION,
+    LAYER_DECAY,
     NOT_NEGATIVE,
     POSITIVE,
     SEED,
     TEMPERATURE,
     parse_bytes,
 )
+from .contradictions import DECREASING, NO_AUG, STANDARD_AUG, refuse_contradictions
 
 if TYPE_CHECKING:
     from ..data import Augmentation
     from ..gradients.stage_adjoints import AdjointsByStage
 
-NO_AUG, STANDARD_AUG = "none", "standard"
 AUG = (NO_AUG, STANDARD_AUG, "randaugment", "trivialaugment", "augmix")
-SCHEDULES = ("cosine", "step", "constant")
+SCHEDULES = (*DECREASING, "step", "constant")
+CLIP_MODES = ("norm", "value", "agc")
 AMP = ("none", "bf16", "fp16")
 BATCH_NORM = ("frozen", "batch")
 ON_DRIFT = ("anchors", "warn", "stop")
@@ -119,13 +121,34 @@ class Settings:
     lr: float = optimisation(1e-3, "Peak learning rate.", range=POSITIVE)
     momentum: float = optimisation(0.9, "Momentum of SGD.", range=DECAYING)
     weight_decay: float = optimisation(5e-4, "Weight decay; not applied to norms and biases.", range=NOT_NEGATIVE)
-    clip_grad: float | None = optimisation(None, "Largest norm of the gradient. Default: no clipping.", range=POSITIVE)
+    clip_grad: float | None = optimisation(
+        None, "Bound of the gradient, by --clip-mode. Default: no clipping.", range=POSITIVE
+    )
+    clip_mode: str = optimisation(
+        "norm",
+        "Bound the norm of the whole gradient, the value of every entry, or each unit's norm relative to its weights'"
+        " (agc, Brock et al. 2021; not the head's).",
+        choices=CLIP_MODES,
+    )
     optimizer: str = optimisation(
         "momentum", "Any optimizer of timm; 'momentum' is classical SGD with momentum.", resume="stays"
     )
-    schedule: str = optimisation(
-        "cosine", "Learning rate: cosine to 0, a tenth of it at each of --milestones, or constant.", choices=SCHEDULES
+    opt_betas: str | None = optimisation(None, "Betas of the optimizer, as in 0.9,0.95. Default: the optimizer's own.")
+    opt_eps: float | None = optimisation(None, "Epsilon of the optimizer. Default: its own.", range=POSITIVE)
+    layer_decay: float | None = optimisation(
+        None,
+        "Factor by which the learning rate falls from the head to the last stage, from there to the one before, and"
+        " so on to the stem.",
+        range=LAYER_DECAY,
+        resume="stays",
     )
+    schedule: str = optimisation(
+        "cosine",
+        "Learning rate: down to --min-lr as a cosine, linearly, as a square (poly) or a tanh; a tenth of it at each of"
+        " --milestones (step); or constant.",
+        choices=SCHEDULES,
+    )
+    min_lr: float = optimisation(0.0, "Learning rate that the schedule ends at.", range=NOT_NEGATIVE)
     milestones: str | None = optimisation(
         None, "Of --schedule step: the shares of the run's steps after which it falls. Default: 1/2,3/4."
     )
@@ -235,27 +258,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_options(self)
-        _ = self.budget_bytes, self.milestone_shares
+        _ = self.budget_bytes, self.milestone_shares, self.betas
         if self.freeze is not None:
             parts = tuple(part.strip() for given in self.freeze for part in given.split(","))
             object.__setattr__(self, "freeze", parts)
-        self._check_augmentation()
-        if (self.label_smoothing or self.bce_loss) and self.teacher is not None and self.distill == 1:
-            raise UsageError("--distill 1 leaves the labels out, which --label-smoothing and --bce-loss are about")
-        if self.ema_warmup and self.ema is None:
-            raise UsageError("--ema-warmup is of --ema DECAY: give it")
-        if self.linear_probe and self.stages is not None:
-            raise UsageError("--linear-probe trains the head alone, --stage a stage: leave out one")
-        if self.linear_probe and self.bn == "batch":
-            raise UsageError("--linear-probe keeps BatchNorm as it is: leave out --bn batch")
-        if self.milestones is not None and self.schedule != "step":
-            raise UsageError(f"--milestones are of --schedule step; --schedule {self.schedule} has none")
-        if self.micro_batches > self.batch_size:
-            raise UsageError(f"--micro-batches {self.micro_batches}: a batch has {self.batch_size} images")
-        if self.micro_batches > 1 and self.teacher_states:
-            raise UsageError("--teacher-states compares whole batches, which --micro-batches splits: leave out one")
-        if self.accumulate > 1 and self.teacher_states:
-            raise UsageError("--teacher-states compares whole steps, which --accumulate splits: leave out one")
+        refuse_contradictions(self)
         given = (self.anchors, self.snapshots, self.bits, self.slices)
         if self.adjoint != "auto" or self.corrections or any(value is not None for value in given):
             self.adjoint_choice()  # which is a mistake if there is no such; it needs torch, and help does not
@@ -265,20 +272,26 @@ class Settings:
         """How images are augmented; None for not at all."""
         from ..data import Augmentation
 
-        return Augmentation(self.aug, self.color_jitter, self.random_erasing) if self._augments else None
+        return Augmentation(self.aug, self.color_jitter, self.random_erasing) if self.augments else None
 
     @property
-    def _augments(self) -> bool:
+    def augments(self) -> bool:
         return self.augment and self.aug != NO_AUG
 
-    def _check_augmentation(self) -> None:
-        if not self.augment and self.aug not in (NO_AUG, STANDARD_AUG):
-            raise UsageError(f"--no-augment and --aug {self.aug} contradict each other: leave out one")
-        if not self._augments and (self.color_jitter or self.random_erasing):
-            flag = "--color-jitter" if self.color_jitter else "--random-erasing"
-            raise UsageError(f"{flag} augments images, which --no-augment and --aug none do not: leave out one")
-        if self.mixup_prob != 1 and not (self.mixup or self.cutmix):
-            raise UsageError("--mixup-prob is of --mixup and --cutmix: give one of them")
+    @property
+    def betas(self) -> tuple[float, ...] | None:
+        """Those of the optimizer; None for its own. Raises UsageError for what are none."""
+        if self.opt_betas is None:
+            return None
+        try:
+            found = tuple(float(part) for part in self.opt_betas.split(","))
+        except ValueError:
+            found = ()
+        if len(found) < 2 or not all(beta in DECAYING for beta in found):
+            raise UsageError(
+                f"--opt-betas {self.opt_betas}: write two or more numbers from 0 to below 1, as in 0.9,0.95"
+            )
+        return found
 
     @property
     def budget_bytes(self) -> int | None:

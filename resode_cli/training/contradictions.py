@@ -1,0 +1,78 @@
+"""Settings of a training run that cannot be meant together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..errors import UsageError
+
+if TYPE_CHECKING:
+    from .settings import Settings
+
+NO_AUG, STANDARD_AUG = "none", "standard"
+DECREASING = ("cosine", "linear", "poly", "tanh")  # the schedules that end at a rate of one's choice
+
+
+def refuse_contradictions(settings: Settings) -> None:
+    """Raises UsageError, by the names of their flags, for settings of which one would have no effect."""
+    for told in (*_of_what_is_trained(settings), *_of_images(settings), *_of_steps(settings), *_of_batches(settings)):
+        if told:
+            raise UsageError(told)
+
+
+def _of_what_is_trained(s: Settings) -> list[str]:
+    probe = s.linear_probe
+    return [
+        "--linear-probe trains the head alone, --stage a stage: leave out one"
+        if probe and s.stages is not None
+        else "",
+        "--linear-probe keeps BatchNorm as it is: leave out --bn batch" if probe and s.bn == "batch" else "",
+        "--layer-decay is of several layers, and --linear-probe trains one: leave out one"
+        if probe and s.layer_decay is not None
+        else "",
+        "--ema-warmup is of --ema DECAY: give it" if s.ema_warmup and s.ema is None else "",
+    ]
+
+
+def _of_images(s: Settings) -> list[str]:
+    jitter = "--color-jitter" if s.color_jitter else "--random-erasing"
+    return [
+        f"--no-augment and --aug {s.aug} contradict each other: leave out one"
+        if not s.augment and s.aug not in (NO_AUG, STANDARD_AUG)
+        else "",
+        f"{jitter} augments images, which --no-augment and --aug none do not: leave out one"
+        if not s.augments and (s.color_jitter or s.random_erasing)
+        else "",
+        "--mixup-prob is of --mixup and --cutmix: give one of them"
+        if s.mixup_prob != 1 and not (s.mixup or s.cutmix)
+        else "",
+        "--distill 1 leaves the labels out, which --label-smoothing and --bce-loss are about"
+        if s.teacher is not None and s.distill == 1 and (s.label_smoothing or s.bce_loss)
+        else "",
+    ]
+
+
+def _of_steps(s: Settings) -> list[str]:
+    return [
+        f"--milestones are of --schedule step; --schedule {s.schedule} has none"
+        if s.milestones is not None and s.schedule != "step"
+        else "",
+        f"--min-lr is where a schedule ends ({', '.join(DECREASING)}), and --schedule {s.schedule} does not"
+        if s.min_lr and s.schedule not in DECREASING
+        else "",
+        f"--min-lr {s.min_lr:g} is above --lr {s.lr:g}, from which the schedule falls" if s.min_lr > s.lr else "",
+        f"--clip-mode {s.clip_mode} needs its bound: give --clip-grad"
+        if s.clip_mode != "norm" and s.clip_grad is None
+        else "",
+    ]
+
+
+def _of_batches(s: Settings) -> list[str]:
+    whole = "--teacher-states compares whole batches, which {} splits: leave out one"
+    return [
+        f"--micro-batches {s.micro_batches}: a batch has {s.batch_size} images"
+        if s.micro_batches > s.batch_size
+        else "",
+        whole.format("--micro-batches") if s.micro_batches > 1 and s.teacher_states else "",
+        whole.format("--accumulate") if s.accumulate > 1 and s.teacher_states else "",
+    ]
