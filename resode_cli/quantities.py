@@ -95,6 +95,16 @@ def parse_bytes(text: str) -> int:
     return round(count)
 
 
+def parse_duration(text: str) -> float:
+    """The seconds that '90s', '30m', '2h' or '1h30m' stand for. Raises UsageError for anything else."""
+    match = re.fullmatch(r"\s*(?:(\d{1,6})h)?\s*(?:(\d{1,6})m)?\s*(?:(\d{1,6})s)?\s*", text)
+    counts = match.groups(default="0") if match else ()
+    seconds = sum(int(count) * unit for count, unit in zip(counts, (3600, 60, 1), strict=False))
+    if not seconds:
+        raise UsageError(f"time {text!r}: write hours, minutes or seconds, as in 2h, 30m, 1h30m or 90s")
+    return float(seconds)
+
+
 def number(value: float | None) -> str:
     """A figure to two significant digits; '–' where there is none."""
     if value is None:

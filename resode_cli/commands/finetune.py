@@ -111,13 +111,13 @@ def finetune_command(
     start()
     from ..data import held_out_splits
     from ..network.model import as_device
-    from ..quantities import size
+    from ..quantities import counted, size
     from ..reports.choice import choice_table
     from ..reports.report import adjoints_line, evaluation_line, finetune_json
     from ..training import run_folder
     from ..training.finetune import finetune
     from ..training.optimizer_state import check_optimizer
-    from ..training.results import Callbacks
+    from ..training.results import NO_PATIENCE, OUT_OF_TIME, Callbacks
     from ..training.resuming import (
         check_folder,
         check_model,
@@ -231,15 +231,22 @@ def finetune_command(
         f" peak memory {size(result.peak_bytes)}; {_written(lock.folder)} in {lock.folder}"
     )
     remember(output, run=lock.folder, model=_made(lock.folder))
-    best = max(result.best_top1, 0.0)
-    if result.before is not None and result.after is not None and best < result.before.top1:
-        output.note(
-            f"no evaluation was better than before training: {best:.2%} at best, {result.before.top1:.2%} before"
-        )
+    if result.after is not None and result.best_step == 0:
+        output.note("no evaluation was better than before training: best.safetensors is the model as it began")
     if result.skipped_steps:
         output.note(f"{result.skipped_steps} steps were skipped for a loss or gradient that was no number")
     document = finetune_json(result)
-    if at_end and not result.interrupted:
+    if result.ended == NO_PATIENCE:
+        output.note(
+            f"the last {counted(settings.patience or 0, 'evaluation')} brought nothing better: the run ends at step"
+            f" {result.steps} of {result.total_steps}"
+        )
+    if result.ended == OUT_OF_TIME:
+        output.note(
+            f"--max-time {settings.max_time} is over at step {result.steps} of {result.total_steps}; --resume goes on"
+            " from there"
+        )
+    if at_end and not result.interrupted and result.ended != OUT_OF_TIME:
         document["test"] = _on_test(lock.folder, loaded, at_end[0], settings, where, origin, output)
     output.notes(split.skipped_note() for split in (train, test, *at_end))
     output.json(document)
@@ -317,9 +324,9 @@ def _on_test(
 
 
 def _written(folder: Path) -> str:
-    from ..training.run_folder import FILES
+    from ..training.run_folder import FILES, runners_up
 
-    return join([name for name in FILES if (folder / name).is_file()]) or "nothing"
+    return join([name for name in FILES if (folder / name).is_file()] + runners_up(folder)) or "nothing"
 
 
 def _made(folder: Path) -> Path | None:

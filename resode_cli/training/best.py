@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import torch
 
 from ..data import ImageData, batches
 from ..errors import ResodeError
+from ..machine.atomic import atomic_path
 from ..measuring.evaluate import Evaluation, evaluate
 from ..network.model import OdeResNet
 from . import run_folder
@@ -42,10 +44,26 @@ class Evaluations:
         self.after: Evaluation | None = None
 
     def begin(self) -> None:
-        """Measure the model as it begins."""
-        if self.test is not None:
-            self.before = self._evaluate(self.test)
-            self.saves.log.test(0, 0, self.before)
+        """Measure the model as it begins: the first of those among which the best is chosen."""
+        if self.test is None:
+            return
+        self.before = self._evaluate(self.test)
+        self.saves.log.test(0, 0, self.before)
+        if math.isfinite(self.before.loss):
+            with self.loop.undisturbed():
+                self.progress.best_file = self.saves.first_model()
+                self._note_best(self.before, self._score(self.before))
+                self.progress.kept = [[0, self._score(self.before)]]
+
+    def go_on(self) -> None:
+        """Of the models that were kept, know those that are still there."""
+        folder, progress = self.saves.lock.folder, self.progress
+        there = {*run_folder.runners_up(folder), run_folder.runner_up(progress.best_step)}
+        progress.kept = [[int(n), score] for n, score in progress.kept if run_folder.runner_up(int(n)) in there]
+
+    def waited_enough(self) -> bool:
+        """Whether so many evaluations in a row were no better as end the run."""
+        return self.settings.patience is not None and self.progress.waited >= self.settings.patience
 
     def due(self) -> bool:
         """Whether the model of this step is to be measured, and was not yet."""
@@ -66,10 +84,46 @@ class Evaluations:
                 raise ResodeError(
                     f"after step {step} the loss on the test images is {self.after.loss}{self.saves.advice()}"
                 )
-            if self.after.top1 > self.progress.best_top1:
-                self.progress.best_top1 = self.after.top1
+            score = self._score(self.after)
+            if self.progress.best_score is None or score > self.progress.best_score:
+                self._keep_the_one_before()
+                self._note_best(self.after, score)
                 self.saves.model_as(run_folder.BEST)
                 self.progress.best_file = loaded_checksum(self.saves.lock.folder / run_folder.BEST)
+                self.progress.waited = 0
+            else:
+                self.progress.waited += 1
+            self._keep_among_the_best(step, score)
+
+    def _score(self, found: Evaluation) -> float:
+        """Larger is better."""
+        return -found.loss if self.settings.best_by == "loss" else float(getattr(found, self.settings.best_by))
+
+    def _note_best(self, found: Evaluation, score: float) -> None:
+        self.progress.best_score, self.progress.best_top1 = score, found.top1
+        self.progress.best_step = self.progress.step
+
+    def _keep_the_one_before(self) -> None:
+        """The best so far is to become one of the best: a copy of it, so that at no moment there is no best."""
+        best = self.saves.lock.ensure() / run_folder.BEST
+        own = not self.saves.nothing_of and self.progress.best_file is not None
+        if self.settings.keep_best > 1 and own and best.is_file():
+            with atomic_path(best.with_name(run_folder.runner_up(self.progress.best_step))) as temporary:
+                shutil.copyfile(best, temporary)
+
+    def _keep_among_the_best(self, step: int, score: float) -> None:
+        """Save the model of this step where it is among the best, and remove those that are no more."""
+        progress, most = self.progress, self.settings.keep_best
+        ranked = sorted([*progress.kept, [step, score]], key=lambda entry: -entry[1])[:most]
+        if most > 1 and [step, score] in ranked and step != progress.best_step:
+            self.saves.model_as(run_folder.runner_up(step))
+        progress.kept = ranked
+        folder = self.saves.lock.folder
+        kept = {run_folder.runner_up(int(n)) for n, _ in ranked if n != progress.best_step}
+        if not self.saves.nothing_of:
+            for name in run_folder.runners_up(folder):
+                if name not in kept:
+                    (folder / name).unlink(missing_ok=True)
 
     def _evaluate(self, test: ImageData) -> Evaluation:
         size, workers = max(self.settings.batch_size, 100), self.settings.workers

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..data import ImageData
+from ..errors import UsageError
 from ..gradients.results import ChosenAdjoints
 from ..machine.locks import FolderLock
 from ..network.model import OdeResNet, check_finite
@@ -22,7 +23,7 @@ from .guard import Guard, GuardState
 from .loop import DONE, INTERRUPTED, Loop, training_batches
 from .objective import Objective
 from .optimizer_state import OptimizerState
-from .results import Callbacks, FinetuneResult, Progress, peak_bytes
+from .results import NO_PATIENCE, OUT_OF_TIME, Callbacks, FinetuneResult, Progress, peak_bytes
 from .resuming import run_fingerprint, teacher_fingerprint, with_stage_names
 from .run_folder import StepRecord
 from .saves import Saves
@@ -100,6 +101,8 @@ class _Run:
             if resume is None
             else resume.fingerprint
         )
+        if test is None and settings.patience is not None:
+            raise UsageError("--patience waits for evaluations, and there are no test images")
         check_finite(model, "the model holds NaN or infinity in {}: nothing can be trained from there")
         self.stage_names = [name for name, stage in model.stages.items() if stage.spec.depth]
         train_only(model, settings, self.callbacks.on_message)
@@ -187,10 +190,10 @@ class _Run:
     def run(self) -> FinetuneResult:
         progress, first = self.progress, self.progress.step
         self.saves.open_log(self.stage_names, keep_up_to=first)
-        began = time.perf_counter()
+        self.began = time.perf_counter()
         try:
-            interrupted = self._train() == INTERRUPTED
-            if interrupted:
+            ended = self._train()
+            if ended != DONE:
                 self.saves.state()
         except Exception:
             # The step in progress is lost, the one before is not: between steps the model is as that one left it.
@@ -206,15 +209,17 @@ class _Run:
             self.evaluations.before,
             self.evaluations.after,
             progress.best_top1,
-            time.perf_counter() - began,
+            time.perf_counter() - self.began,
             peak_bytes(self.device),
-            interrupted,
+            ended == INTERRUPTED,
             progress.skipped,
             {name: self.model.stages[name].adjoint.label for name in self.stage_names},
             progress.switched,
             tuple(self.guard.state.moved_to_anchors),
             self.guard.state.recalibrations,
             self.chosen,
+            progress.best_step,
+            ended,
         )
 
     def _train(self) -> str:
@@ -224,13 +229,17 @@ class _Run:
             self.saves.model_as(run_folder.LAST)
         if progress.step == 0:
             self.evaluations.begin()
-        elif self.evaluations.due():  # the run was stopped before it
+        else:
+            self.evaluations.go_on()
+        if self.evaluations.due():  # the run was stopped before it
             self.evaluations.choose_best()
             self.saves.state()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         if progress.step == self.total:
             return DONE
+        if progress.step and self.evaluations.waited_enough():
+            return NO_PATIENCE
         self.last_step_at = time.perf_counter()
         epoch, done = divmod(progress.step, self.per_epoch)
         source = training_batches(
@@ -254,12 +263,19 @@ class _Run:
             self.saves.log.train(record, self.progress.window)
             self.progress.window.clear()
 
-    def _between(self, _: Taken) -> None:
-        if self.evaluations.due():
+    def _between(self, _: Taken) -> str | None:
+        evaluated = self.evaluations.due()
+        if evaluated:
             self.evaluations.choose_best()
             self.last_step_at = time.perf_counter()
         if self.progress.step == self.total or self.progress.step % self.settings.save_every == 0:
             self.saves.state()
+        if self.progress.step == self.total:
+            return DONE
+        if evaluated and self.evaluations.waited_enough():
+            return NO_PATIENCE
+        most = self.settings.most_seconds
+        return OUT_OF_TIME if most is not None and time.perf_counter() - self.began >= most else None
 
     def _record(self, taken: Taken) -> StepRecord:
         now = time.perf_counter()

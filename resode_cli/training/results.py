@@ -14,13 +14,15 @@ from ..gradients.results import ChosenAdjoints
 from ..measuring.evaluate import Evaluation
 from .run_folder import StepRecord
 
+NO_PATIENCE, OUT_OF_TIME = "patience", "time"  # what may end a run before its last step
 NONE_YET = -1.0  # the accuracy of the best model, before there is one
 
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """before, after: on the test split; best: the epoch's evaluation with the highest top-1.
+    """before, after: on the test split. best_top1, best_step: of the best model, at step 0 the one that it began with.
 
+    ended: what ended it, as `loop` and this file name it.
     adjoints: what each stage ended with. chosen: the last choice, if 'auto' was asked for in this session.
     """
 
@@ -38,6 +40,8 @@ class FinetuneResult:
     moved_to_anchors: tuple[str, ...] = ()
     recalibrations: int = 0
     chosen: ChosenAdjoints | None = None
+    best_step: int = 0
+    ended: str = "done"
 
 
 @dataclass
@@ -48,12 +52,18 @@ class Progress:
     evaluated: int = 0  # the last step that was
     best_top1: float = NONE_YET
     best_file: str | None = None  # its checksum
+    best_step: int = 0
+    best_score: float | None = None  # by what makes it the best; larger is better
+    waited: int = 0  # evaluations since the best one
+    kept: list[list[float]] = field(default_factory=list)  # step and score of the best models, the best first
     skipped: int = 0  # steps with a loss or gradient that was no number
     switched: dict[str, float] | None = None
     guard: dict[str, Any] = field(default_factory=dict)  # a GuardState
     window: list[dict[str, float]] = field(default_factory=list)  # of each step since the last log row, by column
 
     def __post_init__(self) -> None:
+        if self.best_score is None and self.best_top1 > NONE_YET:  # of an older resode, or of a best model that is gone
+            self.best_score = self.best_top1
         # In the state of a run by an older resode: (loss, accuracy, drift …).
         self.window = [row if isinstance(row, dict) else {"loss": row[0], "top1": row[1]} for row in self.window]
 

@@ -15,7 +15,7 @@ from ..network.model import OdeResNet
 from ..options import flag_of, option_of, parameter_of
 from ..sources.registry import SAVED, parse_source
 from .results import NONE_YET
-from .run_folder import BEST, FILES, LOG, State, is_log
+from .run_folder import BEST, FILES, LOG, State, is_log, runners_up, settle_first_model
 from .settings import Settings
 from .teacher import Teacher
 
@@ -174,18 +174,25 @@ def unknown_contents(state: State) -> str | None:
 
 def forget_lost_best(state: State, folder: Path) -> str | None:
     """What to say of a best model that is no longer there; the run forgets it, and the next one is the best."""
-    known = state.progress.get("best_file")  # of no run of an older version
-    if state.progress["best_top1"] < 0 or ((folder / BEST).is_file() and known in (None, _checksum(folder / BEST))):
+    progress = state.progress
+    settle_first_model(
+        folder,
+        state.fingerprint.get("run"),
+        best_step=progress.get("best_step", 0),
+        keep_best=int(state.settings.get("keep_best", 1)),
+    )
+    known = progress.get("best_file")  # of no run of an older version
+    if progress["best_top1"] < 0 or ((folder / BEST).is_file() and known in (None, _checksum(folder / BEST))):
         return None
     gone = "is not the one that the run saved" if (folder / BEST).is_file() else "is not there any more"
-    state.progress["best_top1"] = NONE_YET
+    progress.update(best_top1=NONE_YET, best_score=None, best_file=None, kept=[])
     return f"{folder / BEST} {gone}; the best model from here on takes its place"
 
 
 def _checksum(path: Path) -> str | None:
     """The checksum of a model file whose tensors have it; None for what is no whole file."""
     try:
-        model_file.read_tensors(path)
+        model_file.read_tensors(path)  # which compares them, and hands the checksum out no more
         return loaded_checksum(path)
     except ResodeError:
         return None
@@ -230,7 +237,7 @@ def check_source(source: str | None, state: State) -> None:
 
 def saved_files(folder: Path) -> list[str]:
     """What a run has saved in a folder; a log alone is no run."""
-    return [name for name in FILES if name != "log.csv" and (folder / name).exists()]
+    return [name for name in FILES if name != "log.csv" and (folder / name).exists()] + runners_up(folder)
 
 
 def check_folder(folder: Path, *, resume: bool, force: bool, reads: Iterable[Path] = ()) -> None:

@@ -29,6 +29,42 @@ from .settings import Settings
 
 STATE, BEST, LAST, LOG = "state.safetensors", "best.safetensors", "last.safetensors", "log.csv"
 FILES = (STATE, BEST, LAST, LOG)
+_RUNNER_UP, _FIRST = re.compile(r"best-step-\d+\.safetensors"), re.compile(r"\.best\.safetensors\.[0-9a-f]{8}")
+
+
+def runner_up(step: int) -> str:
+    """The file of one of the best models that is not the best."""
+    return f"best-step-{step}.safetensors"
+
+
+def runners_up(folder: Path) -> list[str]:
+    """The files of that kind that a folder holds."""
+    return sorted(path.name for path in folder.glob("best-step-*.safetensors") if _RUNNER_UP.fullmatch(path.name))
+
+
+def first_model(folder: Path, run: str | None) -> Path:
+    """Where a run keeps the model that it began with until its first save stands. run: tells it from other runs."""
+    return folder / f".{BEST}.{run}"
+
+
+def forget_first_models(folder: Path) -> None:
+    """Remove those of runs that were killed before they saved anything."""
+    for path in folder.glob(f".{BEST}.*"):
+        if _FIRST.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
+def settle_first_model(folder: Path, run: str | None, *, best_step: int, keep_best: int) -> None:
+    """Give the model that a run began with its name, now that a save stands: as the best, or one of the best."""
+    first = first_model(folder, run)
+    if not first.is_file():
+        return
+    if best_step == 0:
+        first.replace(folder / BEST)
+    elif keep_best > 1:
+        first.replace(folder / runner_up(0))
+    else:
+        first.unlink()
 
 
 @dataclass(frozen=True)
@@ -119,7 +155,7 @@ def _as_named_now(run: Any) -> Any:
 
 
 _PARTS = ("progress", "settings", "fingerprint", "optimizer", "scaler")
-_COUNTS = ("step", "evaluated", "skipped")
+_COUNTS = ("step", "evaluated", "skipped", "best_step", "waited")
 
 
 def _run_problem(run: Any) -> str:
@@ -136,13 +172,21 @@ def _run_problem(run: Any) -> str:
         "guard": dict,
         "switched": (dict, type(None)),
         "best_file": (str, type(None)),
+        "best_score": (int, float, type(None)),
+        "kept": list,
     }
     odd += [name for name, kind in kinds.items() if name in progress and not isinstance(progress[name], kind)]
+    if "kept" not in odd and not all(map(_is_kept, progress.get("kept", []))):
+        odd.append("kept")
     odd += sorted(progress.keys() - {*_COUNTS, "best_top1", *kinds})
     if odd:
         return f"progress: {first_few(odd)}"
     odd = [name for name, value in run["settings"].items() if not _suits_setting(name, value)]
     return f"settings: {first_few(odd)}" if odd else ""
+
+
+def _is_kept(entry: Any) -> bool:
+    return isinstance(entry, list) and [type(value) in (int, float) for value in entry] == [True, True]
 
 
 def _suits_setting(name: str, value: Any) -> bool:

@@ -17,7 +17,7 @@ from .guard import Guard
 from .loop import Loop
 from .optimizer_state import OptimizerState
 from .results import Progress
-from .resuming import saved_files
+from .resuming import loaded_checksum, saved_files
 from .settings import Settings
 from .trained import trains_head
 
@@ -44,12 +44,12 @@ class Saves:
         resumed: bool,
     ) -> None:
         self.lock, self.model, self.settings, self.progress = lock, model, settings, progress
-        self.train, self.fingerprint = train, fingerprint
+        self.train, self.fingerprint, self.run = train, fingerprint, fingerprint.get("run")
         self.loop, self.optimizer, self.guard, self.average = loop, optimizer, guard, average
         self.nothing_of = [] if resumed else saved_files(lock.folder)  # what a run before has left
 
     def open_log(self, stage_names: Sequence[str], *, keep_up_to: int) -> None:
-        path = run_folder.log_path(self.lock.ensure(), self.fingerprint.get("run"), replacing=bool(self.nothing_of))
+        path = run_folder.log_path(self.lock.ensure(), self.run, replacing=bool(self.nothing_of))
         self.log = run_folder.Log(path, stage_names, keep_up_to=keep_up_to)
 
     def move_log(self) -> None:
@@ -57,7 +57,8 @@ class Saves:
         self.log.path = self.lock.ensure() / self.log.path.name
 
     def close(self) -> None:
-        """A run that never began, or saved nothing, is none, and leaves no log."""
+        """A run that never began, or saved nothing, is none, and leaves no log and no model."""
+        run_folder.first_model(self.lock.folder, self.run).unlink(missing_ok=True)
         if self.progress.step == 0 or self.nothing_of:
             self.log.path.unlink(missing_ok=True)
 
@@ -67,6 +68,13 @@ class Saves:
             self._check_finite()
             model_file.write(self._described(), self.lock.ensure() / name)
         self._replace(name)
+
+    def first_model(self) -> str | None:
+        """Write the model that the run began with, aside until the first save stands. Returns its checksum."""
+        run_folder.forget_first_models(self.lock.ensure())
+        path = run_folder.first_model(self.lock.folder, self.run)
+        model_file.write(self._described(), path)
+        return loaded_checksum(path)
 
     def averaged(self) -> AbstractContextManager[None]:
         """The model holds the average of its weights inside the block, where there is one."""
@@ -119,3 +127,6 @@ class Saves:
         if self.nothing_of:
             self.nothing_of = []
             self.log.path = self.log.path.replace(folder / run_folder.LOG)
+        run_folder.settle_first_model(
+            folder, self.run, best_step=self.progress.best_step, keep_best=self.settings.keep_best
+        )

@@ -23,6 +23,7 @@ from ..quantities import (
     SEED,
     TEMPERATURE,
     parse_bytes,
+    parse_duration,
 )
 from .contradictions import DECREASING, NO_AUG, STANDARD_AUG, refuse_contradictions
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 AUG = (NO_AUG, STANDARD_AUG, "randaugment", "trivialaugment", "augmix")
 SCHEDULES = (*DECREASING, "step", "constant")
+BEST_BY = ("top1", "top5", "loss")
 CLIP_MODES = ("norm", "value", "agc")
 AMP = ("none", "bf16", "fp16")
 BATCH_NORM = ("frozen", "batch")
@@ -111,6 +113,10 @@ class Settings:
         None, "Passes over the images. Default: one, or as many as --max-steps needs.", range=COUNT
     )
     max_steps: int | None = length(None, "End after this many steps.", range=COUNT)
+    patience: int | None = length(None, "End after this many evaluations in a row without a better one.", range=COUNT)
+    max_time: str | None = length(
+        None, "End at a step after so long (30m, 2h, 1h30m), counted anew by each command; --resume goes on."
+    )
     batch_size: int = length(128, "Images per batch.", range=COUNT, flags=("--batch-size", "-b"), resume="stays")
     accumulate: int = length(
         1,
@@ -248,6 +254,15 @@ class Settings:
     log_every: int = saving(20, "Steps per row of log.csv.", range=COUNT)
     save_every: int = saving(100, "Steps between saves of the state.", range=COUNT)
     eval_every: int = saving(1, "Epochs between evaluations.", range=COUNT)
+    best_by: str = saving(
+        "top1",
+        "What makes a model the best: its accuracy, top-5 accuracy or loss. The model as it began is one of them.",
+        choices=BEST_BY,
+        resume="stays",
+    )
+    keep_best: int = saving(
+        1, "Keep so many of the best models: best.safetensors, and best-step-N.safetensors.", range=COUNT
+    )
     workers: int | str = workers_option()
     compile: bool = machine(False, "Compile the branches with torch.compile.")
     channels_last: bool = machine(False, "Keep images and states in that memory format.")
@@ -258,7 +273,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_options(self)
-        _ = self.budget_bytes, self.milestone_shares, self.betas
+        _ = self.budget_bytes, self.milestone_shares, self.betas, self.most_seconds
         if self.freeze is not None:
             parts = tuple(part.strip() for given in self.freeze for part in given.split(","))
             object.__setattr__(self, "freeze", parts)
@@ -297,6 +312,11 @@ class Settings:
     def budget_bytes(self) -> int | None:
         """See the function of this name."""
         return budget_bytes(self.memory_budget)
+
+    @property
+    def most_seconds(self) -> float | None:
+        """Of one command's steps. Raises UsageError for what is no time."""
+        return None if self.max_time is None else parse_duration(self.max_time)
 
     @property
     def milestone_shares(self) -> tuple[Fraction, ...]:

@@ -37,14 +37,14 @@ def test_each_changes_what_is_learned_and_resumes_to_the_bit(kind: str, here: Pa
     alike = ["--lr", "0.05", *(["--optimizer", "adamw"] if "adamw" in CHANGES[kind] else [])]
     alike += [] if scheduled else ["--schedule", "constant"]
     more = [*alike, *CHANGES[kind]]
-    assert main(run("-o", "plain", *alike, steps=2)) == 0
-    assert main(run("-o", "whole", *more, steps=2)) == 0
+    assert main(run("-o", "plain", *alike, steps=3)) == 0
+    assert main(run("-o", "whole", *more, steps=3)) == 0
     whole, plain = (load_file(f"{name}/last.safetensors") for name in ("whole", "plain"))
     assert not all(torch.equal(whole[key], value) for key, value in plain.items())
     if scheduled:  # a run of another length has other rates from its first step
         return
     assert main(run("-o", "parts", *more, steps=1)) == 0
-    assert main(run("-o", "parts", "--resume", steps=2)) == 0
+    assert main(run("-o", "parts", "--resume", steps=3)) == 0
     one, other = (load_file(f"{name}/state.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(value, other[key]) for key, value in one.items())
 
