@@ -64,6 +64,7 @@ CORRECTIONS = Range(0, 1000)
 BITS = Range(2, 8)  # of a coded number
 NOT_NEGATIVE = Range(0)
 FRACTION = Range(0, 1)
+SHARES = Range(0, 1, above=True, below=True)  # of images, some of which go to either side
 DECAYING = Range(0, 1, below=True)  # the factor of a running average
 AVERAGING = Range(0, 1, above=True, below=True)
 LAYER_DECAY = Range(0, 1, above=True)

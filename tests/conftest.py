@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from resode_cli.app import main
 from resode_cli.files import model_file
 from resode_cli.network.model import ModelInfo, OdeResNet
 from resode_cli.network.parts import Preprocessing, PreprocessingChoice, Source, SourceSpec
@@ -211,6 +213,21 @@ def make_folder(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / name
 
     return make
+
+
+@pytest.fixture
+def answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> Callable[..., tuple[dict, str]]:
+    """Run a command with --json in `tmp_path`; what it gave and what it said besides. code: its exit code."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object, code: int = 0) -> tuple[dict, str]:
+        capsys.readouterr()
+        found = main([*map(str, arguments), "--json"])
+        out, said = capsys.readouterr()
+        assert found == code, said
+        return json.loads(out) if out else {}, said
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -207,6 +207,7 @@ class _Batches:
     """The batches that are measured, and another one to choose on: `auto` must not choose on what it is judged by."""
 
     def __init__(self, model: OdeResNet, data: str | None, reading: Reading, count: int, output: Output) -> None:
+        reading.check_used(data)
         self.model, self.data, self.reading, self.count, self.output = model, data, reading, count, output
 
     def measured(self) -> tuple[list[tuple[Tensor, Tensor]], str]:

@@ -66,7 +66,7 @@ def convert_command(
     ] = None,
     crop_fraction: Annotated[
         float | None,
-        number("--crop-fraction", range=CROPS, help="Part of the resized image's side that is kept."),
+        number("--crop-fraction", "--crop-pct", range=CROPS, help="Part of the resized image's side that is kept."),
     ] = None,
     mean: Annotated[
         str | None, typer.Option("--mean", help="Of RGB in [0, 1], e.g. 0.485,0.456,0.406; of grey, one number.")

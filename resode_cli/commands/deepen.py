@@ -91,7 +91,7 @@ def deepen_command(
         raise UsageError("--mode identity keeps the function; --horizon changes it")
     history: dict[str, object] = {"blocks": blocks, "mode": mode, "depth_weights": depth_weights}
     target = output_for(out, f"{name_of(model)}-{blocks}", force=force)
-    rewrite = Rewrite("deepen", model, target, comparing, reading, origin, history, force, json, horizon)
+    rewrite = Rewrite("deepen", model, target, comparing, reading, origin, history, force, json, horizon, request.fit)
 
     def change(old: OdeStage) -> OdeStage:
         return deepened(old, blocks, mode=mode, depth_weights=depth_weights)

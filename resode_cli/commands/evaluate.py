@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import Annotated
 
 import typer
 
@@ -20,20 +20,23 @@ from .options import (
 )
 from .output import Output, start
 from .parameters import Fields, takes
-
-if TYPE_CHECKING:
-    from ..data.folders import Split
+from .resizing import Resizing
 
 
-@takes(reading=Fields(Reading()), readers=Fields(Readers()), origin=Fields(Origin()))
+@takes(reading=Fields(Reading()), resizing=Fields(Resizing()), readers=Fields(Readers()), origin=Fields(Origin()))
 def eval_command(
     *,
     model: ModelArgument,
     data: DataOption,
     split: Annotated[
-        str, typer.Option("--split", help="'test' (val where there is no labelled one), 'val' or 'train'.")
+        str,
+        typer.Option(
+            "--split",
+            help="'test' (val where there is no labelled one), 'val' (also valid, validation, dev) or 'train'.",
+        ),
     ] = "test",
     reading: Reading,
+    resizing: Resizing,
     batch_size: BatchSizeOption = 100,
     device: DeviceOption = "auto",
     readers: Readers,
@@ -44,6 +47,7 @@ def eval_command(
     """Top-1 and top-5 accuracy and cross-entropy of a model."""
     start()
     from ..data import batches
+    from ..data.folders import SPLIT_FOLDERS
     from ..measuring.evaluate import evaluate
     from ..network.model import as_device
     from ..quantities import finite
@@ -51,10 +55,12 @@ def eval_command(
     from .progress import counting
 
     output = Output(json_mode=json)
-    if split not in ("train", "val", "test"):
+    meant = {name: each for each, names in SPLIT_FOLDERS.items() for name in names}.get(split.lower())
+    if meant is None:
         raise unknown("split", split, ["test", "val", "train"])
     loaded = origin.load(model)
-    images = reading.open(data, loaded, cast("Split", split))
+    output.notes([resizing.apply(loaded)])
+    images = reading.open(data, loaded, meant)
     output.notes(images.notes)
     where = as_device(device)
     with counting(output, "evaluating", len(images)) as advance:

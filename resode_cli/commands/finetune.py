@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +29,7 @@ from .options import (
 )
 from .output import Output, start
 from .parameters import Fields, Given, takes
+from .resizing import Resizing
 from .start_of_run import Call, is_source, open_start, open_training, resumed_call, trusting
 from .working_folder import (
     TAKEN,
@@ -48,7 +50,7 @@ if TYPE_CHECKING:
     from ..training.settings import Settings
 
 
-@takes(settings=Fields(Settings()), reading=Fields(Reading()), origin=Fields(Origin()))
+@takes(settings=Fields(Settings()), reading=Fields(Reading()), resizing=Fields(Resizing()), origin=Fields(Origin()))
 def finetune_command(
     *,
     ctx: typer.Context,
@@ -81,6 +83,7 @@ def finetune_command(
     ] = False,
     settings: Settings,
     reading: Reading,
+    resizing: Resizing,
     test_images: Annotated[
         int | None,
         number("--test-images", range=COUNT, help="Evaluate on this many test images; all by default.", group=DATA),
@@ -125,6 +128,7 @@ def finetune_command(
         check_source,
         ends_early,
         forget_lost_best,
+        kept_division,
         loaded_checksum,
         resumed,
         unknown_contents,
@@ -157,15 +161,19 @@ def finetune_command(
     state = run_folder.load_state(out, source=origin.source, trust_source=origin.trust_source) if resume else None
     if state is not None:
         settings, changes = resumed(settings, given.all, state.settings, state.model)
+        resizing.check_kept(state.model)
         _check_teacher(settings, given)
         check_source(source, state)
         gone = check_model(model_file, out, state) if model_file is not None else None
         output.notes([gone, forget_lost_best(state, out), *changes])
+        division = kept_division(reading.val_split, reading.split_seed, state)
         call = resumed_call(state.fingerprint.get("call"), given.all, data, test_images, reading)
+        call = replace(call, reading=replace(call.reading, **division))
         loaded = state.model
     else:
         call = Call(str(data), test_images, reading)
         loaded = open_start(str(model), origin, pretrained=pretrained, seed=settings.seed, output=output)
+        output.notes([resizing.apply(loaded)])
     data, reading = call.data, call.reading
     settings = with_stage_names(settings, loaded)
     train = open_training(
@@ -177,7 +185,10 @@ def finetune_command(
         output=output,
         augment=settings.augmentation or False,
     )
-    test, *at_end = (reading.open(data, loaded, split, images=call.test_images) for split in held_out_splits(data))
+    test, *at_end = (
+        reading.open(data, loaded, split, images=call.test_images)
+        for split in held_out_splits(data, reading.hold_out(loaded))
+    )
     for split in (train, test, *at_end):
         output.notes(split.notes)
     loaded.name_classes(train.class_names)  # so that the state of the run has them too

@@ -85,7 +85,7 @@ class FitRequest:
         """The fit; None without --fit. Its teacher and images are opened."""
         if self.fit is None:
             return None
-        from ..data import open_data
+        from ..data import known_division, open_data
         from ..fitting.images import FitData
         from ..fitting.rewriting import FitPlan
         from ..network.residual import as_form
@@ -111,6 +111,9 @@ class FitRequest:
                 skip_corrupt=reading.skip_corrupt,
                 root=reading.data_root,
                 labelled=False,
+                val_split=reading.val_split,
+                split_seed=reading.split_seed,
+                known=known_division(model.info.history),
             )
 
         data = FitData(images(settings.augment), images(False))

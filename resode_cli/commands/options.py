@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 import typer
 
 from ..errors import UsageError, join
-from ..options import option, workers_option
-from ..quantities import COUNT, LONGEST_STAGE, Range
+from ..options import flag_of, option, workers_option
+from ..quantities import COUNT, COUNT_OR_NONE, LONGEST_STAGE, SHARES, Range
 from ..recipe import choose, read_recipe
 from .output import Output
 
 if TYPE_CHECKING:
-    from ..data import ImageData
+    from ..data import HoldOut, ImageData
     from ..data.folders import Split
     from ..network.model import OdeResNet
     from .parameters import Given
@@ -130,7 +130,9 @@ RecipeOption = Annotated[
 DATA_OPTION = typer.Option(
     "--data",
     "-d",
-    help="'digits', a torchvision name (cifar10, …) or a folder with train and test (or val).",
+    help="'digits', a torchvision name (cifar10, …), a folder with one for each class (see --val-split), one with"
+    " train and test (or val), a .csv or .tsv with columns path and label, and perhaps split, or hf:NAME"
+    " (hf:FOLDER) for a data set of Hugging Face.",
     rich_help_panel=DATA,
 )
 DataOption = Annotated[str, DATA_OPTION]
@@ -164,6 +166,9 @@ class Origin:
         return model_file.load(path, source=self.source, trust_source=self.trust_source)
 
 
+OF_DATA = ("val_split", "split_seed", "class_map")  # of `Reading`: what is said of data
+
+
 @dataclass(frozen=True)
 class Reading:
     """Which images are read, and how."""
@@ -171,22 +176,67 @@ class Reading:
     images: int | None = option(None, "Use this many images, evenly spaced.", range=COUNT, group=DATA)
     skip_corrupt: bool = option(False, "Leave unreadable images out, counting them.", group=DATA)
     data_root: Path = option(Path("~/.cache/resode"), "Where torchvision data sets are kept.", group=DATA)
+    val_split: float | None = option(
+        None,
+        "Share of each class that is held out of training as val, where there is no val. Default: 0.2 where there are"
+        " no splits at all, or as the model was trained.",
+        range=SHARES,
+        group=DATA,
+    )
+    split_seed: int | None = option(
+        None,
+        "Which images --val-split holds out. Default: 0, or as the model was trained.",
+        range=COUNT_OR_NONE,
+        group=DATA,
+    )
+
+    class_map: Path | None = option(
+        None,
+        "Other names for classes: a CSV or TSV (class, name), JSON, or a text file with a name a line, in order.",
+        group=DATA,
+    )
+
+    def check_used(self, data: str | None, fit: str | None = None) -> None:
+        """Raises UsageError for what says something of the data where there are none. fit: data without labels."""
+        for setting in fields(self):
+            used = data is not None or (fit is not None and setting.name != "class_map")
+            if setting.name in OF_DATA and not used and getattr(self, setting.name) is not None:
+                raise UsageError(f"{flag_of(setting)} says something of --data; add --data")
+
+    def hold_out(self, model: OdeResNet) -> HoldOut:
+        """What is held out of training for a model, where the data have no split for that."""
+        from ..data import HoldOut, known_division
+
+        return HoldOut(self.val_split, self.split_seed, known_division(model.info.history))
 
     def open(self, data: str, model: OdeResNet, split: Split, **more: Any) -> ImageData:
         """Labelled images for a model."""
         from ..data import open_labelled
 
-        return open_labelled(data, model.info, split, **{**self._chosen, **more})
+        chosen = self._chosen(model)  # which may give the model's classes other names
+        return open_labelled(data, model.info, split, **{**chosen, **more})
 
     def open_as_it_is(self, data: str, model: OdeResNet, split: Split, **more: Any) -> ImageData:
         """The same with the data's own classes, whatever the model's are."""
-        from ..data import open_data
+        from ..data import known_division, open_data
 
-        return open_data(data, model.info.preprocessing, split, **{**self._chosen, **more})
+        known = known_division(model.info.history)
+        return open_data(data, model.info.preprocessing, split, known=known, **{**self._chosen(model), **more})
 
-    @property
-    def _chosen(self) -> dict[str, Any]:
-        return {"images": self.images, "skip_corrupt": self.skip_corrupt, "root": self.data_root}
+    def _chosen(self, model: OdeResNet) -> dict[str, Any]:
+        from ..data.class_map import read_class_map
+
+        class_map = None if self.class_map is None else read_class_map(self.class_map)
+        if class_map is not None:
+            name_outputs(model, self.class_map)
+        return {
+            "images": self.images,
+            "skip_corrupt": self.skip_corrupt,
+            "root": self.data_root,
+            "val_split": self.val_split,
+            "split_seed": self.split_seed,
+            "class_map": class_map,
+        }
 
 
 @dataclass(frozen=True)
@@ -194,6 +244,17 @@ class Readers:
     """Who reads images."""
 
     workers: int | str = workers_option()
+
+
+def name_outputs(model: OdeResNet, path: Path | None) -> None:
+    """Call a model's classes as a class map says, where there is one."""
+    if path is None:
+        return
+    from ..data.class_map import read_class_map
+
+    names = read_class_map(path).of_outputs(model.info.class_names, model.info.num_classes)
+    if names is not None:
+        model.name_classes(names)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,18 +19,29 @@ from .options import (
     JsonOption,
     Origin,
     Readers,
+    Reading,
     RecipeOption,
     check_writable,
+    name_outputs,
     number,
 )
 from .output import Output, start
 from .parameters import Fields, takes
+from .resizing import Resizing
 from .working_folder import current_model
+
+if TYPE_CHECKING:
+    from ..network.model import OdeResNet
 
 SHOWN = 10  # images in the table where a file has them all
 
 
-@takes(readers=Fields(Readers()), origin=Fields(Origin()))
+@takes(
+    naming=Fields(Reading(), only=("class_map",)),
+    resizing=Fields(Resizing()),
+    readers=Fields(Readers()),
+    origin=Fields(Origin()),
+)
 def predict_command(
     *,
     model: Annotated[
@@ -60,6 +72,8 @@ def predict_command(
             rich_help_panel=DATA,
         ),
     ] = False,
+    naming: SimpleNamespace,
+    resizing: Resizing,
     batch_size: BatchSizeOption = 100,
     device: DeviceOption = "auto",
     readers: Readers,
@@ -90,11 +104,12 @@ def predict_command(
     if not images:
         raise UsageError("predict needs images: files, folders, or patterns in quotes; see `resode predict --help`")
     loaded = origin.load(model)
+    _name(loaded, naming.class_map)
     check_top(top, loaded.info.num_classes)
     found = select_images(images)
     if csv is not None:
         _check_apart(csv, [str(model), *found.paths])
-    output.notes(found.notes)
+    output.notes([*found.notes, resizing.apply(loaded)])
     if loaded.info.class_names is None:
         output.note("the model names no classes: they are numbered from 0, in the order of its outputs")
     with counting(output, "predicting", len(found.paths)) as advance:
@@ -129,6 +144,16 @@ def predict_command(
 def _may_be_model(path: Path) -> bool:
     """Whether a word is meant as a model: a file of models, or a folder with some, which loading then names."""
     return path.suffix == ".safetensors" or (path.is_dir() and any(path.glob("*.safetensors")))
+
+
+def _name(model: OdeResNet, class_map: Path | None) -> None:
+    """Raises UsageError for a class map of another number of classes than a model that names none."""
+    name_outputs(model, class_map)
+    if class_map is not None and model.info.class_names is None:
+        raise UsageError(
+            f"--class-map {str(class_map)!r}: it is of another number of classes than the model, which has"
+            f" {model.info.num_classes}, without names"
+        )
 
 
 def _check_apart(csv: Path, read: Sequence[str]) -> None:

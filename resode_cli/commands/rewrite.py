@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Rewrite:
-    """One run of such a command. settings: for the model's history; horizon: what the stages' T becomes."""
+    """One run of such a command. settings: for the model's history; horizon: what the stages' T becomes.
+
+    fit: the data to fit to, if any.
+    """
 
     command: str
     path: Path
@@ -38,6 +41,7 @@ class Rewrite:
     force: bool
     json: bool
     horizon: str | None = None
+    fit: str | None = None
 
     def __post_init__(self) -> None:
         from ..machine.atomic import check_output
@@ -50,6 +54,7 @@ class Rewrite:
         self.output = Output(json_mode=self.json)
         if self.comparing.data is None and self.reading.images is not None:
             raise UsageError("--images says how many images of --data to use; add --data")
+        self.reading.check_used(self.comparing.data, self.fit)
         check_output(check_safetensors(self.out), force=self.force)
         own_input = self.path.exists() and self.out.exists() and self.path.samefile(self.out)
         # Where the work on a file goes that is its own input, until it is done.

@@ -113,8 +113,7 @@ def resumed_call(
     own = saved.get("reading")
     known = {f.name for f in fields(reading)} - given
     changes = {name: value for name, value in own.items() if name in known} if isinstance(own, dict) else {}
-    if "data_root" in changes:
-        changes["data_root"] = Path(str(changes["data_root"]))
+    changes |= {name: Path(changes[name]) for name in ("data_root", "class_map") if changes.get(name) is not None}
     name = data if data is not None else saved.get("data")
     if not isinstance(name, str):
         raise UsageError("an older resode saved this run, which does not know its data; add --data")

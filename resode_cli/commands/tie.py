@@ -83,7 +83,7 @@ def tie_command(
         comparing = replace(comparing, gradients=request.fit is not None)
     history: dict[str, object] = {"rule": rule, "depth_weights": depth_weights}
     target = output_for(out, f"{name_of(model)}-tied", force=force)
-    rewrite = Rewrite("tie", model, target, comparing, reading, origin, history, force, json, horizon)
+    rewrite = Rewrite("tie", model, target, comparing, reading, origin, history, force, json, horizon, request.fit)
 
     def change(old: OdeStage) -> OdeStage:
         return tied(old, rule=rule, depth_weights=depth_weights)

@@ -1,12 +1,14 @@
 """Images and labels: folders with splits, the embedded digits, and torchvision's data sets.
 
-folders: which folder holds which split · listing: which files are images · classes: whose order of classes holds ·
-images: from a file to RGB · transforms: from there to an input · named: data sets with a name ·
-opening: from a name and a split to images for a model · loading: what a model is fed, in batches ·
-selection: which images the names mean that a user gives.
+folders: which folder holds which split · holding_out: which images are held out where no split is ·
+tables: images that a CSV lists · listing: which files are images · classes: whose order of classes holds ·
+class_map: other names for classes · images: from a file to RGB · transforms: from there to an input ·
+named: data sets with a name · hub: those of Hugging Face · opening: from a name and a split to images for a model ·
+loading: what a model is fed, in batches · selection: which images the names mean that a user gives.
 """
 
 from .classes import check_classes
+from .holding_out import HoldOut, known_division
 from .loading import Batch, ImageData, Key, batches, read
 from .named import NAMES
 from .opening import DEFAULT_ROOT, as_labelled, held_out_splits, open_data, open_labelled
@@ -17,12 +19,14 @@ __all__ = [
     "NAMES",
     "Augmentation",
     "Batch",
+    "HoldOut",
     "ImageData",
     "Key",
     "as_labelled",
     "batches",
     "check_classes",
     "held_out_splits",
+    "known_division",
     "open_data",
     "open_labelled",
     "read",

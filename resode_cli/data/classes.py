@@ -36,12 +36,12 @@ def order_note(names: Sequence[str]) -> str | None:
     """What to say of an order that is not the alphabet's."""
     if list(names) == sorted(names):
         return None
-    return f"the class folders are numbered, and taken by number: {', '.join(names[:3])}, … {names[-1]}"
+    return f"the classes are numbered, and taken by number: {', '.join(names[:3])}, … {names[-1]}"
 
 
 def assumed_note(names: Sequence[str]) -> str:
     """What to say where the order of the folders stands in for names that the model does not have."""
-    return f"the model names no classes: its outputs are taken in the order of the folders, {listed(names)}"
+    return f"the model names no classes: its outputs are taken in the order of their names, {listed(names)}"
 
 
 def joined(names: Mapping[str, Collection[str]], where: str) -> list[str]:
@@ -57,9 +57,7 @@ def joined(names: Mapping[str, Collection[str]], where: str) -> list[str]:
             one, other = set(names[first]), set(names[second])
             if one - other and other - one:
                 lists = differing({f"only {first}": one - other, f"only {second}": other - one})
-                raise ResodeError(
-                    f"{where}: the splits have different classes ({lists}); make the names of their folders equal"
-                )
+                raise ResodeError(f"{where}: the splits have different classes ({lists}); make the names equal")
     return in_order({name for classes in names.values() for name in classes})
 
 
@@ -121,4 +119,6 @@ def _other_classes(where: str, names: Sequence[str], classes: Sequence[str]) -> 
     lists = differing({"only the data": theirs - own, "only the model": own - theirs})
     case = {n.casefold() for n in theirs - own} & {n.casefold() for n in own - theirs}
     hint = " (some differ in upper and lower case alone)" if case else ""
+    if not theirs & own and not hint:
+        hint = "; --class-map FILE gives the data's classes other names"
     return ResodeError(f"the model tells other classes apart than {where} has: {lists}{hint}; {NEW_HEAD}")

@@ -21,7 +21,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..errors import ResodeError, first_few
 from .folders import Split
+from .holding_out import Division
 from .images import UnreadableImage, shown, to_rgb
+from .named import labels_of
 from .workers import loader_arguments, read_in_workers, worker_count
 
 Key = tuple[int, int]  # an epoch, and the place of an image in the data
@@ -60,7 +62,8 @@ class ImageData(Dataset[tuple[Tensor, int] | Skipped]):
     """One split of a data set, preprocessed for a model.
 
     samples: (image, number) pairs. labels: for each number its place in class_names; None: the number itself.
-    partial: classes that some split lacks. notes: what the user should know of it. skipped: the corrupt files that
+    partial: classes that some split lacks. notes: what the user should know of it. division: how images were held
+    out, where the data have no val split of their own. skipped: the corrupt files that
     `batches` met, each once, and why they cannot be read.
     """
 
@@ -78,6 +81,7 @@ class ImageData(Dataset[tuple[Tensor, int] | Skipped]):
         split: Split = "test",
         partial: Sequence[str] = (),
         notes: Sequence[str] = (),
+        division: Division | None = None,
     ) -> None:
         self.name = name
         self.samples = samples
@@ -90,10 +94,16 @@ class ImageData(Dataset[tuple[Tensor, int] | Skipped]):
         self.split = split
         self.partial = tuple(partial)
         self.notes = tuple(notes)
+        self.division = division
         self.skipped: dict[str, str] = {}
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def image_labels(self) -> list[int]:
+        """The label of each image in use, in order; none is read for it where the data have a list of labels."""
+        numbers = labels_of(self.samples)
+        return [numbers[i] if self.labels is None else self.labels[numbers[i]] for i in self.indices]
 
     def files(self) -> Iterator[tuple[str, int]]:
         """Name, within the folder that holds them all, and bytes of each image in use, in order.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from importlib import resources
 from pathlib import Path
@@ -43,10 +43,36 @@ NOT_FLIPPED = {"digits", "mnist", "svhn"}
 def open_named(name: str, split: Split, root: Path) -> tuple[Any, list[str]]:
     """Images and labels of a data set of `NAMES`, and the names of its classes."""
     if split == "val" and name not in WITH_VAL:
-        raise ResodeError(f"{name} has no val split, only train and test")
+        raise ResodeError(f"{name} has no val split, only train and test; --val-split 0.2 holds a share of train out")
     if name == DIGITS:
         return _Digits(split), [str(d) for d in range(10)]
     return _torchvision(name, split, root.expanduser())
+
+
+def labels_of(samples: Any) -> list[int]:
+    """The label of every image, without reading one where the data set has a list of them."""
+    for name in ("targets", "labels", "_labels"):
+        if (found := getattr(samples, name, None)) is not None:
+            return [int(label) for label in found]
+    for name in ("samples", "_samples"):
+        if (pairs := getattr(samples, name, None)) is not None:
+            return [int(label) for _, label in pairs]
+    return [int(samples[i][1]) for i in range(len(samples))]
+
+
+class Part:
+    """Some of a data set's (image, label) pairs."""
+
+    def __init__(self, samples: Any, places: Sequence[int]) -> None:
+        self.whole, self.places = samples, places
+        labels = labels_of(samples)
+        self.targets = [labels[place] for place in places]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, i: int) -> Any:
+        return self.whole[self.places[i]]
 
 
 class _Digits:

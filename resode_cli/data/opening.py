@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,15 @@ from typing import Any
 from ..errors import UsageError, unknown
 from ..network.model import ModelInfo
 from ..network.parts import Preprocessing
+from .class_map import ClassMap
 from .classes import assumed_note, check_classes, order_note, places, without_images
 from .folders import SPLIT_FOLDERS, Found, Split, has_splits, held_out_of, open_folder, open_unlabelled
+from .holding_out import HoldOut, known_division, part_of
+from .hub import HUB, held_out_of_hub, is_hub, open_hub
 from .images import shown
 from .loading import ImageData
-from .named import DIGITS, NAMES, NOT_FLIPPED, PREFIX, WITH_VAL, open_named
+from .named import DIGITS, NAMES, NOT_FLIPPED, PREFIX, WITH_VAL, Part, labels_of, open_named
+from .tables import TABLES, held_out_of_table, is_table, open_table
 from .transforms import Augmentation, transform
 
 DEFAULT_ROOT = Path("~/.cache/resode")
@@ -32,14 +36,21 @@ def open_data(
     root: Path = DEFAULT_ROOT,
     labelled: bool = True,
     class_names: Sequence[str] | None = None,
+    val_split: float | None = None,
+    split_seed: int | None = None,
+    known: Mapping[str, Any] | None = None,
+    class_map: ClassMap | None = None,
 ) -> ImageData:
-    """One split of `name`: 'digits', a torchvision data set, or a folder of train, val and test folders.
+    """One split of `name`: 'digits', a torchvision data set, a folder of class folders or of splits, or a CSV table.
 
     split: 'test' is `val` where there is no labelled test split, and a note says so.
+    val_split, split_seed: the share of each class that is held out as val, where the data have no val of their own,
+        and which one. known: the record of a division that stands where these say nothing (see `HoldOut`).
     images: take this many, evenly spaced through the split, so that sorted classes are all seen.
     labelled: False takes any folder of images, however they are sorted into it; all labels are then 0.
     class_names: the model's classes, which labels are places in. Without them: the data's own, sorted, as numbers
         where every name is one.
+    class_map: other names for the data's classes.
     root: where torchvision data sets are downloaded to.
     Raises UsageError for a name or folder that does not exist, ResodeError for one without the split.
     """
@@ -47,7 +58,11 @@ def open_data(
         raise unknown("split", split, SPLIT_FOLDERS)
     if images is not None and images < 1:
         raise UsageError(f"--images {images}: must be 1 or more")
-    found = _find(name, split, root, labelled=labelled, all_splits=class_names is None)
+    hold_out = HoldOut(val_split, split_seed, known)
+    all_splits = class_names is None
+    found = _find(name, split, root, labelled, all_splits=all_splits, hold_out=hold_out, skip_missing=skip_corrupt)
+    if class_map is not None:
+        found = _renamed(found, class_map)
     classes = found.classes if class_names is None else class_names
     labels = places(found.names, classes, found.where)
     missing = without_images(classes, {labels[place] for place in found.present}, found.split, found.where)
@@ -60,7 +75,7 @@ def open_data(
         name,
         found.samples,
         classes,
-        transform=transform(preprocessing, augment=augment, flip=name.removeprefix(PREFIX) not in NOT_FLIPPED),
+        transform=transform(preprocessing, augment=augment, flip=_known_as(name) not in NOT_FLIPPED),
         indices=indices,
         seed=seed if augment else None,
         skip_corrupt=skip_corrupt,
@@ -68,17 +83,19 @@ def open_data(
         split=found.split,
         partial=found.partial,
         notes=[*found.notes, missing] if missing is not None else found.notes,
+        division=found.division,
     )
 
 
 def open_labelled(name: str, info: ModelInfo, split: Split, **arguments: Any) -> ImageData:
     """A split whose labels are a model's classes; arguments are those of `open_data`.
 
+    What was held out when the model was trained is held out here, where no argument says otherwise.
     Raises ResodeError for data with other classes than the model's.
     """
-    return as_labelled(
-        open_data(name, info.preprocessing, split, class_names=info.class_names, **arguments), name, info
-    )
+    arguments = {"known": known_division(info.history), **arguments}
+    data = open_data(name, info.preprocessing, split, class_names=info.class_names, **arguments)
+    return as_labelled(data, name, info)
 
 
 def as_labelled(data: ImageData, name: str, info: ModelInfo) -> ImageData:
@@ -89,30 +106,88 @@ def as_labelled(data: ImageData, name: str, info: ModelInfo) -> ImageData:
     return data
 
 
-def held_out_splits(name: str) -> tuple[Split, ...]:
+def held_out_splits(name: str, hold_out: HoldOut = HoldOut()) -> tuple[Split, ...]:  # noqa: B008  it is frozen
     """The splits to measure a training run on: the one that chooses among its models, then any for the end alone."""
     folder, _ = _folder_of(name)
     if folder is not None:
-        return held_out_of(folder)
-    return ("val", "test") if name.removeprefix(PREFIX) in WITH_VAL else ("test",)
+        return held_out_of_table(folder, hold_out) if is_table(folder) else held_out_of(folder, hold_out)
+    if is_hub(name):
+        return held_out_of_hub(name, hold_out)
+    has_val = name.removeprefix(PREFIX) in WITH_VAL or hold_out.of("train") is not None
+    return ("val", "test") if has_val else ("test",)
 
 
-def _find(name: str, split: Split, root: Path, *, labelled: bool, all_splits: bool) -> Found:
+def _find(
+    name: str,
+    split: Split,
+    root: Path,
+    labelled: bool,
+    *,
+    all_splits: bool,
+    hold_out: HoldOut,
+    skip_missing: bool,
+) -> Found:
     folder, notes = _folder_of(name)
-    if folder is None:
-        samples, names = open_named(name.removeprefix(PREFIX), split, root)
-        found = Found(split, name, samples, names, names, frozenset(range(len(names))))
+    if is_hub(name):
+        found = open_hub(name, split, labelled=labelled, hold_out=hold_out)
+    elif folder is None:
+        found = _open_named(name.removeprefix(PREFIX), split, root, hold_out)
+    elif is_table(folder):
+        found = open_table(
+            folder, split, labelled=labelled, all_splits=all_splits, hold_out=hold_out, skip_missing=skip_missing
+        )
     elif labelled:
-        found = open_folder(folder, split, all_splits=all_splits)
+        found = open_folder(folder, split, all_splits=all_splits, hold_out=hold_out)
     else:
-        found = open_unlabelled(folder, split)
+        found = open_unlabelled(folder, split, hold_out)
     return replace(found, notes=(*notes, *found.notes))
 
 
+def _renamed(found: Found, class_map: ClassMap) -> Found:
+    """With the names of a map, the classes in the order that they had."""
+    called = dict(zip(found.classes, class_map.applied_to(found.classes), strict=True))
+    names = [called[name] for name in found.names]
+    return replace(found, names=names, classes=list(called.values()), partial=[called[name] for name in found.partial])
+
+
+def _open_named(name: str, split: Split, root: Path, hold_out: HoldOut) -> Found:
+    division = None
+    if name in WITH_VAL:
+        hold_out.refuse(name, "val")
+    else:
+        division = hold_out.of("train")
+    if division is None or split == "test":
+        samples, names = open_named(name, split, root)
+        return Found(split, name, samples, names, names, frozenset(range(len(names))))
+    samples, names = open_named(name, "train", root)
+    labels = labels_of(samples)
+    places, notes = part_of(division, split, f"{name}, train", [str(i) for i in range(len(labels))], labels, names)
+    return Found(
+        split,
+        f"the {split} part of {name}",
+        Part(samples, places),
+        names,
+        names,
+        frozenset(labels[place] for place in places),
+        notes=notes,
+        division=division,
+    )
+
+
+def _known_as(name: str) -> str:
+    """'mnist' of 'torchvision:mnist' and of 'hf:ylecun/mnist'."""
+    return name.removeprefix(HUB).rpartition("/")[2].lower() if is_hub(name) else name.removeprefix(PREFIX)
+
+
 def _folder_of(name: str) -> tuple[Path | None, list[str]]:
-    """The folder that a name means, None for a data set with a name, and what to say of it. Raises UsageError."""
+    """The folder or table that a name means, None for a data set with a name; and what to say of it.
+
+    Raises UsageError for a name that means nothing.
+    """
     if not name:
         raise UsageError("the name of the data is empty; pass a folder, or 'digits', or a name such as cifar10")
+    if is_hub(name):
+        return None, []
     path = Path(name)
     if name in NAMES:
         if not path.is_dir():
@@ -125,10 +200,13 @@ def _folder_of(name: str) -> tuple[Path | None, list[str]]:
         if name.removeprefix(PREFIX) not in NAMES[1:]:
             raise unknown("data set of torchvision", name.removeprefix(PREFIX), NAMES[1:])
         return None, []
-    if path.is_dir():
+    if path.is_dir() or is_table(path):
         return path, []
     if path.is_file():
-        raise UsageError(f"data {shown(name)!r} is a file; unpack it if it is an archive, and pass the folder")
+        raise UsageError(
+            f"data {shown(name)!r} is a file; unpack it if it is an archive, and pass the folder (a table ends in"
+            f" {' or '.join(TABLES)})"
+        )
     if "/" in name or path.suffix or path.exists():
         raise UsageError(f"data folder {name!r} does not exist, or is not a folder")
     raise unknown("data set (and there is no such folder)", name, NAMES)

@@ -9,6 +9,7 @@ from ..errors import UsageError
 if TYPE_CHECKING:
     from .settings import Settings
 
+BALANCED = "balanced"  # of class weights, and of the sampler
 NO_AUG, STANDARD_AUG = "none", "standard"
 DECREASING = ("cosine", "linear", "poly", "tanh")  # the schedules that end at a rate of one's choice
 
@@ -35,6 +36,7 @@ def _of_what_is_trained(s: Settings) -> list[str]:
 
 
 def _of_images(s: Settings) -> list[str]:
+    weighs = s.class_weights == BALANCED
     jitter = "--color-jitter" if s.color_jitter else "--random-erasing"
     return [
         f"--no-augment and --aug {s.aug} contradict each other: leave out one"
@@ -46,8 +48,14 @@ def _of_images(s: Settings) -> list[str]:
         "--mixup-prob is of --mixup and --cutmix: give one of them"
         if s.mixup_prob != 1 and not (s.mixup or s.cutmix)
         else "",
-        "--distill 1 leaves the labels out, which --label-smoothing and --bce-loss are about"
-        if s.teacher is not None and s.distill == 1 and (s.label_smoothing or s.bce_loss)
+        "--distill 1 leaves the labels out, which --label-smoothing, --bce-loss and --class-weights are about"
+        if s.teacher is not None and s.distill == 1 and (s.label_smoothing or s.bce_loss or weighs)
+        else "",
+        "--class-weights balanced weighs what --sampler balanced evens out: leave out one"
+        if weighs and s.sampler == BALANCED
+        else "",
+        "--class-weights is of the cross-entropy; with --bce-loss every class has a loss of its own: leave out one"
+        if weighs and s.bce_loss
         else "",
     ]
 

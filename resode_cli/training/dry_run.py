@@ -15,6 +15,7 @@ from ..network.model import OdeResNet, check_finite
 from ..ode import RandomState
 from ..simulation.step import Simulation, predicted
 from .averaging import average_bytes
+from .balance import balanced_labels
 from .guard import Guard
 from .loop import training_batches
 from .optimization import create_optimizer, create_scheduler, optimizer_slots
@@ -88,7 +89,10 @@ def dry_run(
     random = RandomState.now(device)
     guard.start(lambda: choice_batch(train, settings, device))
     random.restore()
-    source = training_batches(train, range(len(train)), settings.step_images, seed=settings.seed, epoch=0)
+    labels = balanced_labels(train, settings)
+    source = training_batches(
+        train, range(len(train)), settings.step_images, seed=settings.seed, epoch=0, labels=labels
+    )
     first = next(source)
     source.close()
     prepare_to_train(model, settings)

@@ -18,6 +18,7 @@ from ..machine.locks import FolderLock
 from ..network.model import OdeResNet, check_finite
 from . import run_folder
 from .averaging import Average, average_bytes
+from .balance import balanced_labels, class_weights
 from .best import Evaluations
 from .guard import Guard, GuardState
 from .loop import DONE, INTERRUPTED, Loop, training_batches
@@ -89,7 +90,8 @@ class _Run:
         self.per_epoch, self.total = settings.per_epoch(len(train)), settings.steps(len(train))
         self.progress = Progress()
         self.last_step_at = 0.0
-        objective = Objective(model, None if teacher is None else teacher.to(device), settings)
+        weights = class_weights(train, settings, callbacks.on_message)
+        objective = Objective(model, None if teacher is None else teacher.to(device), settings, weights)
         fingerprint = (
             {
                 **run_fingerprint(train, test, settings),
@@ -251,6 +253,7 @@ class _Run:
             skip=done,
             workers=settings.workers,
             device=self.device,
+            labels=balanced_labels(self.train, settings),
         )
         return self.loop.run(source, self.steps.take, self._stepped, self._between)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..data import Batch, ImageData, Key, read
 from ..errors import ResodeError
 from ..machine.signals import Stopped
+from .balance import balanced_order
 from .optimization import clipped_parameters, create_optimizer, create_scheduler
 from .results import Progress
 from .settings import Settings
@@ -46,16 +47,21 @@ def training_batches(
     skip: int = 0,
     workers: int | str = 0,
     device: torch.device | str = "cpu",
+    labels: Sequence[int] | None = None,
 ) -> Generator[Batch, None, None]:
     """Full batches of the chosen images without end, from an epoch on, each epoch in an order of its own.
 
     skip: batches of the first epoch that are left out. One loader reads them all, so that its workers go on into the
-    next epoch while the model is evaluated after this one. workers, device: see `read`.
+    next epoch while the model is evaluated after this one. workers, device: see `read`. labels: draw each of these
+    classes equally often.
     """
 
     def keys() -> Iterator[list[Key]]:
         for number in count(epoch):
-            order = shuffled(chosen, seed=seed, epoch=number)
+            if labels is None:
+                order = shuffled(chosen, seed=seed, epoch=number)
+            else:
+                order = balanced_order(chosen, labels, epoch_generator(seed, number))
             full = max(len(order) // size, 1)  # all there are, where they are no batch
             for batch in range(skip if number == epoch else 0, full):
                 yield [(number, i) for i in order[batch * size : (batch + 1) * size]]

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from timm.loss import BinaryCrossEntropy
 from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..network.model import OdeResNet
+from .balance import cross_entropy
 from .settings import Settings
 from .teacher import Teacher, distillation_loss
 
@@ -20,14 +20,18 @@ class Objective:
     """(1 − λ) L(z, labels) + λ D(z, z_teacher) + μ mean over stages of ‖x − t‖² / ‖t‖²
 
     L: the cross-entropy, or with `settings.bce_loss` the mean over the classes of each one's binary cross-entropy,
-    with labels of which all classes have a share of `settings.label_smoothing` alike. λ, D: `settings.distill` and
-    the distillation loss at `settings.temperature`; x, t: outputs of a stage of the model and of the teacher; μ:
-    `settings.teacher_states`. Without a teacher, L.
+    with labels of which all classes have a share of `settings.label_smoothing` alike, and with the weights of the
+    classes if there are any (see `balance`). λ, D: `settings.distill` and the distillation loss at
+    `settings.temperature`; x, t: outputs of a stage of the model and of the teacher; μ: `settings.teacher_states`.
+    Without a teacher, L.
 
     Raises UsageError for μ > 0 with a teacher that has other stages.
     """
 
-    def __init__(self, model: OdeResNet, teacher: Teacher | None, settings: Settings) -> None:
+    def __init__(
+        self, model: OdeResNet, teacher: Teacher | None, settings: Settings, class_weights: Tensor | None = None
+    ) -> None:
+        self.class_weights = class_weights
         self.model, self.teacher, self.settings = model, teacher, settings
         self.binary = BinaryCrossEntropy(smoothing=settings.label_smoothing) if settings.bce_loss else None
         self.watched: dict[str, tuple[nn.Module, nn.Module]] = {}
@@ -63,7 +67,7 @@ class Objective:
             loss: Tensor = self.binary(_exact(logits), labels)
             return loss
         smoothing = self.settings.label_smoothing if labels.ndim == 1 else 0.0
-        return F.cross_entropy(_exact(logits), labels, label_smoothing=smoothing)
+        return cross_entropy(_exact(logits), labels, self.class_weights, smoothing=smoothing)
 
     @contextmanager
     def _outputs(self) -> Iterator[dict[str, list[Tensor]]]:

@@ -109,7 +109,24 @@ def run_fingerprint(train: ImageData, test: ImageData | None, settings: Settings
         "seed": settings.seed,
         "train": data_fingerprint(train),
         "test": data_fingerprint(test),
+        "division": None if train.division is None else train.division.record(),
     }
+
+
+def kept_division(share: float | None, seed: int | None, state: State) -> dict[str, Any]:
+    """The share and the seed by which a run that goes on holds images out, as fields of a command's options.
+
+    share, seed: what the user asks for now. Raises UsageError for others than the run began with.
+    """
+    division = state.fingerprint.get("division")  # of no run of an older version
+    if division is None:
+        return {}
+    kept = {"val_split": division["val_split"], "split_seed": division["split_seed"]}
+    for name, given in (("val_split", share), ("split_seed", seed)):
+        if given is not None and given != kept[name]:
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{flag} {given:g}: the run has {kept[name]:g}, and keeps it; start a new run for another")
+    return kept
 
 
 def check_resumable(

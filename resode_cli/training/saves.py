@@ -112,6 +112,8 @@ class Saves:
     def _described(self) -> OdeResNet:
         """The model with this run in its history."""
         settings = {k: v for k, v in asdict(self.settings).items() if v is not None}
+        if self.train.division is not None:
+            settings |= self.train.division.record()
         steps, head = self.progress.step, trains_head(self.model)
         info = self.model.info.with_command(
             "finetune", data=self.train.name, steps=steps, trained_head=head, **settings

@@ -25,7 +25,7 @@ from ..quantities import (
     parse_bytes,
     parse_duration,
 )
-from .contradictions import DECREASING, NO_AUG, STANDARD_AUG, refuse_contradictions
+from .contradictions import BALANCED, DECREASING, NO_AUG, STANDARD_AUG, refuse_contradictions
 
 if TYPE_CHECKING:
     from ..data import Augmentation
@@ -159,6 +159,12 @@ class Settings:
         None, "Of --schedule step: the shares of the run's steps after which it falls. Default: 1/2,3/4."
     )
     warmup: int = optimisation(0, "Steps of linear increase of the learning rate from 0.", range=COUNT_OR_NONE)
+    class_weights: str = optimisation(
+        "none",
+        "Weights of classes in the loss: 'balanced' weighs n images of K classes by n / (K times a class's own).",
+        choices=("none", BALANCED),
+        resume="stays",
+    )
     stages: tuple[str, ...] | None = trained(
         None,
         "Stages to train, by name (layer3) or place (3), comma-separated or given again; with them a head that started"
@@ -189,6 +195,12 @@ class Settings:
         False, "Let the decay of --ema grow with the steps, for short runs.", resume="stays"
     )
     amp: str = machine("none", "Autocast.", choices=AMP, resume="stays")
+    sampler: str = images(
+        "shuffle",
+        "Order of images: every one once per epoch, or each class equally often.",
+        choices=("shuffle", BALANCED),
+        resume="stays",
+    )
     augment: bool = augmentation(
         True,
         "Random crops, and mirror images where fit; --no-augment is --aug none.",

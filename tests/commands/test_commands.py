@@ -248,7 +248,7 @@ MISTAKES = [
     (("tie", "m.safetensors", "--rule", "median", "-o", "x.safetensors"), 2, "mean"),
     (("eval", "m.safetensors", "--data", "digts"), 2, "digits"),
     (("eval", "m.safetensors", "--data", "no/such/folder"), 2, "does not exist"),
-    (("eval", "m.safetensors", "--data", "."), 1, "no folder test"),
+    (("eval", "m.safetensors", "--data", "."), 1, "holds no images; image folders are laid out as"),
     (("eval", "m.safetensors", "--data", "digits", "--device", "cuda:99"), 2, "not available"),
     (("check-grad", "m.safetensors", "--adjoint", "eulr"), 2, "euler"),
     (("check-grad", "m.safetensors", "--sweep", "8"), 2, "two or more"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,6 @@ import pytest
 import torch
 
 import resode_cli
-from resode_cli.app import main
 from resode_cli.files import model_file
 from resode_cli.network.model import OdeResNet
 from resode_cli.network.parts import PreprocessingChoice
@@ -30,18 +28,8 @@ def network(classes: int) -> OdeResNet:
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch, capsys) -> Callable[..., tuple[dict, str]]:
-    """Run a command with --json; what it gave and what it said besides."""
-    monkeypatch.chdir(tmp_path)
-
-    def command(*arguments: object, code: int = 0) -> tuple[dict, str]:
-        capsys.readouterr()
-        found = main([*map(str, arguments), "--json"])
-        out, said = capsys.readouterr()
-        assert found == code, said
-        return json.loads(out) if out else {}, said
-
-    return command
+def run(answer: Callable[..., tuple[dict, str]]) -> Callable[..., tuple[dict, str]]:
+    return answer
 
 
 @pytest.fixture

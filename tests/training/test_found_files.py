@@ -64,6 +64,11 @@ def test_a_best_model_that_is_not_the_runs_own_is_chosen_anew(kind: str, here: H
     assert model_file.load(best, trust_source=True).info.history[-1]["command"] == "finetune"
 
 
+def test_the_best_model_that_the_run_saved_is_known_again(here: Here, capsys: Capture) -> None:
+    assert main(run("--resume", "-o", "run", steps=6)) == 0
+    assert "takes its place" not in capsys.readouterr().err
+
+
 def put(**path_and_value: Any) -> Callable[[dict[str, Any]], object]:
     """Set entries of the run's metadata: part__name=value."""
 

@@ -26,6 +26,8 @@ CHANGED = {
     "--amp": ["--amp", "bf16"],
     "--augment": ["--no-augment"],
     "--batch-size": ["--batch-size", "4"],
+    "--class-weights": ["--class-weights", "balanced"],
+    "--sampler": ["--sampler", "balanced"],
     "--teacher": ["--teacher", "other.safetensors"],
 }
 
