@@ -16,6 +16,7 @@ from ..ode import RandomState
 from ..simulation.step import Simulation, predicted
 from .averaging import average_bytes
 from .balance import balanced_labels
+from .dropping import use_random_layers
 from .guard import Guard
 from .loop import training_batches
 from .optimization import create_optimizer, create_scheduler, optimizer_slots
@@ -64,6 +65,7 @@ def dry_run(
     settings = with_stage_names(settings, model)
     check_finite(model, "the model holds NaN or infinity in {}: nothing can be trained from there")
     model.to(device)
+    use_random_layers(model, settings)
     train_only(model, settings, on_message)
     torch.manual_seed(settings.seed)
     tell_of_shared_statistics(model, settings, on_message)

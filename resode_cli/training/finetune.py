@@ -20,6 +20,7 @@ from . import run_folder
 from .averaging import Average, average_bytes
 from .balance import balanced_labels, class_weights
 from .best import Evaluations
+from .dropping import use_random_layers
 from .guard import Guard, GuardState
 from .loop import DONE, INTERRUPTED, Loop, training_batches
 from .objective import Objective
@@ -107,6 +108,7 @@ class _Run:
             raise UsageError("--patience waits for evaluations, and there are no test images")
         check_finite(model, "the model holds NaN or infinity in {}: nothing can be trained from there")
         self.stage_names = [name for name, stage in model.stages.items() if stage.spec.depth]
+        use_random_layers(model, settings)
         train_only(model, settings, self.callbacks.on_message)
         if resume is None:
             torch.manual_seed(settings.seed)

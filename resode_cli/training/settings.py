@@ -185,6 +185,15 @@ class Settings:
         choices=BATCH_NORM,
         resume="stays",
     )
+    drop_path: float | None = regularisation(
+        None,
+        "Probability that a block of the network's last stage is left out for an image; it grows from 0 in the first.",
+        range=DECAYING,
+        resume="stays",
+    )
+    dropout: float | None = regularisation(
+        None, "Probability that a feature is dropped before the head.", range=DECAYING, resume="stays"
+    )
     ema: float | None = regularisation(
         None,
         "Decay, per step, of a moving average of the weights, of which evaluations, best and last model are then.",
