@@ -296,11 +296,12 @@ def _dry_run(
     if not settings.adjoint_choice().chooses:
         output.show(adjoints_line(found.adjoints))
     split = f" in {found.micro_batches} micro-batches" if found.micro_batches > 1 else ""
+    beside = f", a teacher, averages and waiting images {size(found.beside)}" if found.beside else ""
     times = f"{found.accumulate} times " if found.accumulate > 1 else ""
     output.show(
         f"dry run: {counted(found.steps, 'step')} of {times}{counted(found.batch_size, 'image')}{split}, predicted peak"
         f" {size(found.predicted_bytes)} (weights {size(found.weights)}, gradients {size(found.gradients)}, optimizer"
-        f" {size(found.optimizer)}, activations {size(found.activations)}, and a reserve);"
+        f" {size(found.optimizer)}, activations {size(found.activations)}{beside}, and a reserve);"
         f" {size(found.free_bytes)} are free; nothing was written"
     )
     output.json({"dry_run": True, **asdict(found)})

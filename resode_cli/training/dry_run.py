@@ -31,6 +31,7 @@ class DryRun:
     """What a run would do. Bytes are predicted for the most that a step has alive at a time.
 
     batch_size: images of one of the `accumulate` batches of a step.
+    beside: a teacher, an average of the weights, and images that wait for their batch.
     free_bytes: of the device, now, weights included. trained: numbers. skipped: what is unreadable in the first batch.
     workers: processes that would read images.
     """
@@ -45,6 +46,7 @@ class DryRun:
     gradients: int
     optimizer: int
     activations: int
+    beside: int
     predicted_bytes: int
     free_bytes: int
     skipped: tuple[str, ...]
@@ -124,6 +126,7 @@ def dry_run(
         gradients,
         slots * gradients,
         max(found.peak - weights - (1 + slots) * gradients, 0),
+        beside,
         predicted(found) + beside,
         free_bytes(device) + weights,
         tuple(first.skipped),

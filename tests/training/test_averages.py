@@ -166,6 +166,7 @@ def test_a_dry_run_counts_the_average_and_the_gradients_of_other_batches(here: P
 
     plain, average, twice = peak(), peak("--ema", "0.9"), peak("--accumulate", "3")
     trained = 4 * plain["trained"]
+    assert plain["beside"] == 0 and average["beside"] >= trained
     assert average["predicted_bytes"] - plain["predicted_bytes"] >= trained
     waiting = 2 * 4 * 3 * 8 * 8 * 4
     assert twice["predicted_bytes"] - plain["predicted_bytes"] >= waiting
