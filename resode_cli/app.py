@@ -29,6 +29,7 @@ from .commands import (
     predict,
     recalibrate,
     recipes,
+    report,
     tie,
     untie,
 )
@@ -107,6 +108,7 @@ app.command("bench", cls=Command)(bench.bench_command)
 app.command("finetune", cls=Command)(finetune.finetune_command)
 app.command("eval", cls=Command)(evaluate.eval_command)
 app.command("predict", cls=Command)(predict.predict_command)
+app.command("report", cls=Command)(report.report_command)
 app.command("export", cls=Command)(export.export_command)
 app.command("demo", cls=Command)(demo.demo_command)
 app.add_typer(recipes.commands, name="recipes")

@@ -6,6 +6,7 @@ Some come with resode. They stand in the folder `recipes` of the project, which 
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -120,3 +121,28 @@ def read_recipe(recipe: Chosen, command: str, allowed: Iterable[str]) -> dict[st
             raise unknown(f"key of [{command}] in recipe {recipe.name}", key, flags)
         settings[flags[key.replace("_", "-")]] = value
     return settings
+
+
+def quoted(text: str) -> str:
+    """A text as TOML has it, which is written as JSON's but for one character."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def setting_line(name: str, value: Any) -> str:
+    """A setting as a line of a recipe, from its parameter's name ('batch_size') and value.
+
+    Raises ValueError for a text that no file of text can hold.
+    """
+    return f"{name.replace('_', '-')} = {_as_toml(value)}"
+
+
+def _as_toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_as_toml, value))}]"
+    found = quoted(str(value))
+    found.encode()  # a file's name may hold bytes that are no text
+    return found

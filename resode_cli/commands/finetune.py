@@ -67,7 +67,8 @@ def finetune_command(
         typer.Option(
             "--out",
             "-o",
-            help="Folder for best and last model, log.csv and state. Default: a new one, as runs/resnet50-1.",
+            help="Folder for best and last model, log.csv, config.toml and state. Default: a new one, as"
+            " runs/resnet50-1.",
         ),
     ] = None,
     pretrained: Annotated[
@@ -135,7 +136,9 @@ def finetune_command(
         with_stage_names,
     )
     from ..training.teacher import open_teacher
+    from ..training.trackers import open_trackers
     from .progress import training
+    from .run_config import changed, config_text, keeping_config
 
     output = Output(json_mode=json)
     if resume:
@@ -149,6 +152,7 @@ def finetune_command(
         check_auto(given, chooses=settings.adjoint_choice().chooses)
         out = out or new_run(source_name(str(model)) if is_source(str(model)) else name_of(str(model)))
     check_optimizer(settings)
+    open_trackers(settings)  # which says now that a package is missing
     source, model_file = (model, None) if model is None or is_source(model) else (None, Path(model))
     origin = trusting(origin, source)
     lock = FolderLock(out, on_message=output.note)
@@ -206,14 +210,17 @@ def finetune_command(
     if dry_run:
         _dry_run(loaded, train, settings, where, output, 0 if learned_from is None else learned_from.bytes)
         return
+    config = config_text(ctx, settings, call, resumes=out if resume else None)
     remember(output, run=out, data=data, **({} if source is None else {"source": source}))
     done = state.progress["step"] if state is not None else 0
     total = settings.steps(len(train))
-    with working() as stop, training(output, total, done) as on_step:
+    keeping = keeping_config(out, config if not resume or changed(config, out) else None)
+    with keeping as on_saved, working() as stop, training(output, total, done) as on_step:
         callbacks = Callbacks(
             on_step=on_step,
             on_message=output.note,
             on_choice=lambda chosen: output.aside.print(choice_table(chosen)),
+            on_saved=on_saved,
             should_stop=stop,
             deferred=stop.deferred,
         )

@@ -47,9 +47,9 @@ def settings_of(command: Any, table: Mapping[str, Any], where: str) -> dict[str,
     kinds = get_type_hints(command.callback)
     settings = {}
     for name, given in table.items():
-        if name == "source" and isinstance(given, str) and given.rpartition(":")[0].endswith(".py"):
+        if name in MAY_BE_CODE and is_code(given):
             raise UsageError(
-                f"{where}: source = {given!r}: a recipe must not name code to run;"
+                f"{where}: {name} = {given!r}: a recipe must not name code to run;"
                 " name it on the command line, and leave it out there"
             )
         settings[name] = as_kind(kinds[name], given, f"{where}: {name.replace('_', '-')}")
@@ -57,7 +57,13 @@ def settings_of(command: Any, table: Mapping[str, Any], where: str) -> dict[str,
 
 
 NOT_OF_A_RECIPE = ("recipe", "help", "resume", "trust_source")  # what is asked for in the very command, or not at all
+MAY_BE_CODE = ("source", "model")  # parameters that FILE.py:FUNCTION suits
 RECIPE = "resode recipe"  # in a context's meta: a recipe's name, and its settings by parameter
+
+
+def is_code(value: object) -> bool:
+    """Whether a value is a FILE.py:FUNCTION, which runs when a network is built by it."""
+    return isinstance(value, str) and value.rpartition(":")[0].endswith(".py")
 
 
 def as_kind(kind: Any, value: object, what: str) -> object:

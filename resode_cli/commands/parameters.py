@@ -127,6 +127,19 @@ def _from_text(setting: Field[Any], value: Any) -> Any:
     return tuple(value) or None if isinstance(value, list) else value
 
 
+def parameters_of(settings: Any) -> dict[str, Any]:
+    """The values of a command's parameters from which `Fields.build` makes these settings."""
+    found = {setting: getattr(settings, setting.name) for setting in fields(settings)}
+    return {
+        parameter_of(setting): value
+        if not isinstance(value, tuple)
+        else ",".join(map(str, value))
+        if option_of(setting).commas
+        else list(value)
+        for setting, value in found.items()
+    }
+
+
 def _given(context: typer.Context) -> Given:
     origins = {name: context.get_parameter_source(name) for name in context.params}
     named = {name: origin.name for name, origin in origins.items() if origin is not None}

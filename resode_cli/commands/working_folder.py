@@ -6,7 +6,6 @@ there, and says so. A table per command, as in a recipe, gives further defaults;
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import tomllib
@@ -20,7 +19,7 @@ import typer.core
 
 from ..errors import ResodeError, UsageError, join, one_line, unknown
 from ..machine.atomic import atomic_path
-from ..recipe import Chosen, read_recipe
+from ..recipe import Chosen, quoted, read_recipe
 from .options import NOT_OF_A_RECIPE, RECIPE, settings_of
 from .output import Output
 from .parameters import Given
@@ -113,17 +112,12 @@ def _edited(text: str, changes: Mapping[str, str | None]) -> str:
             top[-1] += "\n"
         top = [old for place, old in enumerate(top) if place not in places]
         if value is not None:
-            top.insert(first, f"{name} = {_quoted(value)}\n")
+            top.insert(first, f"{name} = {quoted(value)}\n")
     after = "".join([*top, *rest])
     wanted = {k: v for k, v in {**before, **changes}.items() if v is not None}
     if tomllib.loads(after) != wanted:
         raise ValueError("its lines are not as resode writes them")
     return after
-
-
-def _quoted(text: str) -> str:
-    """As a TOML string, which is written as JSON's but for one character."""
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def name_of(model: str | Path) -> str:

@@ -124,6 +124,14 @@ class ImageData(Dataset[tuple[Tensor, int] | Skipped]):
                 size = -1
             yield os.path.join(within[folder], name), size
 
+    def file_of(self, i: int) -> str:
+        """The file of an image; of one that is no file: its number in the data set, in words."""
+        return self._file(self.indices[i])
+
+    def picture(self, i: int) -> Image.Image:
+        """An image as it is before any transform. Raises UnreadableImage."""
+        return self._read(self.indices[i])[0]
+
     def first_bytes(self, i: int, count: int) -> bytes:
         """The beginning of an image's file; nothing where it is no file, or cannot be read."""
         try:

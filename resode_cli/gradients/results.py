@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ..ode import Adjoint
 
@@ -70,6 +71,20 @@ class ChosenAdjoints:
     @property
     def adjoints(self) -> dict[str, Adjoint]:
         return {choice.piece: choice.adjoint for choice in self.choices}
+
+    def record(self) -> dict[str, Any]:
+        """What a model's history says of it."""
+        pieces = {
+            choice.piece: {
+                "adjoint": choice.adjoint.label,
+                "error": choice.error,
+                "bytes": choice.bytes_held,
+                "backprop_bytes": choice.backprop_bytes,
+            }
+            for choice in self.choices
+        }
+        names = ("micro_batches", "tolerance", "batch_size", "predicted_bytes", "backprop_bytes", "budget", "time")
+        return {"pieces": pieces, **{name: getattr(self, name) for name in names}}
 
     @property
     def stages(self) -> tuple[PieceChoice, ...]:

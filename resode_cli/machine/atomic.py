@@ -72,7 +72,7 @@ def remove_orphans(path: Path) -> None:
         return
     for name in names:
         found = pattern.fullmatch(name)
-        if found and not _is_alive(int(found[1])):
+        if found and not is_alive(int(found[1])):
             (path.parent / name).unlink(missing_ok=True)
 
 
@@ -80,7 +80,7 @@ def _host() -> str:
     return re.sub(r"[^A-Za-z0-9]", "_", socket.gethostname())
 
 
-def _is_alive(process: int) -> bool:
+def is_alive(process: int) -> bool:
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Self
 
 from ..errors import ResodeError, UsageError
+from .atomic import is_alive
 
 try:
     import fcntl
@@ -173,6 +174,21 @@ class FolderLock(Lock):
 
     def _is_taken(self) -> bool:
         return self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir()))
+
+
+def is_written_to(folder: Path) -> bool:
+    """Whether a run is writing to a folder, as its lock file says; a process of another host is taken for alive.
+
+    The lock itself is not tried: a run that begins at that moment would find it held.
+    """
+    try:
+        holder = (folder / LOCK).read_text(errors="replace").split()
+    except OSError:
+        return False
+    match holder:
+        case ["process", number, "on", host] if number.isdigit():
+            return host != socket.gethostname() or is_alive(int(number))
+    return False
 
 
 def file_lock(path: Path, *, on_message: Callable[[str], None] = lambda message: None) -> Lock:

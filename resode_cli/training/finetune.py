@@ -33,6 +33,7 @@ from .settings import Settings
 from .starting import choice_batch, prepare_to_train, switch_scheme, tell_of_shared_statistics
 from .step import Steps, Taken
 from .teacher import Teacher
+from .trackers import Tracking
 from .trained import train_only
 
 
@@ -65,9 +66,10 @@ def finetune(
     Raises ResodeError if the loss stops being finite, on drift past the tolerance with 'stop', and if
     the memory budget is too small.
     """
-    callbacks, where = callbacks or Callbacks(), torch.device(device)
-    with nullcontext(lock) if lock is not None else FolderLock(Path(out), on_message=callbacks.on_message) as held:
-        return _Run(model, train, test, held, settings, where, callbacks, resume, teacher, began_with, call).run()
+    tracking = Tracking(settings, Path(out), callbacks or Callbacks(), data=train.name, source=model.info.source)
+    with nullcontext(lock) if lock is not None else FolderLock(Path(out), on_message=tracking.say) as held:
+        to = (held, settings, torch.device(device), tracking.callbacks, resume, teacher, began_with, call)
+        return tracking.around(lambda: _Run(model, train, test, *to).run())
 
 
 class _Run:
@@ -160,6 +162,7 @@ class _Run:
             optimizer=optimizer,
             guard=self.guard,
             average=average,
+            callbacks=callbacks,
             resumed=resume is not None,
         )
         self.evaluations = Evaluations(
@@ -187,8 +190,7 @@ class _Run:
 
     def _chosen(self, chosen: ChosenAdjoints) -> None:
         self.chosen = chosen
-        by_piece = {c.piece: {"adjoint": c.adjoint.label, "error": c.error} for c in chosen.choices}
-        self.model.record("calibrate", step=self.progress.step, pieces=by_piece, micro_batches=chosen.micro_batches)
+        self.model.record("calibrate", step=self.progress.step, **chosen.record())
         self.callbacks.on_choice(chosen)
 
     def run(self) -> FinetuneResult:

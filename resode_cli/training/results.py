@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,12 +73,18 @@ class Progress:
 class Callbacks:
     """What a caller wants to hear. `should_stop` is asked after every step.
 
+    on_begin: the run's own token, by which it is known again, and the step that it goes on from. on_row: a row of its
+    log. on_saved: the folder, after each file that was saved there.
+
     Steps and saves run inside `deferred()`; outside of it a signal may raise `Stopped`, and the run then ends well.
     """
 
     on_step: Callable[[StepRecord], None] = lambda record: None
     on_message: Callable[[str], None] = lambda message: None
     on_choice: Callable[[ChosenAdjoints], None] = lambda chosen: None
+    on_begin: Callable[[str | None, int], None] = lambda run, step: None
+    on_row: Callable[[dict[str, Any]], None] = lambda row: None
+    on_saved: Callable[[Path], None] = lambda folder: None
     should_stop: Callable[[], bool] = lambda: False
     deferred: Callable[[], AbstractContextManager[None]] = nullcontext
 

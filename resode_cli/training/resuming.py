@@ -15,7 +15,7 @@ from ..network.model import OdeResNet
 from ..options import flag_of, option_of, parameter_of
 from ..sources.registry import SAVED, parse_source
 from .results import NONE_YET
-from .run_folder import BEST, FILES, LOG, State, is_log, runners_up, settle_first_model
+from .run_folder import ALONE, BEST, CONFIG, FILES, LOG, State, is_own, runners_up, settle_first_model
 from .settings import Settings
 from .teacher import Teacher
 
@@ -252,9 +252,12 @@ def check_source(source: str | None, state: State) -> None:
         raise UsageError(f"--resume: the run began with {began}, not with {source}; start a new run")
 
 
+_CALLED = {LOG: "log", CONFIG: "recipe"}
+
+
 def saved_files(folder: Path) -> list[str]:
-    """What a run has saved in a folder; a log alone is no run."""
-    return [name for name in FILES if name != "log.csv" and (folder / name).exists()] + runners_up(folder)
+    """What a run has saved in a folder; a log and settings alone are no run."""
+    return [name for name in FILES if name not in ALONE and (folder / name).exists()] + runners_up(folder)
 
 
 def check_folder(folder: Path, *, resume: bool, force: bool, reads: Iterable[Path] = ()) -> None:
@@ -267,8 +270,10 @@ def check_folder(folder: Path, *, resume: bool, force: bool, reads: Iterable[Pat
         raise ResodeError(
             f"{folder} holds a run ({first_few(existing)}); pass --resume to go on with it, or --force to replace it"
         )
-    if not existing and (folder / LOG).exists() and not is_log(folder / LOG):
-        raise ResodeError(f"{folder / LOG} is not the log of a run; move it, or choose another --out")
+    replaced = () if resume else (CONFIG,) if existing else ALONE
+    for path in (folder / name for name in replaced):
+        if path.exists() and not is_own(path):
+            raise ResodeError(f"{path} is not the {_CALLED[path.name]} of a run; move it, or choose another --out")
     own = {(folder / name).resolve() for name in existing} if force else set()
     for path in reads:
         if path.resolve() in own:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -28,7 +28,9 @@ from .optimizer_state import OptimizerState, Saved
 from .settings import Settings
 
 STATE, BEST, LAST, LOG = "state.safetensors", "best.safetensors", "last.safetensors", "log.csv"
-FILES = (STATE, BEST, LAST, LOG)
+CONFIG = "config.toml"
+FILES = (STATE, BEST, LAST, LOG, CONFIG)
+ALONE = (LOG, CONFIG)  # which are there from the start of a run, and are none by themselves
 _RUNNER_UP, _FIRST = re.compile(r"best-step-\d+\.safetensors"), re.compile(r"\.best\.safetensors\.[0-9a-f]{8}")
 
 
@@ -132,7 +134,8 @@ def save_state(
     model_file.write_tensors(path, tensors, metadata)
 
 
-def _run_metadata(folder: Path) -> dict[str, Any]:
+def run_metadata(folder: Path) -> dict[str, Any]:
+    """What a saved run says of itself, without its tensors. Raises UsageError if there is none."""
     if not (folder / STATE).is_file():
         raise UsageError(f"nothing to resume: {str(folder / STATE)!r} does not exist")
     metadata = model_file.read_metadata(folder / STATE)
@@ -210,7 +213,7 @@ def load_state(folder: Path, *, source: str | None = None, trust_source: bool = 
 
     source, trust_source: see `model_file.load`.
     """
-    run = _run_metadata(folder)
+    run = run_metadata(folder)
     tensors, metadata = model_file.read_tensors(folder / STATE)
     parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "generator": {}, "average": {}}
     for name, tensor in tensors.items():
@@ -263,7 +266,8 @@ class StepRecord:
         return {"loss": self.loss, "top1": self.accuracy, **figures}
 
 
-def _whole(row: dict[str, str | None]) -> bool:
+def is_whole(row: dict[str, str | None]) -> bool:
+    """Whether a row of a log is one: a killed run may have left half of one."""
     step = row.get("step")
     return step is not None and step.isdigit() and None not in row.values() and row["split"] in ("train", "test")
 
@@ -272,8 +276,7 @@ def _rows(path: Path, up_to: int) -> list[dict[str, Any]]:
     """The rows of a log up to a step. A log that cannot be read is set aside: it is not worth a run."""
     try:
         with path.open(newline="") as file:
-            # A killed run may have left half a row.
-            return [row for row in csv.DictReader(file) if _whole(row) and int(row["step"]) <= up_to]
+            return [row for row in csv.DictReader(file) if is_whole(row) and int(row["step"]) <= up_to]
     except (ValueError, KeyError, csv.Error) as error:
         aside = path.with_name(f"{path.name}.damaged")
         path.replace(aside)
@@ -285,13 +288,18 @@ def _rows(path: Path, up_to: int) -> list[dict[str, Any]]:
 _HELD_BACK = re.compile(rf"\.{re.escape(LOG)}\.[0-9a-f]{{8}}")
 
 
-def is_log(path: Path) -> bool:
-    """Whether a file begins as the log of a run does."""
-    with path.open("rb") as file:
-        return file.read(len(_BEGINNING)) == _BEGINNING
+def is_own(path: Path) -> bool:
+    """Whether a file begins as a run's file of that name does."""
+    beginning = _BEGINNINGS[path.name]
+    try:
+        with path.open("rb") as file:
+            return file.read(len(beginning)) == beginning
+    except OSError:
+        return False
 
 
-_BEGINNING = b"split,step,epoch"
+CONFIG_BEGINNING = "# A run of resode finetune"
+_BEGINNINGS = {LOG: b"split,step,epoch", CONFIG: CONFIG_BEGINNING.encode()}
 
 
 def log_path(folder: Path, run: str | None, *, replacing: bool) -> Path:
@@ -318,9 +326,16 @@ class Log:
     seconds; empty where there is nothing to say.
     """
 
-    def __init__(self, path: Path, stages: Sequence[str], *, keep_up_to: int) -> None:
-        """keep_up_to: of an existing log, keep the rows up to this step; 0 starts a new one."""
-        self.path = path
+    def __init__(
+        self,
+        path: Path,
+        stages: Sequence[str],
+        *,
+        keep_up_to: int,
+        on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+    ) -> None:
+        """keep_up_to: of an existing log, keep the rows up to this step; 0 starts a new one. on_row: hears of each."""
+        self.path, self.on_row = path, on_row
         self.fields = ["split", "step", "epoch", "loss", "top1", "lr", "images_per_second", "peak_bytes"]
         self.figures = [f"{figure}_{name}" for figure in ("drift", "correction", "contraction") for name in stages]
         self.fields += self.figures
@@ -336,6 +351,7 @@ class Log:
             if not file.tell():  # the folder was made anew
                 writer.writeheader()
             writer.writerow(row)
+        self.on_row(row)
 
     def train(self, record: StepRecord, window: Sequence[Mapping[str, float]]) -> None:
         """window: the `columns` of the steps since the last row."""

@@ -16,7 +16,7 @@ from .averaging import Average
 from .guard import Guard
 from .loop import Loop
 from .optimizer_state import OptimizerState
-from .results import Progress
+from .results import Callbacks, Progress
 from .resuming import loaded_checksum, saved_files
 from .settings import Settings
 from .trained import trains_head
@@ -41,16 +41,19 @@ class Saves:
         optimizer: OptimizerState,
         guard: Guard,
         average: Average | None,
+        callbacks: Callbacks,
         resumed: bool,
     ) -> None:
         self.lock, self.model, self.settings, self.progress = lock, model, settings, progress
         self.train, self.fingerprint, self.run = train, fingerprint, fingerprint.get("run")
         self.loop, self.optimizer, self.guard, self.average = loop, optimizer, guard, average
+        self.callbacks = callbacks
         self.nothing_of = [] if resumed else saved_files(lock.folder)  # what a run before has left
 
     def open_log(self, stage_names: Sequence[str], *, keep_up_to: int) -> None:
         path = run_folder.log_path(self.lock.ensure(), self.run, replacing=bool(self.nothing_of))
-        self.log = run_folder.Log(path, stage_names, keep_up_to=keep_up_to)
+        self.log = run_folder.Log(path, stage_names, keep_up_to=keep_up_to, on_row=self.callbacks.on_row)
+        self.callbacks.on_begin(self.run, keep_up_to)
 
     def move_log(self) -> None:
         """The log goes on where the folder is now."""
@@ -132,3 +135,4 @@ class Saves:
         run_folder.settle_first_model(
             folder, self.run, best_step=self.progress.best_step, keep_best=self.settings.keep_best
         )
+        self.callbacks.on_saved(folder)

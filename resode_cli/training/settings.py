@@ -7,7 +7,7 @@ from fractions import Fraction
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ..errors import UsageError
+from ..errors import UsageError, unknown
 from ..options import ADJOINT_SETTINGS, check_options, option, workers_option
 from ..quantities import (
     AVERAGING,
@@ -39,6 +39,7 @@ AMP = ("none", "bf16", "fp16")
 BATCH_NORM = ("frozen", "batch")
 ON_DRIFT = ("anchors", "warn", "stop")
 ON_NONFINITE = ("stop", "skip")
+TRACKERS, NO_TRACKER = ("tensorboard", "wandb", "mlflow", "trackio"), "none"
 LEAN = "lean"  # as a memory budget
 
 length = partial(option, group="Length of the run")
@@ -284,6 +285,11 @@ class Settings:
     keep_best: int = saving(
         1, "Keep so many of the best models: best.safetensors, and best-step-N.safetensors.", range=COUNT
     )
+    track: str | None = saving(
+        None,
+        "Send the log's rows to trackers of experiments too: tensorboard, wandb, mlflow, trackio; comma-separated, or"
+        " none.",
+    )
     workers: int | str = workers_option()
     compile: bool = machine(False, "Compile the branches with torch.compile.")
     channels_last: bool = machine(False, "Keep images and states in that memory format.")
@@ -294,7 +300,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_options(self)
-        _ = self.budget_bytes, self.milestone_shares, self.betas, self.most_seconds
+        _ = self.budget_bytes, self.milestone_shares, self.betas, self.most_seconds, self.trackers
         if self.freeze is not None:
             parts = tuple(part.strip() for given in self.freeze for part in given.split(","))
             object.__setattr__(self, "freeze", parts)
@@ -352,6 +358,17 @@ class Settings:
                 f"--milestones {text}: shares of the run between 0 and 1, ascending, as in 1/3,2/3 or 0.5,0.9"
             )
         return shares
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The trackers' names, each once. Raises UsageError for a name that none has."""
+        if self.track is None or self.track == NO_TRACKER:
+            return ()
+        names = tuple(dict.fromkeys(name.strip() for name in self.track.split(",")))
+        for name in names:
+            if name not in TRACKERS:
+                raise unknown("tracker", name, [*TRACKERS, NO_TRACKER])
+        return names
 
     def adjoint_choice(self) -> AdjointsByStage:
         from ..gradients.stage_adjoints import parse_adjoints_by_stage

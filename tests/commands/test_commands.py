@@ -64,6 +64,7 @@ def test_the_whole_flow(run: Run, tmp_path: Path, assert_ran_by) -> None:
         "best.safetensors",
         "last.safetensors",
         "state.safetensors",
+        "config.toml",
         "log.csv",
     }
     evaluated = json.loads(run("eval", "run/last.safetensors", "--data", "digits", "--images", 40, "--json").stdout)
