@@ -30,7 +30,7 @@ from .options import (
 from .output import Output, start
 from .parameters import Fields, Given, takes
 from .resizing import Resizing
-from .start_of_run import Call, is_source, open_start, open_training, resumed_call, trusting
+from .start_of_run import Call, for_few_images, is_source, open_start, open_training, resumed_call, trusting
 from .working_folder import (
     TAKEN,
     check_named,
@@ -189,6 +189,8 @@ def finetune_command(
         output=output,
         augment=settings.augmentation or False,
     )
+    if state is None:
+        settings = for_few_images(settings, given.all, len(train), output)
     test, *at_end = (
         reading.open(data, loaded, split, images=call.test_images)
         for split in held_out_splits(data, reading.hold_out(loaded))

@@ -14,6 +14,7 @@ from .output import Output
 if TYPE_CHECKING:
     from ..data import ImageData
     from ..network.model import OdeResNet
+    from ..training.settings import Settings
 
 
 def is_source(text: str) -> bool:
@@ -85,6 +86,31 @@ def open_training(
         before = f"{old.num_classes} classes{'' if old.class_names else ' without names'}"
         output.note(f"a new head ({join(layers)}), random, for the {count} classes of {data}; the old one had {before}")
     return as_labelled(found, data, model.info)
+
+
+LEAST_STEPS, LEAST_PER_EPOCH, SMALLEST_BATCH = 200, 20, 8
+
+
+def for_few_images(settings: Settings, given: frozenset[str], images: int, output: Output) -> Settings:
+    """The defaults that a small data set needs, which is said: 128 images a step and one epoch would train nothing.
+
+    The batch is the largest power of two with which an epoch has 20 steps, but 8 at least; a run has 200 steps.
+    given: parameters that the user set, which stay. images: for training.
+    """
+    said = []
+    if "batch_size" not in given:
+        size, least = settings.batch_size, max(SMALLEST_BATCH, settings.micro_batches)
+        while size > least and images // (size * settings.accumulate) < LEAST_PER_EPOCH:
+            size //= 2
+        if size < settings.batch_size:
+            settings = replace(settings, batch_size=size)
+            said.append(f"--batch-size {size}")
+    if not {"epochs", "max_steps"} & given and settings.per_epoch(images) < LEAST_STEPS:
+        settings = replace(settings, max_steps=LEAST_STEPS)
+        said.append(f"--max-steps {LEAST_STEPS} (about {round(LEAST_STEPS / settings.per_epoch(images))} epochs)")
+    if said:
+        output.note(f"for {images} training images: {join(said)}, unless you say otherwise")
+    return settings
 
 
 @dataclass(frozen=True)

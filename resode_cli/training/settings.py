@@ -7,7 +7,6 @@ from fractions import Fraction
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ..errors import UsageError, unknown
 from ..options import ADJOINT_SETTINGS, check_options, option, workers_option
 from ..quantities import (
     AVERAGING,
@@ -26,6 +25,7 @@ from ..quantities import (
     parse_duration,
 )
 from .contradictions import BALANCED, DECREASING, NO_AUG, STANDARD_AUG, refuse_contradictions
+from .written import parse_betas, parse_milestones, parse_trackers
 
 if TYPE_CHECKING:
     from ..data import Augmentation
@@ -39,7 +39,6 @@ AMP = ("none", "bf16", "fp16")
 BATCH_NORM = ("frozen", "batch")
 ON_DRIFT = ("anchors", "warn", "stop")
 ON_NONFINITE = ("stop", "skip")
-TRACKERS, NO_TRACKER = ("tensorboard", "wandb", "mlflow", "trackio"), "none"
 LEAN = "lean"  # as a memory budget
 
 length = partial(option, group="Length of the run")
@@ -111,14 +110,22 @@ class Settings:
         resume="stays",
     )
     epochs: int | None = length(
-        None, "Passes over the images. Default: one, or as many as --max-steps needs.", range=COUNT
+        None,
+        "Passes over the images. Default: one, with 200 steps at least; or as many as --max-steps needs.",
+        range=COUNT,
     )
     max_steps: int | None = length(None, "End after this many steps.", range=COUNT)
     patience: int | None = length(None, "End after this many evaluations in a row without a better one.", range=COUNT)
     max_time: str | None = length(
         None, "End at a step after so long (30m, 2h, 1h30m), counted anew by each command; --resume goes on."
     )
-    batch_size: int = length(128, "Images per batch.", range=COUNT, flags=("--batch-size", "-b"), resume="stays")
+    batch_size: int = length(
+        128,
+        "Images per batch. For few images the default is less.",
+        range=COUNT,
+        flags=("--batch-size", "-b"),
+        resume="stays",
+    )
     accumulate: int = length(
         1,
         "Batches whose gradients add up to one step, as of a batch so many times as large; steps count as one.",
@@ -322,18 +329,8 @@ class Settings:
 
     @property
     def betas(self) -> tuple[float, ...] | None:
-        """Those of the optimizer; None for its own. Raises UsageError for what are none."""
-        if self.opt_betas is None:
-            return None
-        try:
-            found = tuple(float(part) for part in self.opt_betas.split(","))
-        except ValueError:
-            found = ()
-        if len(found) < 2 or not all(beta in DECAYING for beta in found):
-            raise UsageError(
-                f"--opt-betas {self.opt_betas}: write two or more numbers from 0 to below 1, as in 0.9,0.95"
-            )
-        return found
+        """Those of the optimizer; None for its own."""
+        return None if self.opt_betas is None else parse_betas(self.opt_betas)
 
     @property
     def budget_bytes(self) -> int | None:
@@ -347,28 +344,13 @@ class Settings:
 
     @property
     def milestone_shares(self) -> tuple[Fraction, ...]:
-        """Shares of the run, each between 0 and 1, ascending. Raises UsageError for anything else."""
-        text = "1/2,3/4" if self.milestones is None else self.milestones
-        try:
-            shares = tuple(Fraction(part.strip()) for part in text.split(","))
-        except (ValueError, ZeroDivisionError):
-            shares = ()
-        if not shares or list(shares) != sorted(set(shares)) or not shares[0] > 0 or not shares[-1] < 1:
-            raise UsageError(
-                f"--milestones {text}: shares of the run between 0 and 1, ascending, as in 1/3,2/3 or 0.5,0.9"
-            )
-        return shares
+        """Shares of the run, each between 0 and 1, ascending."""
+        return parse_milestones("1/2,3/4" if self.milestones is None else self.milestones)
 
     @property
     def trackers(self) -> tuple[str, ...]:
-        """The trackers' names, each once. Raises UsageError for a name that none has."""
-        if self.track is None or self.track == NO_TRACKER:
-            return ()
-        names = tuple(dict.fromkeys(name.strip() for name in self.track.split(",")))
-        for name in names:
-            if name not in TRACKERS:
-                raise unknown("tracker", name, [*TRACKERS, NO_TRACKER])
-        return names
+        """The trackers' names, each once."""
+        return () if self.track is None else parse_trackers(self.track)
 
     def adjoint_choice(self) -> AdjointsByStage:
         from ..gradients.stage_adjoints import parse_adjoints_by_stage

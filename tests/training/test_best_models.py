@@ -113,7 +113,7 @@ def test_a_run_that_fails_before_its_first_save_leaves_nothing(here: Path, capsy
     assert main(run("-o", "run", "--force", "--lr", "1e38")) == 1
     assert contents(here / "run") == before
     assert main(run("-o", "new", "--lr", "1e38")) == 1
-    assert set(contents(here / "new")) == {"log.csv"}
+    assert set(contents(here / "new")) == {"log.csv", "config.toml"}
 
 
 def test_a_run_that_is_killed_before_the_best_has_its_name_finds_it(here: Path, monkeypatch: Any, scored: Any) -> None:

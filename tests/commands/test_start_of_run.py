@@ -1,0 +1,52 @@
+"""What a run begins with where the user says little: its batch, its length, and how its images were read before."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from resode_cli.commands.output import Output
+from resode_cli.commands.start_of_run import for_few_images
+from resode_cli.training.run_folder import load_state
+from resode_cli.training.settings import Settings
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.mark.parametrize(
+    ("images", "batch", "steps"),
+    [(50_000, 128, 390), (2_560, 128, 200), (2_559, 64, 200), (240, 8, 200), (5, 8, 200), (40_000, 128, 312)],
+)
+def test_few_images_are_trained_on_for_long_enough(images: int, batch: int, steps: int) -> None:
+    settings = for_few_images(Settings(), frozenset(), images, Output(json_mode=False))
+    assert (settings.batch_size, settings.steps(images)) == (batch, steps)
+
+
+def test_what_the_user_says_stays(capsys: pytest.CaptureFixture[str]) -> None:
+    output = Output(json_mode=False)
+    own = Settings(batch_size=100, epochs=1)
+    assert for_few_images(own, frozenset(["batch_size", "epochs"]), 240, output) == own
+    assert capsys.readouterr().err == ""
+    found = for_few_images(Settings(max_steps=3, micro_batches=16), frozenset(["max_steps"]), 240, output)
+    assert (found.batch_size, found.steps(240)) == (16, 3)
+    assert "for 240 training images: --batch-size 16, unless" in capsys.readouterr().err
+    assert for_few_images(Settings(accumulate=4), frozenset(), 10_240, output).batch_size == 128
+    assert for_few_images(Settings(accumulate=4), frozenset(), 5_120, output).batch_size == 64
+
+
+def test_a_resumed_run_reads_its_images_as_it_did(run: Run, model: str, make_folder: Callable[..., Path]) -> None:
+    folder = make_folder(splits=("",), each=5, size=8)  # classes alone
+    Path("names.csv").write_text("class,name\ncat,tabby\ndog,terrier\nowl,barn owl\n")
+    reading = ("--val-split", 0.4, "--split-seed", 7, "--class-map", "names.csv", "--images", 7, "--skip-corrupt")
+    run("finetune", model, "--data", folder, *reading, "--adjoint", "backprop", "--max-steps", 1, "--batch-size", 4)
+    begun = load_state(Path("runs/m-1"), trust_source=True)
+    assert begun.model.info.class_names == ("tabby", "terrier", "barn owl")
+    run("finetune", "--resume", "--max-steps", 2)
+    gone_on = load_state(Path("runs/m-1"), trust_source=True)
+    assert gone_on.progress["step"] == 2
+    assert gone_on.fingerprint == begun.fingerprint
+    said = run("finetune", "--resume", "--max-steps", 3, "--images", 6, code=2).stderr
+    assert "images was 7, is 6" in said
