@@ -60,7 +60,7 @@ def report_command(
         ),
     ] = None,
     reading: Reading,
-    look: Annotated[
+    predict: Annotated[
         bool,
         typer.Option(
             "--predict/--no-images",
@@ -94,13 +94,13 @@ def report_command(
     given = without_remembered(ctx, given)
     if split is not None and split not in ("train", "val", "test"):
         raise unknown("split", split, ["val", "test", "train"])
-    _check_looks(look, given)
+    _check_looks(predict, given)
     records = [read_run(folder) for folder in _chosen(runs, output)]
     path = _page_path(out, records, force=force)
     output.notes(note for record in records for note in record.notes)
     found = [
         _held_out(record, data, split, reading, origin, given, (mistakes, batch_size, readers.workers), device, output)
-        if look
+        if predict
         else ""
         for record in records
     ]

@@ -8,7 +8,9 @@ is said once: no run ends for it.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -223,7 +225,8 @@ class Tracking:
     def _each(self, tell: Callable[[Tracker], None]) -> None:
         for name, tracker in list(self.trackers.items()):
             try:
-                tell(tracker)
+                with redirect_stdout(sys.stderr):  # which is for results; some trackers print
+                    tell(tracker)
             except Exception as error:  # whatever a network, a server or another package makes of it
                 del self.trackers[name]
                 reason = one_line(str(error).strip().partition("\n")[0][:200]) or type(error).__name__

@@ -28,6 +28,7 @@ NEEDED = {
     "finetune": ["none.safetensors", "--data", "digits", "-o", "run", "--teacher", "none.safetensors"],
     "eval": ["none.safetensors", "--data", "digits"],
     "predict": ["none.safetensors", "none.png"],
+    "report": ["none"],
     "export": ["none.safetensors", "-o", "out.onnx"],
 }
 NEEDS = {"--snapshots": ["--adjoint", "checkpoint"], "--corrections": ["--adjoint", "pc"]}

@@ -94,6 +94,13 @@ def test_settings_that_differ() -> None:
     assert "None that the runs have saved" in page_of(record("a"), record("b"))
 
 
+def test_a_state_that_says_odd_things_spoils_no_page() -> None:
+    for odd in (3, [1], "x", {"a": "b"}):
+        guard = {"allowed": odd, "moved_to_anchors": odd, "recalibrations": odd, "adjoints": {"layer1": odd}}
+        run = {"progress": {"guard": guard}, "settings": {"lr": odd}, "fingerprint": {"call": odd, "images": odd}}
+        assert "Backward pass" in page_of(record("a", run=run), record("b", run=run, recipe="finetune = 3"))
+
+
 def test_confusions_of_many_classes_are_pairs() -> None:
     few, many = (page_of(record(), found=held_out([f"c{i}" for i in range(n)])) for n in (30, 31))
     assert "Confusion matrix" in few and "Confusion matrix" not in many

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -176,6 +177,14 @@ def test_one_that_cannot_begin_is_said_once(name: str, here: Path, monkeypatch: 
     heard.begun = None  # type: ignore[assignment]
     assert main(run("-o", "new", "--track", name, "--log-every", "1")) == 0
     assert capsys.readouterr().err.count("failed (") == 1 and not heard.rows and not heard.ended
+
+
+def test_what_a_tracker_prints_is_no_result(here: Path, monkeypatch: Any, capsys: Any) -> None:
+    hear("trackio", monkeypatch)
+    monkeypatch.setattr(sys.modules["trackio"], "log", lambda figures, step: print("* logged"))
+    assert main(run("-o", "new", "--track", "trackio", "--json")) == 0
+    out, error = capsys.readouterr()
+    assert json.loads(out)["steps"] == 3 and "* logged" in error
 
 
 def test_a_run_that_ends_badly_is_no_finished_one(here: Path, monkeypatch: Any) -> None:

@@ -71,8 +71,7 @@ def held_out_section(found: HeldOut | str, name: str) -> Markup:
         _matrix(results, found.class_names) if small else _pairs(results, found.class_names),
         element("h3", "By class"),
         _by_class(results.by_class(), found.class_names),
-        element("h3", "Worst mistakes"),
-        _mistakes(found.mistakes),
+        *([element("h3", "Worst mistakes"), _mistakes(found.mistakes)] if found.mistakes else []),
     )
 
 
@@ -131,8 +130,6 @@ def _by_class(figures: Sequence[ClassFigures], names: Sequence[str]) -> Markup:
 
 
 def _mistakes(mistakes: Sequence[Mistake]) -> Markup:
-    if not mistakes:
-        return paragraph("There is none.")
     return element("ul", *(_mistake(mistake) for mistake in mistakes), class_="pictures")
 
 

@@ -63,15 +63,15 @@ def differences(runs: Sequence[RunRecord], names: Sequence[str]) -> Markup:
 def _asked(run: RunRecord) -> dict[str, Any]:
     """Settings, data and model of a run, by the names of flags."""
     found = {name.replace("_", "-"): value for name, value in run.settings.items()}
-    call = {} if run.run is None else run.run["fingerprint"].get("call") or {}
+    call = {} if run.run is None else _mapping(run.run["fingerprint"].get("call"))
     try:
-        table = tomllib.loads(run.recipe).get("finetune", {})
+        recipe = _mapping(tomllib.loads(run.recipe).get("finetune"))
     except (ValueError, RecursionError):
-        table = {}
-    more = {name: table[name] for name in ("model",) if name in table}
+        recipe = {}
+    more = {name: recipe[name] for name in ("model",) if name in recipe}
     if run.info is not None:
         more["source"] = str(run.info.source)
-    if isinstance(call, dict) and "data" in call:
+    if "data" in call:
         more["data"] = call["data"]
     return {**more, **found}
 
@@ -98,13 +98,13 @@ def backward(run: RunRecord, name: str) -> Markup:
     for place, entry in enumerate(reversed(run.calibrations)):
         made = _calibration(entry)
         parts.append(made if place == 0 else folded(f"Before that, at step {entry.get('step', 0)}", made))
-    guard = run.progress.get("guard", {})
+    guard = _mapping(run.progress.get("guard"))
     if run.adjoints:
-        allowed = guard.get("allowed", {})
-        rows = [[stage, label, number(allowed.get(stage))] for stage, label in run.adjoints.items()]
+        allowed = _mapping(guard.get("allowed"))
+        rows = [[stage, label, _number(allowed.get(stage))] for stage, label in run.adjoints.items()]
         parts.append(table("What stages are run backwards by now", ["stage", "method", "drift allowed"], rows, words=2))
     if moved := guard.get("moved_to_anchors"):
-        parts.append(paragraph(f"Moved to anchors, as states drifted: {', '.join(map(str, moved))}."))
+        parts.append(paragraph(f"Moved to anchors, as states drifted: {_shown(moved)}."))
     if guard.get("recalibrations"):
         parts.append(paragraph(f"Calibrated again {guard['recalibrations']} times."))
     if not parts:
@@ -116,7 +116,7 @@ def _calibration(entry: Mapping[str, Any]) -> Markup:
     pieces = {piece: each for piece, each in entry["pieces"].items() if isinstance(each, dict)}
     rows = [
         [
-            *(piece, each.get("adjoint", NONE), number(each.get("error"))),
+            *(piece, each.get("adjoint", NONE), _number(each.get("error"))),
             *(_bytes(each.get("bytes")), _bytes(each.get("backprop_bytes"))),
         ]
         for piece, each in pieces.items()
@@ -134,6 +134,15 @@ def _calibration(entry: Mapping[str, Any]) -> Markup:
     if isinstance(entry.get("micro_batches"), int) and entry["micro_batches"] > 1:
         about.append(f"{entry['micro_batches']} micro-batches")
     return table(", ".join(about), header, rows, words=2)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    """What a file says by names; nothing where it says something else."""
+    return value if isinstance(value, dict) else {}
+
+
+def _number(value: Any) -> str:
+    return number(value) if isinstance(value, (int, float)) else NONE
 
 
 def _bytes(count: Any) -> str:
