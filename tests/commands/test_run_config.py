@@ -108,3 +108,16 @@ def test_odd_names_are_written_so_that_they_are_read_back(run: Run, model: str, 
     run("finetune", model, "--new-head", "--data", odd, *SHORT, "--seed", 3)
     table = tomllib.loads(CONFIG.read_text())["finetune"]
     assert (table["data"], table["new-head"], table["seed"]) == (str(odd), True, 3)
+
+
+def test_what_a_killed_run_left_before_its_first_save_stops_nobody(run: Run, model: str) -> None:
+    run("finetune", model, "--data", "digits", *SHORT, "-o", "r")
+    for name in ("state", "best", "last"):
+        Path(f"r/{name}.safetensors").unlink()
+    run("finetune", model, "--data", "digits", *SHORT, "-o", "r", "--seed", 7)
+    assert tomllib.loads(Path("r/config.toml").read_text())["finetune"]["seed"] == 7
+
+
+def test_a_dry_run_writes_none(run: Run, model: str) -> None:
+    run("finetune", model, "--data", "digits", *SHORT, "-o", "r", "--dry-run")
+    assert not Path("r").exists()

@@ -142,11 +142,11 @@ def test_a_curve_stands_where_its_values_are() -> None:
     made = plot("t", [Curve("a", [(0, 0.0), (10, 10.0)], 0)])
     assert made is not None
     path = ElementTree.fromstring(made).find(".//path")
-    assert path is not None and path.get("d") == "M58 216L448 10"  # from the lower left corner to the upper right
+    assert path is not None and path.get("d") == "M66 216L448 10"  # from the lower left corner to the upper right
     assert plot("t", [Curve("a", [], 0)]) is None
     assert plot("t", [Curve("a", [(0, 0.0)], 0)], logarithmic=True) is None
     made = plot("t", [Curve("a", [(0, 5.0), (10, 10.0)], 0)], from_zero=True)
-    assert made is not None and "M58 113L448 10" in made
+    assert made is not None and "M66 113L448 10" in made
 
 
 def test_pictures_are_small_copies() -> None:

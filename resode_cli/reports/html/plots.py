@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from .markup import Markup, element, joined
 
 WIDTH, HEIGHT = 460, 250  # in the plot's own units; the page scales it
-LEFT, RIGHT, TOP, BOTTOM = 58, 12, 10, 34
+LEFT, RIGHT, TOP, BOTTOM = 66, 12, 10, 34
 COLOURS = 8  # of the sheet, c0 to c7
 MOST = 400  # points of a curve that are drawn; of more, each part's extremes
 MARKED = 60  # so many points at most have a mark each

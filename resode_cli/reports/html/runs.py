@@ -19,7 +19,17 @@ NONE = "–"
 
 def overview(runs: Sequence[RunRecord], names: Sequence[str], on_images: Sequence[str]) -> Markup:
     """A row of final figures for each run. on_images: what its model was worth on the images looked at."""
-    header = ["run", "", "steps", "top-1 before", "best top-1", "last top-1", "last loss", "images/s", "peak memory"]
+    header = [
+        "run",
+        "state",
+        "steps",
+        "top-1 before",
+        "best top-1",
+        "last top-1",
+        "last loss",
+        "images/s",
+        "peak memory",
+    ]
     rows = []
     for run, name in zip(runs, names, strict=True):
         before, last = run.evaluation(0), run.evaluation(-1)

@@ -33,7 +33,7 @@ circle.c4{fill:var(--c4)}circle.c5{fill:var(--c5)}circle.c6{fill:var(--c6)}circl
 .swatch{width:22px;height:10px;margin-right:.35rem;vertical-align:middle}
 .wide{overflow-x:auto;margin:.6rem 0}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums;overflow-wrap:normal}
-caption{text-align:left;padding-bottom:.3rem}
+caption{text-align:left;padding-bottom:.3rem;max-width:min(60rem,calc(100vw - 2rem))}
 th,td{padding:.25rem .6rem;border-bottom:1px solid var(--rule);text-align:left;vertical-align:top;max-width:32rem}
 th{font-weight:600}tbody th{font-weight:400}
 .figure{text-align:right;white-space:nowrap}
