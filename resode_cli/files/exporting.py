@@ -4,6 +4,8 @@
 | .safetensors | the source's own state dict, which its library loads      | native depth, Euler, exact |
 | .pt2         | a `torch.export` program                                  | any                        |
 | .onnx        | an ONNX graph (needs onnx, onnxscript and onnxruntime)    | any                        |
+
+Each says what its classes are called and how images become its input: see `description`.
 """
 
 from __future__ import annotations
@@ -12,16 +14,17 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..errors import ResodeError, UsageError
+from ..errors import ResodeError, UsageError, join
 from ..machine.atomic import atomic_path, is_full
 from ..network.model import OdeResNet, describe_misfit
 from ..network.parts import SourceSpec
@@ -30,8 +33,10 @@ from ..network.stage import OdeStage
 from ..ode import Adjoint
 from ..sources.registry import build
 from ..surgery.convert import LOGITS_AGREE, Verification, compare_logits
+from .description import KEY, as_text, describe
 
 INPUT, OUTPUT = "images", "logits"
+FURTHER = 32  # pixels by which images of another size are larger: networks halve states up to five times
 
 
 def source_state(model: OdeResNet) -> dict[str, Tensor]:
@@ -79,16 +84,52 @@ def _check_native(stage: OdeStage) -> None:
         )
 
 
-def export(
-    model: OdeResNet, path: Path, images: Tensor, *, fixed_batch: bool = False, origin: SourceSpec | None = None
-) -> Verification:
-    """Write the model to `path` in the format of its suffix, and compare logits on `images` (B, 3, H, W).
+@dataclass(frozen=True)
+class Graph:
+    """What an exported graph takes: how many images at once, None for any number, and whether they may be of any size."""
 
+    batch_size: int | None = None
+    dynamic_size: bool = False
+
+    def shapes(self) -> Any:
+        """As torch.export wants to hear of it."""
+        sizes = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC} if self.dynamic_size else {}
+        batch = {0: torch.export.Dim("batch")} if self.batch_size is None else {}
+        return ({**batch, **sizes},) if batch or sizes else None
+
+    def batches(self, images: Tensor) -> list[Tensor]:
+        """On what a graph is compared with its model: the example, one image of it, images of unequal other sides."""
+        found = [images]
+        if self.batch_size is None:
+            found.append(images[:1])
+        if self.dynamic_size:
+            count, channels, height, width = images.shape
+            generator = torch.Generator().manual_seed(0)
+            other = torch.randn(count, channels, height + FURTHER, width + 2 * FURTHER, generator=generator)
+            found.append(other.to(images.dtype))
+        return found
+
+    def hint(self) -> str:
+        """What may help where the network cannot be exported."""
+        if self.dynamic_size:
+            return "; without --dynamic-size it may be, for images of one size"
+        return "" if self.batch_size else "; --batch-size N may help, for a graph of that many images alone"
+
+
+Read = Callable[[Tensor], Tensor]
+
+
+def export(
+    model: OdeResNet, path: Path, images: Tensor, *, graph: Graph | None = None, origin: SourceSpec | None = None
+) -> Verification:
+    """Write the model to `path` in the format of its suffix, and compare logits on `images` (B, C, H, W).
+
+    graph: what a .pt2 or .onnx takes beside the example; by default any number of images of its size.
     origin: what builds the source network that a state dict is tried on, where the model's own has moved.
-    fixed_batch: the exported graph takes batches of B images alone; otherwise of any number.
     Nothing is left at `path` if the model cannot be exported, or the logits read back are not its own.
     """
-    writers: dict[str, Callable[[nn.Module, Path, Tensor, bool], Tensor]] = {
+    graph = graph or Graph()
+    writers: dict[str, Callable[[OdeResNet, Path, Tensor, Graph], Read]] = {
         ".pt2": _write_program,
         ".onnx": _write_onnx,
     }
@@ -97,30 +138,59 @@ def export(
         raise UsageError(f"output {str(path)!r}: the suffix names the format (allowed: {allowed})")
     model = copy.deepcopy(model).cpu().eval()
     model.use_adjoint(Adjoint("backprop"))
+    batches = [images] if path.suffix == ".safetensors" else graph.batches(images)
     with torch.no_grad(), atomic_path(path) as temporary:
-        expected = model(images)
+        expected = [_logits(model, batch, images) for batch in batches]
         if path.suffix == ".safetensors":
-            found = _write_state(model, temporary, images, origin or model.info.source)
+            found = [_write_state(model, temporary, images, origin or model.info.source)(images)]
         else:
             try:
-                found = writers[path.suffix](model, temporary, images, fixed_batch)
+                read = writers[path.suffix](model, temporary, images, graph)
+                found = [read(batch) for batch in batches]
             except ResodeError:
                 raise
             except Exception as error:  # of many kinds, from deep inside
                 if is_full(error):
                     raise
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-                hint = "" if fixed_batch else "; --batch-size N may help, for a graph of that many images alone"
-                raise ResodeError(f"{path.name}: the network cannot be exported: {reason}{hint}") from error
-        result = compare_logits(expected, found, batch="random images", kept=True)
-        if not result.max_difference <= LOGITS_AGREE * max(expected.abs().max().item(), 1.0):
-            raise ResodeError(
-                f"{path.name}: what was exported differs from the model by {result.max_difference:.3g}; not written"
-            )
+                raise ResodeError(
+                    f"{path.name}: the network cannot be exported: {_reason(error)}{graph.hint()}"
+                ) from error
+        return _compare(path.name, expected, found, batches)
+
+
+def _logits(model: OdeResNet, batch: Tensor, example: Tensor) -> Tensor:
+    """Raises ResodeError for a network that takes no images of another size than the example's."""
+    try:
+        return model(batch)
+    except Exception as error:
+        if batch.shape[2:] == example.shape[2:]:
+            raise
+        raise ResodeError(
+            f"--dynamic-size: {model.info.source} takes images of {_size(example)}, and none of {_size(batch)}:"
+            f" {_reason(error)}"
+        ) from error
+
+
+def _size(batch: Tensor) -> str:
+    return f"{batch.shape[2]}×{batch.shape[3]}"
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _compare(name: str, expected: Sequence[Tensor], found: Sequence[Tensor], batches: Sequence[Tensor]) -> Verification:
+    sizes = join(list(dict.fromkeys(_size(batch) for batch in batches)))
+    result = compare_logits(torch.cat([*expected]), torch.cat([*found]), batch=f"random images, {sizes}", kept=True)
+    scale = max(logits.abs().max().item() for logits in expected)
+    if not result.max_difference <= LOGITS_AGREE * max(scale, 1.0):
+        raise ResodeError(
+            f"{name}: what was exported differs from the model by {result.max_difference:.3g}; not written"
+        )
     return result
 
 
-def _write_state(model: OdeResNet, path: Path, images: Tensor, origin: SourceSpec) -> Tensor:
+def _write_state(model: OdeResNet, path: Path, images: Tensor, origin: SourceSpec) -> Read:
     state = source_state(model)
     if origin.library == "module":
         raise ResodeError("made of a network from Python: `source_state(model)` there is what its own class loads")
@@ -129,20 +199,22 @@ def _write_state(model: OdeResNet, path: Path, images: Tensor, origin: SourceSpe
     problems = describe_misfit(net.state_dict(), state)
     if problems:
         raise ResodeError(f"the state dict does not fit {origin}: {problems}")
-    save_file({name: value.contiguous() for name, value in state.items()}, path)
+    tensors = {name: value.contiguous() for name, value in state.items()}
+    save_file(tensors, path, metadata={KEY: as_text(describe(model))})  # one entry: several would stand in any order
     net.load_state_dict(load_file(path))
-    return net(images)
+    return net
 
 
-def _write_program(model: nn.Module, path: Path, images: Tensor, fixed_batch: bool) -> Tensor:
-    program = torch.export.export(model, (images,), dynamic_shapes=_shapes(fixed_batch))
+def _write_program(model: OdeResNet, path: Path, images: Tensor, graph: Graph) -> Read:
+    program = torch.export.export(model, (images,), dynamic_shapes=graph.shapes())
     buffer = io.BytesIO()
-    torch.export.save(program, buffer)
+    torch.export.save(program, buffer, extra_files={KEY: as_text({**describe(model), **_of_graph(graph)})})
     path.write_bytes(buffer.getvalue())
-    return torch.export.load(io.BytesIO(path.read_bytes())).module()(images)
+    read: Read = torch.export.load(io.BytesIO(path.read_bytes())).module()
+    return read
 
 
-def _write_onnx(model: nn.Module, path: Path, images: Tensor, fixed_batch: bool) -> Tensor:
+def _write_onnx(model: OdeResNet, path: Path, images: Tensor, graph: Graph) -> Read:
     try:
         import onnxruntime
         import onnxscript  # noqa: F401
@@ -154,18 +226,19 @@ def _write_onnx(model: nn.Module, path: Path, images: Tensor, fixed_batch: bool)
             (images,),
             dynamo=True,
             verbose=False,
-            dynamic_shapes=_shapes(fixed_batch),
+            dynamic_shapes=graph.shapes(),
             input_names=[INPUT],
             output_names=[OUTPUT],
         )
         assert program is not None
+        program.model.metadata_props[KEY] = as_text({**describe(model), **_of_graph(graph)})
         program.save(path)
     session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
+    return lambda batch: torch.from_numpy(session.run([OUTPUT], {INPUT: batch.numpy()})[0])
 
 
-def _shapes(fixed_batch: bool) -> Any:
-    return None if fixed_batch else ({0: torch.export.Dim("batch")},)
+def _of_graph(graph: Graph) -> dict[str, Any]:
+    return {"input_name": INPUT, "output_name": OUTPUT, **asdict(graph)}
 
 
 @contextmanager

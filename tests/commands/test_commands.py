@@ -222,6 +222,7 @@ MISTAKES = [
     (("export", "m.safetensors", "-o", "x.pth"), 2, ".onnx"),
     (("export", "m.safetensors", "-o", "m.safetensors"), 2, "the model itself"),
     (("export", "m.safetensors", "-o", "x.safetensors", "-b", "2"), 2, ".pt2 and .onnx"),
+    (("export", "m.safetensors", "-o", "x.safetensors", "--dynamic-size"), 2, "--dynamic-size is of .pt2 and .onnx"),
     (("export", "m.safetensors", "-o", "x.pt2", "-b", "0"), 2, "1 or more"),
     (("convert", "cifar:resnet21", "--no-pretrained", "-o", "x.safetensors"), 2, "resnet20"),
     (("convert", "cifar:resnet20", "-o", "x.safetensors"), 2, "--weights"),
