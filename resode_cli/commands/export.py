@@ -8,37 +8,34 @@ from typing import Annotated
 import typer
 
 from ..errors import UsageError
-from ..quantities import COUNT
-from .options import ForceOption, JsonOption, ModelArgument, Origin, number
+from ..files.formats import FOLDER, SUFFIXES, Exporting, format_of
+from .options import ForceOption, JsonOption, ModelArgument, Origin
 from .output import Output, start
 from .parameters import Fields, takes
+from .working_folder import name_of, new_file
+
+ENDINGS = {"safetensors": "-plain", FOLDER: "-timm"}  # of names that would be a model file's, or say nothing
 
 
-@takes(origin=Fields(Origin()))
+@takes(exporting=Fields(Exporting()), origin=Fields(Origin()))
 def export_command(
     *,
     model: ModelArgument,
     out: Annotated[
-        Path,
+        str | None,
         typer.Option(
             "--out",
             "-o",
-            help="File to write: .safetensors (the source's own state dict), .pt2 (torch.export) or .onnx.",
+            help="What to write: a file that ends in .safetensors, .pt2 or .onnx, or FOLDER/. Default: a new one here,"
+            " named after the model.",
         ),
-    ],
-    batch_size: Annotated[
-        int | None,
-        number("--batch-size", "-b", range=COUNT, help="Of .pt2 and .onnx: this many images alone. Default: any."),
     ] = None,
-    dynamic_size: Annotated[
-        bool,
-        typer.Option("--dynamic-size", help="Of .pt2 and .onnx: images of any size. Default: of the model's alone."),
-    ] = False,
+    exporting: Exporting,
     origin: Origin,
     force: ForceOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Write a model for other programs: a plain state dict, a torch.export program or an ONNX graph."""
+    """Write a model for other programs: a plain state dict, a torch.export program, an ONNX graph or timm's folder."""
     start()
     from ..files import model_file
     from ..files.exporting import Graph, export
@@ -48,17 +45,18 @@ def export_command(
     from ..surgery.convert import VERIFIED, like, random_batch
 
     output = Output(json_mode=json)
-    for flag, given in (("--batch-size", batch_size is not None), ("--dynamic-size", dynamic_size)):
-        if given and out.suffix == ".safetensors":
-            raise UsageError(f"{flag} is of .pt2 and .onnx; a state dict has none")
-    if out.resolve() == model.resolve():
-        raise UsageError(f"output {str(out)!r} is the model itself")
-    check_output(out, force=force)
+    kind = format_of(out, exporting)
+    default = new_file(name_of(model) + ENDINGS.get(kind, ""), suffix=SUFFIXES[kind], force=force)
+    path = default if out is None else Path(out)
+    if path.resolve() == model.resolve():
+        raise UsageError(f"output {str(path)!r} is the model itself")
+    check_output(path, force=force, folder=kind == FOLDER)
     loaded = origin.load(model)
-    images = like(random_batch(loaded.info.preprocessing, batch_size or VERIFIED), loaded)
+    images = like(random_batch(loaded.info.preprocessing, exporting.batch_size or VERIFIED), loaded)
     built_by = model_file.origin_of(loaded.info.source, origin.source, trust_source=origin.trust_source)
-    graph = Graph(batch_size, dynamic_size)
-    verified = export(loaded, out, images, graph=graph, origin=built_by).record()
+    graph = Graph(exporting.batch_size, exporting.dynamic_size)
+    verified = export(loaded, path, images, kind=kind, graph=graph, origin=built_by).record()
     output.show(f"read back, {verification_line(verified)}")
-    output.note(f"wrote {out} ({size(out.stat().st_size)})")
-    output.json(finite({"out": str(out), "bytes": out.stat().st_size, "verified": verified}))
+    written = sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
+    output.note(f"wrote {path}{'/' if kind == FOLDER else ''} ({size(written)})")
+    output.json(finite({"out": str(path), "format": kind, "bytes": written, "verified": verified}))

@@ -133,12 +133,12 @@ def source_name(source: str) -> str:
     return source.rstrip("/").rpartition(":")[2].rpartition("/")[2] or "model"
 
 
-def new_file(name: str, *, force: bool) -> Path:
+def new_file(name: str, *, force: bool, suffix: str = ".safetensors") -> Path:
     """NAME.safetensors in this folder, or NAME-2 where that exists and is not to be replaced."""
-    path, count = Path(f"{name}.safetensors"), 1
+    path, count = Path(f"{name}{suffix}"), 1
     while os.path.lexists(path) and not force:
         count += 1
-        path = Path(f"{name}-{count}.safetensors")
+        path = Path(f"{name}-{count}{suffix}")
     return path
 
 

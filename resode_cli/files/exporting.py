@@ -4,6 +4,7 @@
 | .safetensors | the source's own state dict, which its library loads      | native depth, Euler, exact |
 | .pt2         | a `torch.export` program                                  | any                        |
 | .onnx        | an ONNX graph (needs onnx, onnxscript and onnxruntime)    | any                        |
+| none: timm   | a folder as timm saves networks                           | the first's, of timm       |
 
 Each says what its classes are called and how images become its input: see `description`.
 """
@@ -22,10 +23,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..errors import ResodeError, UsageError, join
-from ..machine.atomic import atomic_path, is_full
+from ..errors import ResodeError, join
+from ..machine.atomic import atomic_folder, atomic_path, is_full
 from ..network.model import OdeResNet, describe_misfit
 from ..network.parts import SourceSpec
 from ..network.residual import GENERIC, LINEAR
@@ -34,8 +35,11 @@ from ..ode import Adjoint
 from ..sources.registry import build
 from ..surgery.convert import LOGITS_AGREE, Verification, compare_logits
 from .description import KEY, as_text, describe
+from .formats import FOLDER, GRAPHS, Exporting, format_of
+from .timm_folder import check_timm, read_folder, write_folder
 
 INPUT, OUTPUT = "images", "logits"
+CARD = "README.md"
 FURTHER = 32  # pixels by which images of another size are larger: networks halve states up to five times
 
 
@@ -86,7 +90,7 @@ def _check_native(stage: OdeStage) -> None:
 
 @dataclass(frozen=True)
 class Graph:
-    """What an exported graph takes: how many images at once, None for any number, and whether they may be of any size."""
+    """What an exported graph takes: how many images at once (None: any number), and whether of any size."""
 
     batch_size: int | None = None
     dynamic_size: bool = False
@@ -120,32 +124,37 @@ Read = Callable[[Tensor], Tensor]
 
 
 def export(
-    model: OdeResNet, path: Path, images: Tensor, *, graph: Graph | None = None, origin: SourceSpec | None = None
+    model: OdeResNet,
+    path: Path,
+    images: Tensor,
+    *,
+    kind: str | None = None,
+    graph: Graph | None = None,
+    origin: SourceSpec | None = None,
+    card: str | None = None,
 ) -> Verification:
-    """Write the model to `path` in the format of its suffix, and compare logits on `images` (B, C, H, W).
+    """Write the model to `path`, and compare the logits of what was written on `images` (B, C, H, W).
 
+    kind: a name of `formats.SUFFIXES`; by default that of the path's suffix.
     graph: what a .pt2 or .onnx takes beside the example; by default any number of images of its size.
     origin: what builds the source network that a state dict is tried on, where the model's own has moved.
+    card: the text of a README.md, for a folder.
     Nothing is left at `path` if the model cannot be exported, or the logits read back are not its own.
     """
     graph = graph or Graph()
-    writers: dict[str, Callable[[OdeResNet, Path, Tensor, Graph], Read]] = {
-        ".pt2": _write_program,
-        ".onnx": _write_onnx,
-    }
-    if path.suffix != ".safetensors" and path.suffix not in writers:
-        allowed = ".safetensors, " + ", ".join(writers)
-        raise UsageError(f"output {str(path)!r}: the suffix names the format (allowed: {allowed})")
+    kind = kind or format_of(str(path), Exporting())
+    origin = origin or model.info.source
+    if kind == FOLDER:
+        check_timm(origin)
     model = copy.deepcopy(model).cpu().eval()
     model.use_adjoint(Adjoint("backprop"))
-    batches = [images] if path.suffix == ".safetensors" else graph.batches(images)
-    with torch.no_grad(), atomic_path(path) as temporary:
+    batches = graph.batches(images) if kind in GRAPHS else [images]
+    with torch.no_grad(), atomic_folder(path) if kind == FOLDER else atomic_path(path) as temporary:
         expected = [_logits(model, batch, images) for batch in batches]
-        if path.suffix == ".safetensors":
-            found = [_write_state(model, temporary, images, origin or model.info.source)(images)]
-        else:
+        if kind in GRAPHS:
+            write = _write_program if kind == "pt2" else _write_onnx
             try:
-                read = writers[path.suffix](model, temporary, images, graph)
+                read = write(model, temporary, images, graph)
                 found = [read(batch) for batch in batches]
             except ResodeError:
                 raise
@@ -155,6 +164,11 @@ def export(
                 raise ResodeError(
                     f"{path.name}: the network cannot be exported: {_reason(error)}{graph.hint()}"
                 ) from error
+        else:
+            write_tensors = _write_timm if kind == FOLDER else _write_state
+            found = [write_tensors(model, temporary, images, origin)(images)]
+        if card is not None and kind == FOLDER:
+            (temporary / CARD).write_text(card, encoding="utf-8")
         return _compare(path.name, expected, found, batches)
 
 
@@ -190,19 +204,31 @@ def _compare(name: str, expected: Sequence[Tensor], found: Sequence[Tensor], bat
     return result
 
 
-def _write_state(model: OdeResNet, path: Path, images: Tensor, origin: SourceSpec) -> Read:
+def _source(model: OdeResNet, origin: SourceSpec, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The source network anew, and the state dict with which it computes what the model computes."""
     state = source_state(model)
     if origin.library == "module":
         raise ResodeError("made of a network from Python: `source_state(model)` there is what its own class loads")
-    net = build(origin).to(images.dtype)
+    net = build(origin).to(dtype)
     net.eval()
     problems = describe_misfit(net.state_dict(), state)
     if problems:
         raise ResodeError(f"the state dict does not fit {origin}: {problems}")
-    tensors = {name: value.contiguous() for name, value in state.items()}
-    save_file(tensors, path, metadata={KEY: as_text(describe(model))})  # one entry: several would stand in any order
+    return net, {name: value.contiguous() for name, value in state.items()}
+
+
+def _write_state(model: OdeResNet, path: Path, images: Tensor, origin: SourceSpec) -> Read:
+    net, state = _source(model, origin, images.dtype)
+    save_file(state, path, metadata={KEY: as_text(describe(model))})  # one entry: several would stand in any order
     net.load_state_dict(load_file(path))
     return net
+
+
+def _write_timm(model: OdeResNet, folder: Path, images: Tensor, origin: SourceSpec) -> Read:
+    net, state = _source(model, origin, images.dtype)
+    net.load_state_dict(state)
+    write_folder(model, net, folder, origin)
+    return read_folder(folder, images)
 
 
 def _write_program(model: OdeResNet, path: Path, images: Tensor, graph: Graph) -> Read:

@@ -20,8 +20,17 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_WORDS = ("no space left", "os error 28", "os error 27", "disk quota", "file too large", "pytorchstreamwriter")
 
 
-def check_output(path: Path, *, force: bool) -> None:
-    """Refuse, before any work is done, an output that exists or cannot be written."""
+def check_output(path: Path, *, force: bool, folder: bool = False) -> None:
+    """Refuse, before any work is done, an output that exists or cannot be written.
+
+    folder: it is to be one, of files that take the places of others with `force`.
+    """
+    if folder and path.is_dir():
+        if any(path.iterdir()) and not force:
+            raise ResodeError(f"{path} exists, with files in it; pass --force to overwrite those of the same names")
+        return
+    if folder and path.exists():
+        raise UsageError(f"output {str(path)!r} is a file; name a folder")
     if path.is_dir():
         raise UsageError(f"output {str(path)!r} is a folder; name a file")
     if path.exists() and not force:
@@ -46,21 +55,56 @@ def atomic_path(path: Path, *, need: int | None = None) -> Iterator[Path]:
     path = path.resolve()  # through a link, the file that it means is written
     remove_orphans(path)
     with _clear_errors(path, need):
-        # The writer's host and process stand in the name: what a killed process left can be told from what is written.
-        prefix = f".{path.name}.{_host()}-{os.getpid()}."
-        handle, name = tempfile.mkstemp(prefix=prefix, suffix=".tmp", dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=_prefix(path), suffix=".tmp", dir=path.parent)
         os.close(handle)
         temporary = Path(name)
         try:
             yield temporary
-            umask = os.umask(0)
-            os.umask(umask)
-            temporary.chmod(0o666 & ~umask)
+            temporary.chmod(_mode())
             _flush(temporary)
             os.replace(temporary, path)
             _flush(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path`, whose files are in `path` when the block ends well, and is removed when not.
+
+    A folder that is there keeps its other files.
+    """
+    path = path.resolve()
+    remove_orphans(path)
+    with _clear_errors(path, None):
+        temporary = Path(tempfile.mkdtemp(prefix=_prefix(path), suffix=".tmp", dir=path.parent))
+        try:
+            yield temporary
+            for file in temporary.iterdir():
+                file.chmod(_mode())
+                _flush(file)
+            if path.is_dir():
+                for file in temporary.iterdir():
+                    os.replace(file, path / file.name)
+                _flush(path)
+            else:
+                temporary.chmod(_mode(0o777))
+                os.replace(temporary, path)
+            _flush(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _prefix(path: Path) -> str:
+    """The writer's host and process stand in it: what a killed process left can be told from what is written."""
+    return f".{path.name}.{_host()}-{os.getpid()}."
+
+
+def _mode(most: int = 0o666) -> int:
+    """The permissions that the user gives to new files."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return most & ~umask
 
 
 def remove_orphans(path: Path) -> None:
@@ -73,7 +117,11 @@ def remove_orphans(path: Path) -> None:
     for name in names:
         found = pattern.fullmatch(name)
         if found and not is_alive(int(found[1])):
-            (path.parent / name).unlink(missing_ok=True)
+            orphan = path.parent / name
+            if orphan.is_dir():
+                shutil.rmtree(orphan, ignore_errors=True)
+            else:
+                orphan.unlink(missing_ok=True)
 
 
 def _host() -> str:

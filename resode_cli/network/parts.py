@@ -168,10 +168,11 @@ class SourceSpec:
 
 @dataclass(frozen=True)
 class Source:
-    """A source network, ready to be converted."""
+    """A source network, ready to be converted. class_names: in the order of its outputs, where the source has them."""
 
     spec: SourceSpec
     net: nn.Module
     preprocessing: Preprocessing
     notes: tuple[str, ...] = ()  # what the user should know, e.g. a re-initialised head
     fresh_head: tuple[str, ...] = ()  # names of the head's parameters, where it starts at random
+    class_names: tuple[str, ...] | None = None

@@ -173,6 +173,8 @@ def _open_saved(
         arguments["num_classes"] = saved.classes
     built = SourceSpec("timm", saved.architecture, arguments=arguments)
     notes = [f"{text} is a {saved.architecture}"]
+    own_head = pretrained and weights is None and num_classes in (None, saved.classes)  # names are of its outputs
+    notes += saved.notes if own_head else []
     file = weights or (saved.weights if pretrained else None)
     if pretrained and folder and file is None:
         raise ResodeError(f"{spec.name} holds no weights ({' or '.join(saved_models.WEIGHTS)}); pass --weights FILE")
@@ -199,7 +201,7 @@ def _open_saved(
     own = channelled(timm_models.preprocessing_of(saved.config), net, chosen)
     if own.channels not in (len(saved.config.get("mean", ())), 3):
         notes += _channel_note(own, chosen)
-    return Source(built, net, chosen.applied_to(own), tuple(notes), fresh)
+    return Source(built, net, chosen.applied_to(own), tuple(notes), fresh, saved.names if own_head else None)
 
 
 def _check_scripts(net: nn.Module, name: str) -> None:

@@ -13,17 +13,23 @@ from typing import Any
 
 from ..errors import ResodeError, UsageError
 
+LONGEST = 1_000  # characters of a class name
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 @dataclass(frozen=True)
 class SavedModel:
-    """arguments: of the architecture's function. config: timm's pretrained_cfg. weights: the file, of a folder."""
+    """arguments: of the architecture's function. config: timm's pretrained_cfg. weights: the file, of a folder.
+
+    names: of its classes, in the order of its outputs; None where it has none that can be.
+    """
 
     architecture: str
     config: dict[str, Any] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
     weights: Path | None = None
+    names: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def classes(self) -> int | None:
@@ -38,8 +44,7 @@ def read_folder(name: str) -> SavedModel:
     try:
         raw = json.loads((folder / "config.json").read_text())
         config = {**raw.get("pretrained_cfg", {})}
-        if "num_classes" in raw:
-            config["num_classes"] = raw["num_classes"]
+        config |= {name: raw[name] for name in ("num_classes", "label_names") if name in raw}
         saved = SavedModel(str(raw["architecture"]), config, dict(raw.get("model_args") or {}))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ResodeError(f"{folder}: no config.json of timm's in it ({type(error).__name__}: {error})") from error
@@ -63,4 +68,24 @@ def _checked(saved: SavedModel, where: str) -> SavedModel:
     from .timm_arguments import check, check_preprocessing
 
     config = check_preprocessing(saved.config, where)
-    return replace(saved, config=config, arguments=check(saved.arguments, saved.architecture))
+    names, notes = _class_names(saved.config.get("label_names"), config.get("num_classes"))
+    return replace(saved, config=config, arguments=check(saved.arguments, saved.architecture), names=names, notes=notes)
+
+
+def _class_names(given: Any, classes: int | None) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
+    """timm's label_names, a list or a table by the output's number, and what to say of such as cannot be."""
+    if not given:
+        return None, ()
+    names = given
+    if isinstance(given, dict):
+        numbers = {str(key): name for key, name in given.items()}
+        names = [numbers.get(str(place)) for place in range(len(numbers))]
+    if not isinstance(names, list | tuple) or not all(isinstance(n, str) and 0 < len(n) <= LONGEST for n in names):
+        problem = "are no list of names"
+    elif len(names) != classes:
+        problem = f"are {len(names)} names of {classes} classes"
+    elif len(set(names)) < len(names):
+        problem = "name two classes alike"
+    else:
+        return tuple(names), ()
+    return None, (f"its label_names {problem}: its classes are taken without names",)

@@ -94,7 +94,9 @@ def convert(
     with as_before(net):
         found = find_stages(net, batch[:1])
     specs = stage_specs(found.stages, scheme=scheme, form=form)
-    info = ModelInfo(source.spec, source.preprocessing, before.shape[1], left_out=tuple(found.left_out))
+    info = ModelInfo(
+        source.spec, source.preprocessing, before.shape[1], source.class_names, left_out=tuple(found.left_out)
+    )
     model = assemble(net, specs, info).eval()
     if horizon is not None:
         for stage in model.stages.values():

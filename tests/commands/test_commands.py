@@ -298,6 +298,21 @@ def test_ctrl_c_is_one_line_and_leaves_no_file(tmp_path: Path) -> None:
     assert not (tmp_path / "x.safetensors").exists()
 
 
+def test_export_needs_no_word_in_a_folder_with_a_model(run: Run, model: str, tmp_path: Path) -> None:
+    result = run("export", "--json")
+    assert "from resode.toml: model m.safetensors" in result.stderr
+    assert json.loads(result.stdout)["out"] == "m.pt2" and "wrote m.pt2" in result.stderr
+    for name in ("m-plain.safetensors", "m-plain-2.safetensors"):
+        assert json.loads(run("export", "--format", "safetensors", "--json").stdout)["out"] == name
+    assert "is no network of timm" in error(run("export", "-o", "out/", code=1))
+    assert "unknown format" in error(run("export", "--format", "tflite", code=2))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    assert "out exists, with files in it; pass --force" in error(run("export", "-o", "out", code=1))
+    assert "is named as one of timm" in error(run("export", "-o", "out", "--format", "onnx", code=2))
+    assert "is a file; name a folder" in error(run("export", "-o", "m.pt2/", code=2))
+
+
 def test_export_says_what_was_read_back(run: Run, model: str, tmp_path: Path) -> None:
     for name in ("plain.safetensors", "m.pt2"):
         result = json.loads(run("export", model, "-o", name, "--json").stdout)
