@@ -39,8 +39,11 @@ def export_command(
     start()
     from ..files import model_file
     from ..files.exporting import Graph, export
+    from ..files.hub import CARD, check_push, push
+    from ..files.timm_folder import FILES
     from ..machine.atomic import check_output
     from ..quantities import finite, size
+    from ..reports.model_card import model_card
     from ..reports.report import verification_line
     from ..surgery.convert import VERIFIED, like, random_batch
 
@@ -51,12 +54,22 @@ def export_command(
     if path.resolve() == model.resolve():
         raise UsageError(f"output {str(path)!r} is the model itself")
     check_output(path, force=force, folder=kind == FOLDER)
+    if exporting.push is not None:
+        check_push(exporting.push)
     loaded = origin.load(model)
     images = like(random_batch(loaded.info.preprocessing, exporting.batch_size or VERIFIED), loaded)
     built_by = model_file.origin_of(loaded.info.source, origin.source, trust_source=origin.trust_source)
     graph = Graph(exporting.batch_size, exporting.dynamic_size)
-    verified = export(loaded, path, images, kind=kind, graph=graph, origin=built_by).record()
+    card = model_card(loaded, kind, path.name, repository=exporting.push)
+    verified = export(loaded, path, images, kind=kind, graph=graph, origin=built_by, card=card).record()
     output.show(f"read back, {verification_line(verified)}")
-    written = sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
-    output.note(f"wrote {path}{'/' if kind == FOLDER else ''} ({size(written)})")
-    output.json(finite({"out": str(path), "format": kind, "bytes": written, "verified": verified}))
+    written = [path / name for name in FILES] if kind == FOLDER else [path]
+    total = sum(file.stat().st_size for file in written)
+    output.note(f"wrote {path}{'/' if kind == FOLDER else ''} ({size(total)})")
+    url = None
+    if exporting.push is not None:
+        files: dict[str, Path | bytes] = {CARD: card.encode(), **{file.name: file for file in written}}
+        url, notes = push(exporting.push, files, private=exporting.private, force=force)
+        output.notes(notes)
+        output.note(f"pushed to {url}")
+    output.json(finite({"out": str(path), "format": kind, "bytes": total, "verified": verified, "pushed": url}))

@@ -31,7 +31,7 @@ HEADER = (
 )
 KEPT = ("source", "model", "data", "run")
 # What a file that is read without being asked for must not decide.
-NOT_OF_A_FOLDER = (*NOT_OF_A_RECIPE, "out", "force", "source", "model", "data")
+NOT_OF_A_FOLDER = (*NOT_OF_A_RECIPE, "out", "force", "source", "model", "data", "push")
 # Where data is taken from the folder although the command line names the model; elsewhere data is optional, and a
 # command that is written out does what it did in any other folder.
 NEEDS_DATA = ("finetune", "eval", "recalibrate")

@@ -36,10 +36,10 @@ from ..sources.registry import build
 from ..surgery.convert import LOGITS_AGREE, Verification, compare_logits
 from .description import KEY, as_text, describe
 from .formats import FOLDER, GRAPHS, Exporting, format_of
+from .hub import CARD
 from .timm_folder import check_timm, read_folder, write_folder
 
 INPUT, OUTPUT = "images", "logits"
-CARD = "README.md"
 FURTHER = 32  # pixels by which images of another size are larger: networks halve states up to five times
 
 

@@ -17,7 +17,7 @@ EVERYWHERE = "pt2"  # what any model can be, without further packages
 
 @dataclass(frozen=True)
 class Exporting:
-    """What is written of a model. format: None for what the output's name says."""
+    """What is written of a model, and where it goes. format: None for what the output's name says."""
 
     format: str | None = option(
         None,
@@ -32,6 +32,10 @@ class Exporting:
         flags=("--batch-size", "-b"),
     )
     dynamic_size: bool = option(False, "Of .pt2 and .onnx: images of any size. Default: of the model's alone.")
+    push: str | None = option(
+        None, "Then upload it to this repository of the Hugging Face hub (OWNER/NAME), with a model card."
+    )
+    private: bool = option(False, "With --push: a new repository is private.")
 
 
 def format_of(out: str | None, exporting: Exporting) -> str:
@@ -39,6 +43,8 @@ def format_of(out: str | None, exporting: Exporting) -> str:
 
     Raises UsageError for a name that says none or another than `--format`, and for options that are not of the format.
     """
+    if exporting.private and exporting.push is None:
+        raise UsageError("--private goes with --push OWNER/NAME")
     named = None if out is None else _named(out)
     chosen = exporting.format or named
     if out is not None and chosen is None:

@@ -18,6 +18,7 @@ from ..network.model import OdeResNet
 from ..network.parts import SourceSpec
 from ..sources.licences import licence_of
 
+FILES = ("config.json", "model.safetensors")
 # What timm's configuration of an architecture says of its layers; the rest is of weights that these are not.
 _OF_LAYERS = ("architecture", "fixed_input_size", "first_conv", "classifier")
 

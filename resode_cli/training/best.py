@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from typing import Any
 
 import torch
 
@@ -51,7 +52,7 @@ class Evaluations:
         self.saves.log.test(0, 0, self.before)
         if math.isfinite(self.before.loss):
             with self.loop.undisturbed():
-                self.progress.best_file = self.saves.first_model()
+                self.progress.best_file = self.saves.first_model(self._measured(self.before))
                 self._note_best(self.before, self._score(self.before))
                 self.progress.kept = [[0, self._score(self.before)]]
 
@@ -88,12 +89,17 @@ class Evaluations:
             if self.progress.best_score is None or score > self.progress.best_score:
                 self._keep_the_one_before()
                 self._note_best(self.after, score)
-                self.saves.model_as(run_folder.BEST)
+                self.saves.model_as(run_folder.BEST, measured=self._measured(self.after))
                 self.progress.best_file = loaded_checksum(self.saves.lock.folder / run_folder.BEST)
                 self.progress.waited = 0
             else:
                 self.progress.waited += 1
             self._keep_among_the_best(step, score)
+
+    def _measured(self, found: Evaluation) -> dict[str, Any]:
+        """An evaluation, for a model's history."""
+        assert self.test is not None
+        return {"split": self.test.split, **{n: getattr(found, n) for n in ("top1", "top5", "loss", "images")}}
 
     def _score(self, found: Evaluation) -> float:
         """Larger is better."""
@@ -116,7 +122,8 @@ class Evaluations:
         progress, most = self.progress, self.settings.keep_best
         ranked = sorted([*progress.kept, [step, score]], key=lambda entry: -entry[1])[:most]
         if most > 1 and [step, score] in ranked and step != progress.best_step:
-            self.saves.model_as(run_folder.runner_up(step))
+            assert self.after is not None
+            self.saves.model_as(run_folder.runner_up(step), measured=self._measured(self.after))
         progress.kept = ranked
         folder = self.saves.lock.folder
         kept = {run_folder.runner_up(int(n)) for n, _ in ranked if n != progress.best_step}

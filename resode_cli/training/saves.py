@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import Any
@@ -65,18 +65,21 @@ class Saves:
         if self.progress.step == 0 or self.nothing_of:
             self.log.path.unlink(missing_ok=True)
 
-    def model_as(self, name: str) -> None:
-        """Write the model to a file of this name: the average of its weights, where there is one."""
+    def model_as(self, name: str, *, measured: Mapping[str, Any] | None = None) -> None:
+        """Write the model to a file of this name: the average of its weights, where there is one.
+
+        measured: its evaluation, for its history.
+        """
         with self.averaged():
             self._check_finite()
-            model_file.write(self._described(), self.lock.ensure() / name)
+            model_file.write(self._described(measured), self.lock.ensure() / name)
         self._replace(name)
 
-    def first_model(self) -> str | None:
+    def first_model(self, measured: Mapping[str, Any]) -> str | None:
         """Write the model that the run began with, aside until the first save stands. Returns its checksum."""
         run_folder.forget_first_models(self.lock.ensure())
         path = run_folder.first_model(self.lock.folder, self.run)
-        model_file.write(self._described(), path)
+        model_file.write(self._described(measured), path)
         return loaded_checksum(path)
 
     def averaged(self) -> AbstractContextManager[None]:
@@ -112,11 +115,12 @@ class Saves:
     def _check_finite(self) -> None:
         check_finite(self.model, f"after step {self.progress.step} weights are no numbers ({{}}){self.advice()}")
 
-    def _described(self) -> OdeResNet:
+    def _described(self, measured: Mapping[str, Any] | None) -> OdeResNet:
         """The model with this run in its history."""
         settings = {k: v for k, v in asdict(self.settings).items() if v is not None}
         if self.train.division is not None:
             settings |= self.train.division.record()
+        settings |= {} if measured is None else {"measured": dict(measured)}
         steps, head = self.progress.step, trains_head(self.model)
         info = self.model.info.with_command(
             "finetune", data=self.train.name, steps=steps, trained_head=head, **settings

@@ -67,7 +67,9 @@ def test_the_whole_flow(run: Run, tmp_path: Path, assert_ran_by) -> None:
         "config.toml",
         "log.csv",
     }
-    evaluated = json.loads(run("eval", "run/last.safetensors", "--data", "digits", "--images", 40, "--json").stdout)
+    evaluated = json.loads(run("eval", "run/best.safetensors", "--data", "digits", "--images", 40, "--json").stdout)
+    chosen_by = json.loads(run("info", "run/best.safetensors", "--json").stdout)["history"][-1]["measured"]
+    assert chosen_by["split"] == "test" and chosen_by["images"] == 40 and chosen_by["top1"] == evaluated["top1"]
     assert evaluated["images"] == 40 and 0 <= evaluated["top1"] <= evaluated["top5"] <= 1
     assert not list(tmp_path.glob(".*.tmp"))
 
