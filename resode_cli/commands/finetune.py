@@ -74,6 +74,7 @@ def finetune_command(
     pretrained: Annotated[
         bool, typer.Option("--pretrained/--no-pretrained", help="Of a SOURCE: fetch the library's pretrained weights.")
     ] = True,
+    weights: Annotated[Path | None, typer.Option("--weights", help="Of a SOURCE: a file of weights to load.")] = None,
     new_head: Annotated[
         bool,
         typer.Option(
@@ -144,7 +145,7 @@ def finetune_command(
     if resume:
         given = without_remembered(ctx, given)
         model, data = (None if name in ctx.meta[TAKEN] else value for name, value in (("model", model), ("data", data)))
-        _check_resumes(dry_run=dry_run, force=force, new_head=new_head, pretrained=pretrained)
+        _check_resumes(dry_run=dry_run, force=force, begins=new_head or not pretrained or weights is not None)
         out = run_to_resume(model, out, output)
     else:
         check_named(ctx, model=model, data=data)
@@ -176,7 +177,9 @@ def finetune_command(
         loaded = state.model
     else:
         call = Call(str(data), test_images, reading)
-        loaded = open_start(str(model), origin, pretrained=pretrained, seed=settings.seed, output=output)
+        loaded = open_start(
+            str(model), origin, pretrained=pretrained, weights=weights, seed=settings.seed, output=output
+        )
         output.notes([resizing.apply(loaded)])
     data, reading = call.data, call.reading
     settings = with_stage_names(settings, loaded)
@@ -364,14 +367,16 @@ def _check_teacher(settings: Settings, given: Given) -> None:
             raise UsageError(f"--{name.replace('_', '-')} is a setting of the teacher; add --teacher MODEL")
 
 
-def _check_resumes(*, dry_run: bool, force: bool, new_head: bool, pretrained: bool) -> None:
+def _check_resumes(*, dry_run: bool, force: bool, begins: bool) -> None:
     """Raises UsageError for what a run that goes on cannot have."""
     if dry_run:
         raise UsageError("--dry-run looks at a run before it begins, and --resume goes on with one: leave out one")
     if force:
         raise UsageError("--resume goes on with the run in --out, --force replaces it: give one of them")
-    if new_head or not pretrained:
-        raise UsageError("--new-head and --no-pretrained are of a run that begins, and --resume goes on with one")
+    if begins:
+        raise UsageError(
+            "--new-head, --weights and --no-pretrained are of a run that begins, and --resume goes on with one"
+        )
 
 
 def _check_is_folder(out: Path) -> None:

@@ -29,14 +29,17 @@ def trusting(origin: Origin, source: str | None) -> Origin:
     return replace(origin, source=source)
 
 
-def open_start(text: str, origin: Origin, *, pretrained: bool, seed: int, output: Output) -> OdeResNet:
+def open_start(
+    text: str, origin: Origin, *, pretrained: bool, weights: Path | None, seed: int, output: Output
+) -> OdeResNet:
     """The model of a file, or of a source, which is converted on the way.
 
-    pretrained: fetch the source's weights; else they are random, by the seed. Raises UsageError for what is neither.
+    pretrained: fetch the source's weights, unless there is a file, weights; else they are random, by the seed. Raises UsageError for what is neither.
     """
     if not is_source(text):
-        if not pretrained:
-            raise UsageError(f"--no-pretrained is of a SOURCE such as timm:resnet50; {text} is a model file")
+        if not pretrained or weights is not None:
+            flag = "--no-pretrained" if weights is None else "--weights"
+            raise UsageError(f"{flag} is of a SOURCE such as timm:resnet50; {text} is a model file")
         return origin.load(Path(text))
     import torch
 
@@ -46,7 +49,7 @@ def open_start(text: str, origin: Origin, *, pretrained: bool, seed: int, output
 
     torch.manual_seed(seed)
     try:
-        opened = open_source(text, pretrained=pretrained)
+        opened = open_source(text, pretrained=pretrained, weights=weights)
     except UsageError as error:
         raise UsageError(f"{error}; there is no model file {text!r}") from error
     output.notes(note if note.startswith("warning: ") else f"note: {note}" for note in opened.notes)

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import resode_cli
 from resode_cli.commands.working_folder import _edited, name_of, source_name
 from resode_cli.training.run_folder import load_state
 
@@ -182,6 +184,16 @@ def test_a_source_gets_a_head_for_the_data(run: Run, make_folder: Make) -> None:
     assert (model.info.class_names, model.info.num_classes) == (("cat", "dog", "owl"), 3)
     assert model.net.linear.out_features == 3
     run("eval", "--data", folder)
+
+
+def test_weights_are_of_a_source(run: Run, model: str) -> None:
+    weights = Path("w.pth")
+    torch.save(resode_cli.load(model, trust_source=True).file_state(), weights)
+    run("finetune", "net.py:small", "--weights", weights, "--data", "digits", *SHORT, "--lr", 1e-30)
+    given, found = torch.load(weights), resode_cli.load("runs/small-1/best.safetensors", trust_source=True).file_state()
+    torch.testing.assert_close(found["conv1.weight"], given["conv1.weight"])
+    said = run("finetune", model, "--weights", weights, "--data", "digits", *SHORT, code=2).stderr
+    assert "--weights is of a SOURCE" in said
 
 
 def test_a_new_head_is_trained_whatever_else_is(run: Run, make_folder: Make, model: str) -> None:
