@@ -34,7 +34,8 @@ def open_start(
 ) -> OdeResNet:
     """The model of a file, or of a source, which is converted on the way.
 
-    pretrained: fetch the source's weights, unless there is a file, weights; else they are random, by the seed. Raises UsageError for what is neither.
+    pretrained: fetch the source's weights, unless `weights` is a file of some; else they are random, by the seed.
+    Raises UsageError for a text that is neither.
     """
     if not is_source(text):
         if not pretrained or weights is not None:
@@ -51,6 +52,8 @@ def open_start(
     try:
         opened = open_source(text, pretrained=pretrained, weights=weights)
     except UsageError as error:
+        if ":" in text:
+            raise
         raise UsageError(f"{error}; there is no model file {text!r}") from error
     output.notes(note if note.startswith("warning: ") else f"note: {note}" for note in opened.notes)
     model, verification = convert(opened)
