@@ -95,11 +95,12 @@ class Graph:
     batch_size: int | None = None
     dynamic_size: bool = False
 
-    def shapes(self) -> Any:
-        """As torch.export wants to hear of it."""
-        sizes = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC} if self.dynamic_size else {}
-        batch = {0: torch.export.Dim("batch")} if self.batch_size is None else {}
-        return ({**batch, **sizes},) if batch or sizes else None
+    def shapes(self, *, named: bool) -> Any:
+        """As torch.export wants to hear of it; named: as torch.onnx does, which calls the sizes so in the graph."""
+        batch = {0: "batch" if named else torch.export.Dim("batch")} if self.batch_size is None else {}
+        sizes = {2: "height", 3: "width"} if self.dynamic_size else {}
+        free = {**batch, **(sizes if named else dict.fromkeys(sizes, torch.export.Dim.DYNAMIC))}
+        return (free,) if free else None
 
     def batches(self, images: Tensor) -> list[Tensor]:
         """On what a graph is compared with its model: the example, one image of it, images of unequal other sides."""
@@ -232,7 +233,7 @@ def _write_timm(model: OdeResNet, folder: Path, images: Tensor, origin: SourceSp
 
 
 def _write_program(model: OdeResNet, path: Path, images: Tensor, graph: Graph) -> Read:
-    program = torch.export.export(model, (images,), dynamic_shapes=graph.shapes())
+    program = torch.export.export(model, (images,), dynamic_shapes=graph.shapes(named=False))
     buffer = io.BytesIO()
     torch.export.save(program, buffer, extra_files={KEY: as_text({**describe(model), **_of_graph(graph)})})
     path.write_bytes(buffer.getvalue())
@@ -252,7 +253,7 @@ def _write_onnx(model: OdeResNet, path: Path, images: Tensor, graph: Graph) -> R
             (images,),
             dynamo=True,
             verbose=False,
-            dynamic_shapes=graph.shapes(),
+            dynamic_shapes=graph.shapes(named=True),
             input_names=[INPUT],
             output_names=[OUTPUT],
         )

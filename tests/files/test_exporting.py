@@ -247,6 +247,7 @@ def read(path: Path) -> tuple[Callable[[Tensor], Tensor] | None, dict[str, Any]]
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     said = json.loads(session.get_modelmeta().custom_metadata_map["resode.json"])
     outputs, name = [said["output_name"]], said["input_name"]
+    assert session.get_inputs()[0].shape == ["batch", 3, "height", "width"]
     return lambda x: torch.from_numpy(session.run(outputs, {name: x.numpy()})[0]), said
 
 
