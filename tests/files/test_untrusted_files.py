@@ -81,7 +81,7 @@ def test_every_command_that_reads_a_model_is_tried() -> None:
     from resode_cli.app import app
 
     reads = {c.name for c in app.registered_commands if c.callback and "source" in c.callback.__annotations__}
-    assert reads - {"convert"} == {arguments[0] for arguments in WAYS.values()}
+    assert reads - {"convert", "report"} == {arguments[0] for arguments in WAYS.values()}
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -111,6 +111,16 @@ def test_code_that_the_user_names_is_run_and_no_other(trap: Path) -> None:
 def test_a_run_whose_source_has_moved_is_resumed_with_the_new_one(trap: Path) -> None:
     (trap / "net.py").rename(trap / "new.py")
     assert main([*WAYS["finetune --resume"], "--source", "new.py:small"]) == 0
+
+
+def test_a_report_leaves_out_what_it_would_take_code_to_know(trap: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", "run"]) == 0
+    assert "which a model file must not run" in capsys.readouterr().err
+    assert "which a model file must not run" in (trap / "run" / "report.html").read_text()
+    assert not (trap / "sprung").exists()
+    assert main(["report", "run", "--trust-source"]) == 0
+    assert (trap / "sprung").exists()
+    assert "must not run" not in (trap / "run" / "report.html").read_text()
 
 
 def test_nothing_is_searched_beside_the_file(trap: Path) -> None:
