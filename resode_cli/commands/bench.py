@@ -108,7 +108,7 @@ def bench_command(
     if model is not None and stage_shape is not None:
         raise UsageError("give either a model file or --stage-shape C,H,W, not both")
     if model is None and stage_shape is None:
-        model = current_model("give a model file or --stage-shape C,H,W", Output(json_mode=json))
+        model = current_model("give either a model file or --stage-shape C,H,W", Output(json_mode=json))
     methods = _methods(adjoint, **{name: getattr(backward, name) for name in ADJOINT_SETTINGS})
     steps = depth_list("--depths", depths) if depths is not None else None
     if simulate is not None:
