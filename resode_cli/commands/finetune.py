@@ -30,7 +30,16 @@ from .options import (
 from .output import Output, start
 from .parameters import Fields, Given, takes
 from .resizing import Resizing
-from .start_of_run import Call, for_few_images, is_source, open_start, open_training, resumed_call, trusting
+from .start_of_run import (
+    Call,
+    as_it_read,
+    for_few_images,
+    is_source,
+    open_start,
+    open_training,
+    resumed_call,
+    trusting,
+)
 from .working_folder import (
     TAKEN,
     check_named,
@@ -181,7 +190,8 @@ def finetune_command(
             str(model), origin, pretrained=pretrained, weights=weights, seed=settings.seed, output=output
         )
         output.notes([resizing.apply(loaded)])
-    data, reading = call.data, call.reading
+    data = call.data
+    reading, called = as_it_read(call.reading, given.all, {} if state is None else state.fingerprint)
     settings = with_stage_names(settings, loaded)
     train = open_training(
         loaded,
@@ -191,11 +201,12 @@ def finetune_command(
         seed=settings.seed,
         output=output,
         augment=settings.augmentation or False,
+        **called,
     )
     if state is None:
         settings = for_few_images(settings, given.all, len(train), output)
     test, *at_end = (
-        reading.open(data, loaded, split, images=call.test_images)
+        reading.open(data, loaded, split, images=call.test_images, **called)
         for split in held_out_splits(data, reading.hold_out(loaded))
     )
     for split in (train, test, *at_end):

@@ -27,7 +27,7 @@ from .options import (
 )
 from .output import Output, start
 from .parameters import Fields, Given, takes
-from .start_of_run import resumed_call
+from .start_of_run import as_it_read, resumed_call
 from .working_folder import NAME, recall, without_remembered
 
 if TYPE_CHECKING:
@@ -191,13 +191,14 @@ def _look(
 
     assert record.model is not None
     most, batch_size, workers = amounts
-    saved = None if record.run is None else record.run["fingerprint"].get("call")
-    call = resumed_call(saved, given.all, data, None, replace(reading, images=None))
+    fingerprint = {} if record.run is None else record.run["fingerprint"]
+    call = resumed_call(fingerprint.get("call"), given.all, data, None, replace(reading, images=None))
+    again, called = as_it_read(call.reading, given.all, fingerprint)
     model = origin.load(record.model)
     chosen = held_out_splits(call.data, call.reading.hold_out(model))[0]
     wanted = cast("Split", split or chosen)
     count = reading.images if "images" in given.all else call.test_images if wanted == chosen else None
-    images = call.reading.open(call.data, model, wanted, images=count)
+    images = again.open(call.data, model, wanted, images=count, **called)
     output.notes(images.notes)
     where = as_device(device)
     with counting(output, f"predicting for {record.name}", len(images)) as advance:

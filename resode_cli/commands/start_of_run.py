@@ -151,3 +151,17 @@ def resumed_call(
         raise UsageError("an older resode saved this run, which does not know its data; add --data")
     images = saved.get("test_images") if "test_images" not in given else test_images
     return Call(name, images, replace(reading, **changes))
+
+
+def as_it_read(
+    reading: Reading, given: frozenset[str], fingerprint: Mapping[str, Any]
+) -> tuple[Reading, dict[str, Any]]:
+    """How the images of a run are read again, and further arguments of `open_data` for that.
+
+    Its classes are called what a class map called them when it began: the file may be gone, or say something else.
+    given: parameters that the user set. fingerprint: of the run; of no run of an older version it has the names.
+    """
+    called = fingerprint.get("class_map")
+    if not called or "class_map" in given:
+        return reading, {}
+    return replace(reading, class_map=None), {"renamed": called}

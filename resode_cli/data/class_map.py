@@ -6,7 +6,7 @@ import csv
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,13 @@ class ClassMap:
             return self.applied_to(names)
         found = list(self.ordered) or [self.names[name] for name in in_order(self.names)]
         return found if len(found) == count else None
+
+
+def known_names(history: Iterable[Mapping[str, object]]) -> dict[str, str]:
+    """What a model's last training called the classes of its data, where they had other names."""
+    runs = [entry for entry in history if entry.get("command") == "finetune"]
+    found = runs[-1].get("class_map") if runs else None
+    return {str(own): str(name) for own, name in found.items()} if isinstance(found, Mapping) else {}
 
 
 def read_class_map(path: Path) -> ClassMap:

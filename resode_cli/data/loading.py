@@ -63,7 +63,8 @@ class ImageData(Dataset[tuple[Tensor, int] | Skipped]):
 
     samples: (image, number) pairs. labels: for each number its place in class_names; None: the number itself.
     partial: classes that some split lacks. notes: what the user should know of it. division: how images were held
-    out, where the data have no val split of their own. skipped: the corrupt files that
+    out, where the data have no val split of their own. renamed: the data's own names of classes that are shown under
+    others, and which. skipped: the corrupt files that
     `batches` met, each once, and why they cannot be read.
     """
 
@@ -82,6 +83,7 @@ class ImageData(Dataset[tuple[Tensor, int] | Skipped]):
         partial: Sequence[str] = (),
         notes: Sequence[str] = (),
         division: Division | None = None,
+        renamed: Mapping[str, str] | None = None,
     ) -> None:
         self.name = name
         self.samples = samples
@@ -95,6 +97,7 @@ class ImageData(Dataset[tuple[Tensor, int] | Skipped]):
         self.partial = tuple(partial)
         self.notes = tuple(notes)
         self.division = division
+        self.renamed = dict(renamed or {})
         self.skipped: dict[str, str] = {}
 
     def __len__(self) -> int:

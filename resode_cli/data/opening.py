@@ -10,8 +10,8 @@ from typing import Any
 from ..errors import UsageError, unknown
 from ..network.model import ModelInfo
 from ..network.parts import Preprocessing
-from .class_map import ClassMap
-from .classes import assumed_note, check_classes, order_note, places, without_images
+from .class_map import ClassMap, known_names
+from .classes import assumed_note, check_classes, order_note, places, spelled, without_images
 from .folders import SPLIT_FOLDERS, Found, Split, has_splits, held_out_of, open_folder, open_unlabelled
 from .holding_out import HoldOut, known_division, part_of
 from .hub import HUB, held_out_of_hub, is_hub, open_hub
@@ -40,6 +40,7 @@ def open_data(
     split_seed: int | None = None,
     known: Mapping[str, Any] | None = None,
     class_map: ClassMap | None = None,
+    renamed: Mapping[str, str] | None = None,
 ) -> ImageData:
     """One split of `name`: 'digits', a torchvision data set, a folder of class folders or of splits, or a CSV table.
 
@@ -51,6 +52,7 @@ def open_data(
     class_names: the model's classes, which labels are places in. Without them: the data's own, sorted, as numbers
         where every name is one.
     class_map: other names for the data's classes.
+    renamed: those that stand without a map, where the data's own are not the model's (see `ImageData`).
     root: where torchvision data sets are downloaded to.
     Raises UsageError for a name or folder that does not exist, ResodeError for one without the split.
     """
@@ -61,8 +63,13 @@ def open_data(
     hold_out = HoldOut(val_split, split_seed, known)
     all_splits = class_names is None
     found = _find(name, split, root, labelled, all_splits=all_splits, hold_out=hold_out, skip_missing=skip_corrupt)
+    called: dict[str, str] = {}
     if class_map is not None:
-        found = _renamed(found, class_map)
+        called = dict(zip(found.classes, class_map.applied_to(found.classes), strict=True))
+    elif renamed and class_names is not None and not set(map(spelled, found.names)) <= set(map(spelled, class_names)):
+        called = {name: renamed.get(spelled(name), name) for name in found.classes}
+        called = called if len({*called.values()}) == len(called) else {}  # two of one name cannot be told apart
+    found = _renamed(found, called)
     classes = found.classes if class_names is None else class_names
     labels = places(found.names, classes, found.where)
     missing = without_images(classes, {labels[place] for place in found.present}, found.split, found.where)
@@ -84,16 +91,19 @@ def open_data(
         partial=found.partial,
         notes=[*found.notes, missing] if missing is not None else found.notes,
         division=found.division,
+        renamed={spelled(own): name for own, name in called.items() if spelled(own) != name},
     )
 
 
 def open_labelled(name: str, info: ModelInfo, split: Split, **arguments: Any) -> ImageData:
     """A split whose labels are a model's classes; arguments are those of `open_data`.
 
-    What was held out when the model was trained is held out here, where no argument says otherwise.
+    What was held out when the model was trained is held out here, and what classes were called then they are called
+    here, where no argument says otherwise.
     Raises ResodeError for data with other classes than the model's.
     """
-    arguments = {"known": known_division(info.history), **arguments}
+    known = {"known": known_division(info.history), "renamed": known_names(info.history)}
+    arguments = {**known, **arguments}
     data = open_data(name, info.preprocessing, split, class_names=info.class_names, **arguments)
     return as_labelled(data, name, info)
 
@@ -143,11 +153,12 @@ def _find(
     return replace(found, notes=(*notes, *found.notes))
 
 
-def _renamed(found: Found, class_map: ClassMap) -> Found:
-    """With the names of a map, the classes in the order that they had."""
-    called = dict(zip(found.classes, class_map.applied_to(found.classes), strict=True))
-    names = [called[name] for name in found.names]
-    return replace(found, names=names, classes=list(called.values()), partial=[called[name] for name in found.partial])
+def _renamed(found: Found, called: Mapping[str, str]) -> Found:
+    """With other names for its classes, in the order that they had."""
+    if not called:
+        return found
+    names, classes, partial = ([called[name] for name in old] for old in (found.names, found.classes, found.partial))
+    return replace(found, names=names, classes=classes, partial=partial)
 
 
 def _open_named(name: str, split: Split, root: Path, hold_out: HoldOut) -> Found:

@@ -110,6 +110,7 @@ def run_fingerprint(train: ImageData, test: ImageData | None, settings: Settings
         "train": data_fingerprint(train),
         "test": data_fingerprint(test),
         "division": None if train.division is None else train.division.record(),
+        "class_map": train.renamed,
     }
 
 

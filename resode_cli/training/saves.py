@@ -120,6 +120,7 @@ class Saves:
         settings = {k: v for k, v in asdict(self.settings).items() if v is not None}
         if self.train.division is not None:
             settings |= self.train.division.record()
+        settings |= {"class_map": self.train.renamed} if self.train.renamed else {}
         settings |= {} if measured is None else {"measured": dict(measured)}
         steps, head = self.progress.step, trains_head(self.model)
         info = self.model.info.with_command(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -50,3 +51,24 @@ def test_a_resumed_run_reads_its_images_as_it_did(run: Run, model: str, make_fol
     assert gone_on.fingerprint == begun.fingerprint
     said = run("finetune", "--resume", "--max-steps", 3, "--images", 6, code=2).stderr
     assert "images was 7, is 6" in said
+
+
+def test_a_class_map_is_known_without_its_file(run: Run, model: str, make_folder: Callable[..., Path]) -> None:
+    folder = make_folder(splits=("",), each=5, size=8)  # classes alone
+    names = Path("names.csv")
+    names.write_text("class,name\ncat,tabby\ndog,terrier\nowl,barn owl\n")
+    short = ("--adjoint", "backprop", "--batch-size", 4)
+    run("finetune", model, "--data", folder, "--class-map", names, *short, "--max-steps", 1)
+    names.unlink()
+    run("finetune", "--resume", "--max-steps", 2)
+    assert "images are left out" not in run("report", "--trust-source").stderr
+    found = json.loads(run("eval", "--split", "val", "--json").stdout)
+    assert found["images"] == 3
+    run("tie", "runs/m-1/best.safetensors", "-o", "tied.safetensors")
+    assert json.loads(run("eval", "tied.safetensors", "--json").stdout)["images"] == 3
+    # Training goes on by the same names, unless a new head is for the data's own.
+    run("finetune", "runs/m-1/best.safetensors", "--data", folder, *short, "--max-steps", 1, "-o", "on")
+    assert load_state(Path("on"), trust_source=True).model.info.class_names == ("tabby", "terrier", "barn owl")
+    run("finetune", "on/best.safetensors", "--new-head", "--data", folder, *short, "--max-steps", 1, "-o", "anew")
+    assert load_state(Path("anew"), trust_source=True).model.info.class_names == ("cat", "dog", "owl")
+    run("eval", "anew/best.safetensors")

@@ -108,8 +108,7 @@ def test_names_stay_in_the_model_that_is_trained(make_folder, answer, tmp_path: 
     best = Path("run/best.safetensors")
     assert list(model_file.read_metadata(best)["class_names"]) == NAMES
     answer("eval", best, "--data", folder, "--class-map", names)
-    _, said = answer("eval", best, "--data", folder, code=1)
-    assert "--class-map FILE gives the data's classes other names" in said
+    answer("eval", best, "--data", folder)
     answer("finetune", "m.safetensors", "--data", folder, "-o", "plain", *training)
     answer("eval", "plain/last.safetensors", "--data", folder, "--class-map", names)
     image = folder / "test" / FISH[0] / "0.png"
