@@ -62,7 +62,7 @@ def build(name: str, *, pretrained: bool = False, num_classes: int | None = None
         arguments = {}
         if num_classes is not None:
             if "num_classes" not in inspect.signature(function).parameters:
-                raise UsageError(f"{name} takes no num_classes; drop --num-classes")
+                raise UsageError(f"{name} takes no argument num_classes, which says how many outputs the network has")
             arguments["num_classes"] = num_classes
         net = function(**arguments)
     except ResodeError:

@@ -28,7 +28,12 @@ def replace_head(model: OdeResNet, classes: int) -> list[str]:
 
     def built(count: int) -> nn.Module:
         arguments = {**info.source.arguments, "num_classes": count}
-        return sources.build(replace(info.source, arguments=arguments))
+        try:
+            return sources.build(replace(info.source, arguments=arguments))
+        except UsageError as error:
+            raise UsageError(
+                f"the head of {info.source} cannot be replaced by one for {classes} classes: {error}"
+            ) from error
 
     new, other = built(classes), shapes_of(built(classes + 1))
     names = [name for name, shape in shapes_of(new).items() if other.get(name) != shape]
