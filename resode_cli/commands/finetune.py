@@ -154,7 +154,8 @@ def finetune_command(
     if resume:
         given = without_remembered(ctx, given)
         model, data = (None if name in ctx.meta[TAKEN] else value for name, value in (("model", model), ("data", data)))
-        _check_resumes(dry_run=dry_run, force=force, begins=new_head or not pretrained or weights is not None)
+        _check_resumes(dry_run=dry_run, force=force, begins=bool({"new_head", "pretrained", "weights"} & given.flags))
+        new_head = False  # which a recipe may say of how the run began
         out = run_to_resume(model, out, output)
     else:
         check_named(ctx, model=model, data=data)
@@ -379,7 +380,7 @@ def _check_teacher(settings: Settings, given: Given) -> None:
 
 
 def _check_resumes(*, dry_run: bool, force: bool, begins: bool) -> None:
-    """Raises UsageError for what a run that goes on cannot have."""
+    """Raises UsageError for what a run that goes on cannot have. begins: a flag says how a run begins."""
     if dry_run:
         raise UsageError("--dry-run looks at a run before it begins, and --resume goes on with one: leave out one")
     if force:

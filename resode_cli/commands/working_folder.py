@@ -35,6 +35,7 @@ NOT_OF_A_FOLDER = (*NOT_OF_A_RECIPE, "out", "force", "source", "model", "data", 
 # Where data is taken from the folder although the command line names the model; elsewhere data is optional, and a
 # command that is written out does what it did in any other folder.
 NEEDS_DATA = ("finetune", "eval", "recalibrate")
+OF_NO_RUN = ("device", "json")  # which a run that goes on does not know by itself; all else stays as it has it
 TAKEN = "resode folder"  # in a context's meta: the parameters that the folder filled
 
 
@@ -230,7 +231,8 @@ class Command(typer.core.TyperCommand):
         ctx.meta[TAKEN] = found
 
     def _tell(self, ctx: Any) -> None:
-        """Say what the folder has filled; let go of data that a command written out did not ask for."""
+        """Say what the folder has filled; let go of what is not meant: data that a command which is written out can do
+        without, and what is of a run that begins where one goes on."""
         of_recipe = ctx.meta.get(RECIPE, ("", {}))[1]
         filled = [
             name
@@ -242,6 +244,8 @@ class Command(typer.core.TyperCommand):
         if "data" in filled and "model" not in filled and ctx.info_name not in NEEDS_DATA:
             ctx.params["data"] = None
             filled.remove("data")
+        if ctx.params.get("resume"):
+            ctx.params |= {p.name: p.default for p in self.params if p.name in filled and p.name not in OF_NO_RUN}
         ctx.meta[TAKEN] = {name: ctx.params[name] for name in filled}
         if filled and not ctx.params.get("resume"):
             said = join([f"{name.replace('_', '-')} {one_line(str(ctx.params[name]))}" for name in filled])

@@ -210,3 +210,21 @@ def test_a_head_with_names_is_replaced_only_where_that_is_asked_for(run: Run, ma
     assert "only the data: kea" in said and "--new-head" in said
     run("finetune", "runs/m-1/best.safetensors", "--data", second, *SHORT, "--new-head")
     assert load_state(Path("runs/m-1-1"), trust_source=True).model.info.class_names == ("kea", "owl")
+
+
+def test_what_the_file_says_of_new_runs_is_not_said_of_one_that_goes_on(run: Run, make_folder: Make) -> None:
+    """Nor is what a recipe says of how it began; a flag is refused."""
+    begins = 'pretrained = false\nnew-head = true\nval-split = 0.5\ninput-size = "16"\nsplit-seed = 3\nseed = 1\n'
+    short = 'adjoint = "backprop"\nmax-steps = 1\nbatch-size = 4\n'
+    folder = make_folder(splits=("",), each=4, size=16)
+    Path("resode.toml").write_text(f"[finetune]\n{begins}{short}")
+    run("finetune", "net.py:small", "--data", folder)
+    run("finetune", "--resume", "--max-steps", 2)
+    other = begins.replace("0.5", "0.3").replace("16", "8").replace("= 3", "= 4").replace("= 1", "= 2")
+    memory = Path("resode.toml").read_text().replace(begins, f"{other}dry-run = true\n")
+    Path("resode.toml").write_text(memory)
+    run("finetune", "--resume", "--max-steps", 3)
+    run("finetune", "--resume", "--max-steps", 4, "--recipe", "runs/small-1/config.toml")
+    for flag in ("--new-head", "--no-pretrained"):
+        run("finetune", "--resume", "--max-steps", 5, flag, code=2)
+    assert "the run has 0.5, and keeps it" in run("finetune", "--resume", "--val-split", 0.3, code=2).stderr
