@@ -75,12 +75,18 @@ def open_training(
     import torch
 
     from ..data import as_labelled
+    from ..data.classes import listed
 
     old = model.info
     if not new_head and old.class_names is not None:
         return reading.open(data, model, "train", **more)
     found = reading.open_as_it_is(data, model, "train", **more)
     count = len(found.class_names)
+    if count < 2:
+        raise UsageError(
+            f"{data} has one class alone, {listed(found.class_names)}, so that there is nothing to tell apart;"
+            " --data is the folder that holds a folder for each class"
+        )
     if new_head or count != old.num_classes:
         from ..network.head import head_parameters
         from ..surgery.head import replace_head

@@ -72,3 +72,20 @@ def test_a_class_map_is_known_without_its_file(run: Run, model: str, make_folder
     run("finetune", "on/best.safetensors", "--new-head", "--data", folder, *short, "--max-steps", 1, "-o", "anew")
     assert load_state(Path("anew"), trust_source=True).model.info.class_names == ("cat", "dog", "owl")
     run("eval", "anew/best.safetensors")
+
+
+def test_a_head_that_cannot_be_replaced_is_named(run: Run, make_folder: Callable[..., Path]) -> None:
+    folder = make_folder(size=8)
+    small = Path("net.py").read_text().replace("num_classes=10", "classes=10").replace("=num_classes", "=classes")
+    Path("own.py").write_text(small)
+    said = run("finetune", "own.py:small", "--no-pretrained", "--data", folder, "--input-size", 8, code=2).stderr
+    assert "the head of own.py:small cannot be replaced by one for 3 classes: own.py:small takes no argument" in said
+    assert "--num-classes" not in said  # which finetune does not have
+    assert not Path("runs").exists() and not Path("resode.toml").exists()
+
+
+def test_one_class_alone_is_no_data_to_train_on(run: Run, model: str, make_folder: Callable[..., Path]) -> None:
+    folder = make_folder(splits=("",), size=8, classes=("cat",))
+    said = run("finetune", model, "--data", folder, code=2).stderr
+    assert "has one class alone, cat, so that there is nothing to tell apart" in said
+    assert not Path("runs").exists() and "run =" not in Path("resode.toml").read_text()
