@@ -68,16 +68,24 @@ def _samples(loss: Tensor, trained: list[nn.Parameter]) -> list[Tensor]:
 
 
 def differs_in_parts(run: Callable[[Tensor], Tensor], x: Tensor) -> bool:
-    """Whether a network gives another result for a batch than for its parts: it may mix images from some number on."""
+    """Whether a network gives another result for a batch than for its parts: it may mix images from some number on.
+
+    One that draws random numbers, as drop path does, draws others for parts: it is asked with all but its norms in eval
+    mode.
+    """
     if len(x) < 4 or not isinstance(run, nn.Module):
         return False  # of a part of a network the caller keeps what it writes
 
-    def look(batch: Tensor) -> Tensor:
+    def look(batch: Tensor, seed: int = 0) -> Tensor:
         with torch.no_grad(), fixed_buffers([run]):
-            return repeatable(partial(run, batch))
+            return repeatable(partial(run, batch), seed)
 
     with as_before(run):
         whole = look(x)
+        if not torch.equal(whole, look(x, seed=1)):
+            for module in run.modules():
+                module.training = module.training and isinstance(module, nn.modules.batchnorm._NormBase)
+            whole = look(x)
         for count in (2, 4):
             parts = torch.cat([look(part) for part in x.chunk(count)])
             spread = float((whole - whole.mean(0)).abs().max())  # of the images: all that they could give each other

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -72,6 +73,19 @@ def test_images_that_mix_from_three_on_are_not_split_either(model, tmp_path):
     images = data.open_data("digits", PRE, "train", augment=False, images=40)
     settings = replace(SETTINGS, micro_batches=2)
     with pytest.raises(ResodeError, match="cannot be run in micro-batches"):
+        finetune(model, images, None, out=tmp_path / "run", settings=settings, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("batch_norm", ["frozen", "batch"])
+def test_random_layers_do_not_mix_images(batch_norm, model, tmp_path):
+    """Parts draw other numbers than the whole, which is no image that sees another; BatchNorm is still found."""
+    model.net.linear.register_forward_pre_hook(
+        lambda module, given: nn.functional.dropout(given[0], 0.5, training=module.training)
+    )
+    images = data.open_data("digits", PRE, "train", augment=False, images=40)
+    settings = replace(SETTINGS, micro_batches=2, max_steps=1, bn=batch_norm)
+    fine = pytest.raises(ResodeError, match="mixes the images") if batch_norm == "batch" else nullcontext()
+    with fine:
         finetune(model, images, None, out=tmp_path / "run", settings=settings, device=torch.device("cpu"))
 
 
