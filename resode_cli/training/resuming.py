@@ -15,7 +15,7 @@ from ..network.model import OdeResNet
 from ..options import flag_of, option_of, parameter_of
 from ..sources.registry import SAVED, parse_source
 from .results import NONE_YET
-from .run_folder import ALONE, BEST, CONFIG, FILES, LOG, State, is_own, runners_up, settle_first_model
+from .run_folder import ALONE, BEST, CONFIG, FILES, LOG, State, is_own, runner_up, runners_up, settle_first_model
 from .settings import Settings
 from .teacher import Teacher
 
@@ -201,6 +201,10 @@ def forget_lost_best(state: State, folder: Path) -> str | None:
     )
     known = progress.get("best_file")  # of no run of an older version
     if progress["best_top1"] < 0 or ((folder / BEST).is_file() and known in (None, _checksum(folder / BEST))):
+        return None
+    before = folder / runner_up(progress.get("best_step", 0))
+    if known is not None and before.is_file() and _checksum(before) == known:
+        before.replace(folder / BEST)  # a run that was killed had found a better one since it saved this state
         return None
     gone = "is not the one that the run saved" if (folder / BEST).is_file() else "is not there any more"
     progress.update(best_top1=NONE_YET, best_score=None, best_file=None, kept=[])

@@ -272,11 +272,11 @@ def is_whole(row: dict[str, str | None]) -> bool:
     return step is not None and step.isdigit() and None not in row.values() and row["split"] in ("train", "test")
 
 
-def _rows(path: Path, up_to: int) -> list[dict[str, Any]]:
-    """The rows of a log up to a step. A log that cannot be read is set aside: it is not worth a run."""
+def _rows(path: Path, up_to: Mapping[str, int]) -> list[dict[str, Any]]:
+    """The rows of a log up to a step, by their split. A log that cannot be read is set aside: it is not worth a run."""
     try:
         with path.open(newline="") as file:
-            return [row for row in csv.DictReader(file) if is_whole(row) and int(row["step"]) <= up_to]
+            return [row for row in csv.DictReader(file) if is_whole(row) and int(row["step"]) <= up_to[row["split"]]]
     except (ValueError, KeyError, csv.Error) as error:
         aside = path.with_name(f"{path.name}.damaged")
         path.replace(aside)
@@ -332,14 +332,20 @@ class Log:
         stages: Sequence[str],
         *,
         keep_up_to: int,
+        evaluated_up_to: int | None = None,
         on_row: Callable[[dict[str, Any]], None] = lambda row: None,
     ) -> None:
-        """keep_up_to: of an existing log, keep the rows up to this step; 0 starts a new one. on_row: hears of each."""
+        """keep_up_to: of an existing log, keep the rows up to this step; 0 starts a new one. on_row: hears of each.
+
+        evaluated_up_to: the same for rows of evaluations, of which that of the very step may be still to come.
+        """
         self.path, self.on_row = path, on_row
         self.fields = ["split", "step", "epoch", "loss", "top1", "lr", "images_per_second", "peak_bytes"]
         self.figures = [f"{figure}_{name}" for figure in ("drift", "correction", "contraction") for name in stages]
         self.fields += self.figures
-        rows = _rows(path, keep_up_to) if keep_up_to and path.is_file() else []
+        evaluated = keep_up_to if evaluated_up_to is None else evaluated_up_to
+        up_to = {"train": keep_up_to, "test": evaluated}
+        rows = _rows(path, up_to) if keep_up_to and path.is_file() else []
         with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.fields, extrasaction="ignore")
             writer.writeheader()

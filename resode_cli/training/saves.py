@@ -52,7 +52,13 @@ class Saves:
 
     def open_log(self, stage_names: Sequence[str], *, keep_up_to: int) -> None:
         path = run_folder.log_path(self.lock.ensure(), self.run, replacing=bool(self.nothing_of))
-        self.log = run_folder.Log(path, stage_names, keep_up_to=keep_up_to, on_row=self.callbacks.on_row)
+        self.log = run_folder.Log(
+            path,
+            stage_names,
+            keep_up_to=keep_up_to,
+            evaluated_up_to=max(self.progress.evaluated, keep_up_to - 1),
+            on_row=self.callbacks.on_row,
+        )
         self.callbacks.on_begin(self.run, keep_up_to)
 
     def move_log(self) -> None:

@@ -108,6 +108,37 @@ def test_kept_models_are_those_of_the_uninterrupted_run(here: Path, scored: Any)
             assert same_weights(f"whole/{name}", f"parts/{name}"), name
 
 
+def put_back_after(command: list[str], folder: Path) -> None:
+    """The state as it was before a command, beside all else that this left: as if killed before it saved its own."""
+    state = (folder / "state.safetensors").read_bytes()
+    assert main(command) == 0
+    (folder / "state.safetensors").write_bytes(state)
+
+
+def test_a_run_that_is_killed_after_a_better_model_keeps_the_others(here: Path, scored: Any) -> None:
+    more = [*EVERY, "--keep-best", "3", "--save-every", "2"]
+    scored(0.1, 0.5, 0.4, 0.6, 0.2)
+    assert main(run("-o", "whole", *more, steps=4)) == 0
+    scored(0.1, 0.5, 0.4, 0.6, 0.6, 0.2)
+    assert main(run("-o", "parts", *more, steps=2)) == 0
+    put_back_after(run("-o", "parts", "--resume", "--images", "8", steps=3), Path("parts"))
+    assert main(run("-o", "parts", "--resume", "--images", "8", steps=4)) == 0
+    names = ["best-step-1.safetensors", "best-step-2.safetensors", "best.safetensors"]
+    assert sorted(path.name for path in Path("parts").glob("best*")) == names
+    assert all(same_weights(f"whole/{name}", f"parts/{name}") for name in names)
+
+
+def test_an_evaluation_that_is_made_again_has_one_row(here: Path, monkeypatch: Any) -> None:
+    """The run is stopped before the evaluation of its step, and killed after it when it goes on."""
+    with monkeypatch.context() as patch:
+        patch.setattr(best.Evaluations, "due", lambda self: False)
+        assert main(run("-o", "parts", steps=3)) == 0
+    put_back_after(run("-o", "parts", "--resume", steps=3), Path("parts"))
+    assert main(run("-o", "parts", "--resume", steps=3)) == 0
+    with Path("parts/log.csv").open(newline="") as file:
+        assert [row["step"] for row in csv.DictReader(file) if row["split"] == "test"] == ["0", "3"]
+
+
 def test_a_run_that_fails_before_its_first_save_leaves_nothing(here: Path, capsys: Any) -> None:
     before = contents(here / "run")
     assert main(run("-o", "run", "--force", "--lr", "1e38")) == 1
