@@ -377,6 +377,8 @@ def _check_teacher(settings: Settings, given: Given) -> None:
     for name in ("distill", "temperature", "teacher_states"):
         if name in given.all and settings.teacher is None:
             raise UsageError(f"--{name.replace('_', '-')} is a setting of the teacher; add --teacher MODEL")
+    if "teacher" in given.all and not (settings.distill or settings.teacher_states):
+        raise UsageError("--distill 0 learns nothing from --teacher: give it a weight, or one to --teacher-states")
 
 
 def _check_resumes(*, dry_run: bool, force: bool, begins: bool) -> None:

@@ -39,11 +39,16 @@ LARGEST_RATIO, SMALL = 64, 2**28
 FEW_WITHOUT_TENSORS = 256  # blocks without parameters
 
 
+TABLE_ROW = 64  # bytes of a tensor's entry beside its name, about
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """Write a safetensors file with one JSON metadata entry and a checksum of all, atomically."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps({**metadata, CHECKSUM: checksum(contiguous, metadata)})
-    need = sum(tensor.nbytes for tensor in contiguous.values()) + len(text)
+    # The file begins with a table of the tensors: names, shapes and places, which of many small ones is most of it.
+    table = sum(len(name) + TABLE_ROW for name in contiguous)
+    need = sum(tensor.nbytes for tensor in contiguous.values()) + len(json.dumps(text)) + table
     with atomic_path(path, need=need) as temporary:
         save_file(contiguous, temporary, metadata={METADATA_KEY: text})
 

@@ -54,7 +54,7 @@ def atomic_path(path: Path, *, need: int | None = None) -> Iterator[Path]:
     """
     path = path.resolve()  # through a link, the file that it means is written
     remove_orphans(path)
-    with _clear_errors(path, need):
+    with clear_errors(path, need):
         handle, name = tempfile.mkstemp(prefix=_prefix(path), suffix=".tmp", dir=path.parent)
         os.close(handle)
         temporary = Path(name)
@@ -76,7 +76,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """
     path = path.resolve()
     remove_orphans(path)
-    with _clear_errors(path, None):
+    with clear_errors(path, None):
         temporary = Path(tempfile.mkdtemp(prefix=_prefix(path), suffix=".tmp", dir=path.parent))
         try:
             yield temporary
@@ -154,7 +154,8 @@ def _flush(path: Path) -> None:
 
 
 @contextmanager
-def _clear_errors(path: Path, need: int | None) -> Iterator[None]:
+def clear_errors(path: Path, need: int | None) -> Iterator[None]:
+    """Raises ResodeError, by the file's name, for what keeps it from being written inside the block."""
     try:
         yield
     except ResodeError:

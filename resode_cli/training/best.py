@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..data import ImageData, batches
-from ..errors import ResodeError
+from ..errors import ResodeError, UsageError
 from ..machine.atomic import atomic_path
 from ..measuring.evaluate import Evaluation, evaluate
 from ..network.model import OdeResNet
@@ -19,6 +19,15 @@ from .results import Progress
 from .resuming import loaded_checksum
 from .saves import Saves
 from .settings import Settings
+
+TOP = 5  # of --best-by top5
+
+
+def check_tells_apart(model: OdeResNet, settings: Settings) -> None:
+    """Raises UsageError for a figure that is the same for every model."""
+    classes = model.info.num_classes
+    if settings.best_by == "top5" and classes <= TOP:
+        raise UsageError(f"--best-by top5: the five likeliest of {classes} classes are all of them, for every model")
 
 
 class Evaluations:

@@ -31,6 +31,9 @@ def _of_what_is_trained(s: Settings) -> list[str]:
         "--layer-decay is of several layers, and --linear-probe trains one: leave out one"
         if probe and s.layer_decay is not None
         else "",
+        "--clip-mode agc leaves the head's gradient as it is, and --linear-probe trains the head alone: leave out one"
+        if probe and s.clip_mode == "agc"
+        else "",
         "--ema-warmup is of --ema DECAY: give it" if s.ema_warmup and s.ema is None else "",
     ]
 
@@ -47,6 +50,9 @@ def _of_images(s: Settings) -> list[str]:
         else "",
         "--mixup-prob is of --mixup and --cutmix: give one of them"
         if s.mixup_prob != 1 and not (s.mixup or s.cutmix)
+        else "",
+        f"{'--mixup' if s.mixup else '--cutmix'} mixes the images of a batch with each other, and a step has one"
+        if (s.mixup or s.cutmix) and s.step_images == 1
         else "",
         "--distill 1 leaves the labels out, which --label-smoothing, --bce-loss and --class-weights are about"
         if s.teacher is not None and s.distill == 1 and (s.label_smoothing or s.bce_loss or weighs)

@@ -16,6 +16,7 @@ from ..ode import RandomState
 from ..simulation.step import Simulation, predicted
 from .averaging import average_bytes
 from .balance import balanced_labels
+from .best import check_tells_apart
 from .dropping import use_random_layers
 from .guard import Guard
 from .loop import training_batches
@@ -67,6 +68,7 @@ def dry_run(
     settings = with_stage_names(settings, model)
     check_finite(model, "the model holds NaN or infinity in {}: nothing can be trained from there")
     model.to(device)
+    check_tells_apart(model, settings)
     use_random_layers(model, settings)
     train_only(model, settings, on_message)
     torch.manual_seed(settings.seed)
@@ -101,7 +103,8 @@ def dry_run(
     source.close()
     prepare_to_train(model, settings)
     slots, parts = optimizer_slots(settings), guard.state.micro_batches
-    batch = -(-len(first.labels) // settings.accumulate)
+    batches = settings.batches_of(len(first.labels))
+    batch = -(-len(first.labels) // batches)
     if device.type == "cpu":  # the images of the step's other batches wait there
         beside += first.images.nbytes - first.images[:batch].nbytes
     found = Simulation(model, device.type).step(
@@ -110,7 +113,7 @@ def dry_run(
         amp=settings.amp,
         optimizer_slots=slots,
         micro_batches=parts,
-        accumulates=settings.accumulate > 1,
+        accumulates=batches > 1,
     )
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = sum(p.nbytes for p in trained)
@@ -120,7 +123,7 @@ def dry_run(
         batch,
         parts,
         {name: adjoint.label for name, adjoint in model.adjoints.items()},
-        settings.accumulate,
+        batches,
         sum(p.numel() for p in trained),
         weights,
         gradients,

@@ -19,7 +19,7 @@ from ..network.model import OdeResNet, check_finite
 from . import run_folder
 from .averaging import Average, average_bytes
 from .balance import balanced_labels, class_weights
-from .best import Evaluations
+from .best import Evaluations, check_tells_apart
 from .dropping import use_random_layers
 from .guard import Guard, GuardState
 from .loop import DONE, INTERRUPTED, Loop, training_batches
@@ -108,6 +108,9 @@ class _Run:
         )
         if test is None and settings.patience is not None:
             raise UsageError("--patience waits for evaluations, and there are no test images")
+        if test is None and settings.keep_best > 1:
+            raise UsageError("--keep-best keeps the best by evaluations, and there are no test images")
+        check_tells_apart(model, settings)
         check_finite(model, "the model holds NaN or infinity in {}: nothing can be trained from there")
         self.stage_names = [name for name, stage in model.stages.items() if stage.spec.depth]
         use_random_layers(model, settings)

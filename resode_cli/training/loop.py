@@ -120,6 +120,7 @@ class Loop:
                         self.optimizer.zero_grad(set_to_none=True)
                         taken = take(batch)
                         self.progress.step += 1
+                        self.halfway = False  # the step is taken, even where its row cannot be written
                         stepped(taken)
                     if self.should_stop():
                         return INTERRUPTED

@@ -8,7 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers, param_groups_layer_decay
+from timm.optim import (
+    create_optimizer_v2,
+    get_optimizer_class,
+    list_optimizers,
+    param_groups_layer_decay,
+)
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 

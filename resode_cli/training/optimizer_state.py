@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from timm.optim import get_optimizer_info
 from torch import Tensor, nn
 
 from ..errors import ResodeError, UsageError
@@ -121,6 +122,8 @@ def check_optimizer(settings: Settings) -> None:
         net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2, 2))
         try:
             optimizer = create_optimizer(net, settings)
+            if settings.momentum != Settings.momentum and not get_optimizer_info(settings.optimizer).has_momentum:
+                raise UsageError(f"--momentum: the optimizer {settings.optimizer} has none to set")
             state = OptimizerState(optimizer, net)
             loss: Tensor = net(torch.randn(2, 1, 3, 3)).square().sum()
             torch.autograd.backward(loss)

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..errors import ResodeError, ResodeWarning, UsageError, first_few
 from ..files import model_file
 from ..files.model_schema import HEUN_RENAMED
-from ..machine.atomic import atomic_path
+from ..machine.atomic import atomic_path, clear_errors
 from ..measuring.evaluate import Evaluation
 from ..network.model import OdeResNet
 from .optimizer_state import OptimizerState, Saved
@@ -352,7 +352,7 @@ class Log:
             writer.writerows(rows)
 
     def _write(self, row: dict[str, Any]) -> None:
-        with self.path.open("a", newline="") as file:
+        with clear_errors(self.path, None), self.path.open("a", newline="") as file:
             writer = csv.DictWriter(file, self.fields)
             if not file.tell():  # the folder was made anew
                 writer.writeheader()

@@ -362,6 +362,10 @@ class Settings:
         """Images per step of the optimizer."""
         return self.batch_size * self.accumulate
 
+    def batches_of(self, images: int) -> int:
+        """Batches that the images of a step are split in: fewer than `accumulate` where there are few images."""
+        return min(self.accumulate, max(-(-images // self.batch_size), 1))
+
     def per_epoch(self, images: int) -> int:
         """Steps per epoch: full ones only, but one at least."""
         return max(images // self.step_images, 1)

@@ -122,7 +122,7 @@ class Steps:
     def _forward_backward(self, images: Tensor, labels: Tensor) -> Taken:
         """What a step's images give; and .grad set. Where they are split, the gradients of the parts add up."""
         parts = []
-        for batch in _cuts(len(labels), self.settings.accumulate):
+        for batch in _cuts(len(labels), self.settings.batches_of(len(labels))):
             x, y = images[batch].to(self.device), labels[batch].to(self.device)
             for cut in _cuts(len(y), self.guard.state.micro_batches):
                 parts.append(self._part(x[cut], y[cut], len(y[cut]) / len(labels)))

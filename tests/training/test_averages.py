@@ -25,6 +25,7 @@ from resode_cli.training.averaging import Average
 from resode_cli.training.finetune import finetune
 from resode_cli.training.results import Callbacks
 from resode_cli.training.settings import Settings
+from resode_cli.training.step import Steps
 
 PRE = Preprocessing(size=8, crop_fraction=1.0)
 SETTINGS = Settings(adjoint="backprop", batch_size=8, max_steps=4, lr=0.1, bn="batch", schedule="constant", ema=0.5)
@@ -144,6 +145,16 @@ def test_accumulated_batches_are_one_large_one(micro: int, start: Path, tmp_path
         with (tmp_path / name / "log.csv").open(newline="") as file:
             logs.append([(row["step"], row["epoch"], row["top1"], row["lr"]) for row in csv.DictReader(file)])
     assert logs[0] == logs[1]
+
+
+def test_few_images_are_accumulated_in_batches_of_the_size_that_was_asked_for(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    part = Steps._part
+    monkeypatch.setattr(Steps, "_part", lambda self, x, y, share: seen.append(len(x)) or part(self, x, y, share))
+    train(loaded(start), tmp_path / "run", replace(SETTINGS, batch_size=8, accumulate=100, ema=None, max_steps=1))
+    assert seen == [8, 8, 8, 8]
 
 
 def test_accumulation_resumes_to_the_bit(start: Path, tmp_path: Path) -> None:

@@ -15,12 +15,15 @@ from safetensors.torch import load_file
 from small_runs import contents, run
 
 from resode_cli.app import main
+from resode_cli.data import open_data
 from resode_cli.errors import UsageError
 from resode_cli.files import model_file
 from resode_cli.measuring.evaluate import Evaluation
 from resode_cli.quantities import parse_duration
 from resode_cli.training import best
+from resode_cli.training.finetune import finetune
 from resode_cli.training.run_folder import load_state
+from resode_cli.training.settings import Settings
 
 EVERY = ["--images", "8", "--schedule", "constant", "--lr", "0.05"]  # an evaluation after every step
 
@@ -222,3 +225,31 @@ def test_a_resumed_run_knows_its_best_model_again(here: Path, scored: Any, capsy
 def test_what_is_best_stays(here: Path, capsys: Any) -> None:
     assert main(run("-o", "run", "--resume", "--best-by", "loss", steps=4)) == 2
     assert "--best-by loss: the run has top1, and keeps it" in capsys.readouterr().err
+
+
+def test_a_figure_that_is_the_same_for_all_models_is_refused(here: Path, capsys: Any) -> None:
+    few = ["--no-pretrained", "--input-size", "8", "--num-classes", "4", "-o", "few.safetensors"]
+    assert main(["convert", "net.py:small", *few]) == 0
+    model = model_file.load("few.safetensors", trust_source=True)
+    with pytest.raises(UsageError, match="--best-by top5: the five likeliest of 4 classes"):
+        best.check_tells_apart(model, Settings(best_by="top5"))
+    best.check_tells_apart(model, Settings(best_by="loss"))
+
+
+def test_what_evaluations_decide_needs_some(here: Path) -> None:
+    model = model_file.load("m.safetensors", trust_source=True)
+    images = open_data("digits", model.info.preprocessing, "train", images=8)
+    with pytest.raises(UsageError, match="--keep-best keeps the best by evaluations"):
+        finetune(model, images, None, out="new", settings=Settings(keep_best=2, batch_size=8, adjoint="backprop"))
+
+
+def test_a_teacher_without_a_weight_is_refused(here: Path, capsys: Any) -> None:
+    assert main(run("-o", "new", "--teacher", "other.safetensors", "--distill", "0")) == 2
+    assert "--distill 0 learns nothing from --teacher" in capsys.readouterr().err
+    taught = ["--teacher", "other.safetensors", "--distill", "0", "--teacher-states", "1"]
+    assert main(run("-o", "new", *taught, steps=1)) == 0
+
+
+def test_one_image_is_mixed_with_none(here: Path, capsys: Any) -> None:
+    assert main(run("-o", "new", "--mixup", "0.4", "--batch-size", "1")) == 2
+    assert "--mixup mixes the images of a batch with each other, and a step has one" in capsys.readouterr().err

@@ -116,6 +116,7 @@ def test_adaptive_clipping_leaves_the_head_as_it_is(pico: OdeResNet) -> None:
         ({"min_lr": 1.0}, "--min-lr 1 is above --lr 0.001"),
         ({"clip_mode": "agc"}, "--clip-mode agc needs its bound"),
         ({"layer_decay": 0.5, "linear_probe": True}, "--layer-decay is of several layers"),
+        ({"clip_mode": "agc", "clip_grad": 1.0, "linear_probe": True}, "--clip-mode agc leaves the head's gradient"),
         ({"layer_decay": 1.5}, "--layer-decay 1.5: must be"),
         ({"schedule": "plateau"}, "unknown schedule 'plateau'"),
     ],
@@ -130,3 +131,9 @@ def test_contradictions_are_refused(settings: dict[str, Any], message: str) -> N
 def test_an_optimizer_without_the_setting_is_named(more: list[str], here: Path, capsys: Any) -> None:
     assert main(run("-o", "new", *more)) == 2
     assert f"{more[0]}: the optimizer momentum has no" in capsys.readouterr().err
+
+
+def test_momentum_is_refused_where_an_optimizer_has_none(here: Path, capsys: Any) -> None:
+    assert main(run("-o", "new", "--optimizer", "adamw", "--momentum", "0.5")) == 2
+    assert "--momentum: the optimizer adamw has none to set" in capsys.readouterr().err
+    assert main(run("-o", "new", "--optimizer", "sgd", "--momentum", "0.5", steps=1)) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import signal
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from small_runs import contents, run
 from torch import nn
 
@@ -128,6 +130,39 @@ def test_weights_that_are_no_numbers_are_not_trained(here: Path, capsys: Any) ->
     model_file.save(model, "bad.safetensors")
     assert main(run("-o", "new", model="bad.safetensors")) == 1
     assert "holds NaN or infinity in" in capsys.readouterr().err and not Path("new").exists()
+
+
+def test_a_log_that_cannot_be_written_is_named_and_its_step_saved(here: Path, monkeypatch: Any, capsys: Any) -> None:
+    opened = Path.open
+
+    def full(self: Path, mode: str = "r", *arguments: Any, **more: Any) -> Any:
+        if self.name == "log.csv" and mode == "a" and "train,1," in self.read_text():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return opened(self, mode, *arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full)
+        assert main(run("-o", "new", "--log-every", "1")) == 1
+    error = capsys.readouterr().err
+    assert "log.csv cannot be written: no room on the disk" in error and "step 2 is saved" in error
+    assert main(run("-o", "new", "--resume")) == 0
+    assert main(run("-o", "whole", "--log-every", "1")) == 0
+    one, other = (load_file(f"{name}/last.safetensors") for name in ("new", "whole"))
+    assert all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+def test_a_full_disk_is_told_about_what_a_small_model_needs(here: Path, monkeypatch: Any, capsys: Any) -> None:
+    written = Path("m.safetensors").stat().st_size
+    seen: list[int] = []
+    ordinary = model_file.atomic_path  # type: ignore[attr-defined]
+
+    def noted(path: Path, *, need: int | None = None) -> Any:
+        seen.extend([] if need is None else [need])
+        return ordinary(path, need=need)
+
+    monkeypatch.setattr(model_file, "atomic_path", noted)
+    model_file.save(model_file.load("m.safetensors"), "again.safetensors")
+    assert seen and seen[-1] == pytest.approx(written, rel=0.15)
 
 
 # Two writers.
