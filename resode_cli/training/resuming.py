@@ -15,7 +15,7 @@ from ..network.model import OdeResNet
 from ..options import flag_of, option_of, parameter_of
 from ..sources.registry import SAVED, parse_source
 from .results import NONE_YET
-from .run_folder import ALONE, BEST, CONFIG, FILES, LOG, State, is_own, runner_up, runners_up, settle_first_model
+from .run_folder import ALONE, BEST, CONFIG, FILES, LOG, STATE, State, is_own, runner_up, runners_up, settle_first_model
 from .settings import Settings
 from .teacher import Teacher
 
@@ -272,6 +272,11 @@ def check_folder(folder: Path, *, resume: bool, force: bool, reads: Iterable[Pat
     """
     existing = saved_files(folder)
     if existing and not resume and not force:
+        if STATE not in existing:  # killed between its first model and its first state, or the state was removed
+            raise ResodeError(
+                f"{folder} holds models of a run ({first_few(existing)}) that has no {STATE} to go on from; pass --force"
+                " to replace it, or choose another --out"
+            )
         raise ResodeError(
             f"{folder} holds a run ({first_few(existing)}); pass --resume to go on with it, or --force to replace it"
         )

@@ -152,9 +152,9 @@ def case(number: int, seed: int, made: Path, folder: Path) -> tuple[int, list[st
         run = folder / "parts" / "run"
         if (run / "state.safetensors").exists():
             command = RESUME
-        else:  # it saved nothing to go on from, and is begun anew; what it left must not stand in the way
+        else:  # it saved nothing to go on from, and is begun anew, in place of models that it may have left
             anew += 1
-            command = [*arguments, "-o", "run"]
+            command = [*arguments, "-o", "run", *(["--force"] if (run / BEST).exists() else [])]
     return kills, differences(folder / "whole" / "run", folder / "parts" / "run"), f"({anew} anew) {line}"
 
 

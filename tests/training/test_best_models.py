@@ -131,6 +131,17 @@ def test_a_run_that_is_killed_after_a_better_model_keeps_the_others(here: Path, 
     assert all(same_weights(f"whole/{name}", f"parts/{name}") for name in names)
 
 
+def test_models_without_a_state_are_begun_anew_and_no_one_is_sent_in_circles(here: Path, capsys: Any) -> None:
+    """As a run leaves them that is killed between its first better model and its first save."""
+    Path("run/state.safetensors").unlink()
+    assert main(run("-o", "run")) == 1
+    error = capsys.readouterr().err
+    assert "no state.safetensors to go on from; pass --force" in error and "--resume" not in error
+    assert main(run("-o", "run", "--resume")) == 2
+    assert "begin the run anew, with --force" in capsys.readouterr().err
+    assert main(run("-o", "run", "--force")) == 0
+
+
 def test_an_evaluation_that_is_made_again_has_one_row(here: Path, monkeypatch: Any) -> None:
     """The run is stopped before the evaluation of its step, and killed after it when it goes on."""
     with monkeypatch.context() as patch:
