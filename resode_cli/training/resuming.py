@@ -274,8 +274,8 @@ def check_folder(folder: Path, *, resume: bool, force: bool, reads: Iterable[Pat
     if existing and not resume and not force:
         if STATE not in existing:  # killed between its first model and its first state, or the state was removed
             raise ResodeError(
-                f"{folder} holds models of a run ({first_few(existing)}) that has no {STATE} to go on from; pass --force"
-                " to replace it, or choose another --out"
+                f"{folder} holds models of a run ({first_few(existing)}) that has no {STATE} to go on from; pass"
+                " --force to replace it, or choose another --out"
             )
         raise ResodeError(
             f"{folder} holds a run ({first_few(existing)}); pass --resume to go on with it, or --force to replace it"

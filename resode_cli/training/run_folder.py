@@ -137,7 +137,7 @@ def save_state(
 def run_metadata(folder: Path) -> dict[str, Any]:
     """What a saved run says of itself, without its tensors. Raises UsageError if there is none."""
     if not (folder / STATE).is_file():
-        begin = "; begin the run anew, with --force" if (folder / BEST).exists() else ""
+        begin = "; begin the run anew, with --force" if (folder / BEST).exists() or runners_up(folder) else ""
         raise UsageError(f"nothing to resume: {str(folder / STATE)!r} does not exist{begin}")
     metadata = model_file.read_metadata(folder / STATE)
     if "run" not in metadata:

@@ -154,7 +154,7 @@ def case(number: int, seed: int, made: Path, folder: Path) -> tuple[int, list[st
             command = RESUME
         else:  # it saved nothing to go on from, and is begun anew, in place of models that it may have left
             anew += 1
-            command = [*arguments, "-o", "run", *(["--force"] if (run / BEST).exists() else [])]
+            command = [*arguments, "-o", "run", *(["--force"] if any(run.glob("best*")) else [])]
     return kills, differences(folder / "whole" / "run", folder / "parts" / "run"), f"({anew} anew) {line}"
 
 
