@@ -155,6 +155,10 @@ def resumed_call(
     name = data if data is not None else saved.get("data")
     if not isinstance(name, str):
         raise UsageError("an older resode saved this run, which does not know its data; add --data")
+    from ..data import NAMES
+
+    if data is None and name not in NAMES and ":" not in name and not Path(name).exists():
+        raise UsageError(f"the run read its images from {name!r}, which is not to be found from here; add --data")
     images = saved.get("test_images") if "test_images" not in given else test_images
     return Call(name, images, replace(reading, **changes))
 

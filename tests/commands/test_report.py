@@ -118,7 +118,7 @@ def test_data_that_are_gone_leave_the_curves(report: Run, run: Run, trained: str
     run("finetune", "m.safetensors", "--data", folder, *SHORT)
     shutil.rmtree(folder)
     said = report("runs/m-2").stderr
-    assert "m-2: the images are left out: " in said and "does not exist" in said
+    assert "m-2: the images are left out: " in said and "is not to be found from here" in said
     assert "the images are left out" in Path("runs/m-2/report.html").read_text()
     assert "does not exist" in report("runs/m-2", "--data", folder, code=2).stderr  # which the user names
 

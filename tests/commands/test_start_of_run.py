@@ -89,3 +89,15 @@ def test_one_class_alone_is_no_data_to_train_on(run: Run, model: str, make_folde
     said = run("finetune", model, "--data", folder, code=2).stderr
     assert "has one class alone, cat, so that there is nothing to tell apart" in said
     assert not Path("runs").exists() and "run =" not in Path("resode.toml").read_text()
+
+
+def test_data_that_are_not_found_from_another_folder_are_asked_for(
+    run: Run, model: str, make_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_folder("photos", size=8)
+    run("finetune", model, "--data", "photos", "--adjoint", "backprop", "--max-steps", 1, "--batch-size", 4)
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    resume = ("finetune", "--resume", "../runs/m-1", "--max-steps", 2, "--source", "../net.py:small")
+    assert "add --data" in run(*resume, code=2).stderr
+    run(*resume, "--data", "../photos")

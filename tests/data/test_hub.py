@@ -22,7 +22,7 @@ Save = Callable[..., str]
 @pytest.fixture
 def save(tmp_path: Path) -> Save:
     """Save splits of so many images of cats and dogs; the name by which they are data."""
-    datasets = pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets", reason="the extra `hf` is not installed")
 
     def dataset(count: int, names: Sequence[str], labelled: bool = True) -> Any:
         kinds = datasets.Features({"img": datasets.Image(), "fine": datasets.ClassLabel(names=list(names))})
@@ -88,7 +88,7 @@ def test_a_test_split_without_labels_leaves_the_measuring_to_val(save: Save):
 
 
 def test_columns_that_are_not_there_are_named(tmp_path: Path):
-    datasets = pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets", reason="the extra `hf` is not installed")
     datasets.Dataset.from_dict({"text": ["a"], "label": [0]}).save_to_disk(tmp_path / "text")
     with pytest.raises(ResodeError, match=r"has 0 columns of images, .*; its columns are text \(Value\), label"):
         open_data(f"hf:{tmp_path / 'text'}", PLAIN, "train")
@@ -100,7 +100,7 @@ def test_columns_that_are_not_there_are_named(tmp_path: Path):
 
 
 def test_what_is_not_there_is_one_line(tmp_path: Path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets", reason="the extra `hf` is not installed")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ResodeError, match="empty is no data set that save_to_disk wrote"):
         open_data(f"hf:{tmp_path / 'empty'}", PLAIN, "train")
