@@ -5,15 +5,16 @@ from __future__ import annotations
 import signal
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from ..errors import ResodeError, UsageError, join
 from ..machine.locks import FolderLock, refuse_several_processes
 from ..machine.signals import exit_code
 from ..quantities import COUNT
 from ..training.settings import Settings
+from .checks_of_run import check_is_folder, check_resumes, check_teacher_is_named
+from .end_of_run import measure_at_end, tell_of_end
 from .interrupt import working
 from .options import (
     DATA,
@@ -40,6 +41,7 @@ from .start_of_run import (
     resumed_call,
     trusting,
 )
+from .trial_run import show_dry_run
 from .working_folder import (
     TAKEN,
     check_named,
@@ -50,13 +52,6 @@ from .working_folder import (
     source_name,
     without_remembered,
 )
-
-if TYPE_CHECKING:
-    import torch
-
-    from ..data import ImageData
-    from ..network.model import OdeResNet
-    from ..training.settings import Settings
 
 
 @takes(settings=Fields(Settings()), reading=Fields(Reading()), resizing=Fields(Resizing()), origin=Fields(Origin()))
@@ -125,13 +120,12 @@ def finetune_command(
     start()
     from ..data import held_out_splits
     from ..network.model import as_device
-    from ..quantities import counted, size
     from ..reports.choice import choice_table
-    from ..reports.report import adjoints_line, evaluation_line, finetune_json
+    from ..reports.report import finetune_json
     from ..training import run_folder
     from ..training.finetune import finetune
     from ..training.optimizer_state import check_optimizer
-    from ..training.results import NO_PATIENCE, OUT_OF_TIME, Callbacks
+    from ..training.results import OUT_OF_TIME, Callbacks
     from ..training.resuming import (
         check_folder,
         check_model,
@@ -154,12 +148,12 @@ def finetune_command(
     if resume:
         given = without_remembered(ctx, given)
         model, data = (None if name in ctx.meta[TAKEN] else value for name, value in (("model", model), ("data", data)))
-        _check_resumes(dry_run=dry_run, force=force, begins=bool({"new_head", "pretrained", "weights"} & given.flags))
+        check_resumes(dry_run=dry_run, force=force, begins=bool({"new_head", "pretrained", "weights"} & given.flags))
         new_head = False  # which a recipe may say of how the run began
         out = run_to_resume(model, out, output)
     else:
         check_named(ctx, model=model, data=data)
-        _check_teacher(settings, given)
+        check_teacher_is_named(settings, given)
         check_auto(given, chooses=settings.adjoint_choice().chooses)
         out = out or new_run(source_name(str(model)) if is_source(str(model)) else name_of(str(model)))
     check_optimizer(settings)
@@ -167,7 +161,7 @@ def finetune_command(
     source, model_file = (model, None) if model is None or is_source(model) else (None, Path(model))
     origin = trusting(origin, source)
     lock = FolderLock(out, on_message=output.note)
-    _check_is_folder(out)
+    check_is_folder(out)
     ctx.with_resource(lock)
     teacher = settings.teacher
     reads = [model_file, Path(teacher) if teacher is not None and teacher.endswith(".safetensors") else None]
@@ -177,7 +171,7 @@ def finetune_command(
     if state is not None:
         settings, changes = resumed(settings, given.all, state.settings, state.model)
         resizing.check_kept(state.model)
-        _check_teacher(settings, given)
+        check_teacher_is_named(settings, given)
         check_source(source, state)
         gone = check_model(model_file, out, state) if model_file is not None else None
         output.notes([gone, forget_lost_best(state, out), *changes])
@@ -225,7 +219,7 @@ def finetune_command(
         early = ends_early(settings, given.all, len(train))
         output.notes([unknown_contents(state), early, f"resuming at step {state.progress['step']}"])
     if dry_run:
-        _dry_run(loaded, train, settings, where, output, 0 if learned_from is None else learned_from.bytes)
+        show_dry_run(loaded, train, settings, where, output, 0 if learned_from is None else learned_from.bytes)
         return
     config = config_text(ctx, settings, call, resumes=out if resume else None)
     remember(output, run=out, data=data, **({} if source is None else {"source": source}))
@@ -255,144 +249,12 @@ def finetune_command(
             began_with=None if state is not None or model_file is None else loaded_checksum(model_file),
             call=call.record(),
         )
-    if result.before is not None:
-        output.show(f"before: {evaluation_line(result.before)}")
-    if result.after is not None:
-        output.show(f"after:  {evaluation_line(result.after)}")
-    if settings.adjoint_choice().names_stages:
-        output.show(adjoints_line(result.adjoints))
-    output.show(
-        f"{result.steps} steps in {result.seconds:.0f} s with adjoint {settings.adjoint},"
-        f" peak memory {size(result.peak_bytes)}; {_written(lock.folder)} in {lock.folder}"
-    )
-    remember(output, run=lock.folder, model=_made(lock.folder))
-    if result.after is not None and result.best_step == 0:
-        output.note("no evaluation was better than before training: best.safetensors is the model as it began")
-    if result.skipped_steps:
-        output.note(f"{result.skipped_steps} steps were skipped for a loss or gradient that was no number")
+    tell_of_end(result, lock.folder, settings, output)
     document = finetune_json(result)
-    if result.ended == NO_PATIENCE:
-        output.note(
-            f"the last {counted(settings.patience or 0, 'evaluation')} brought nothing better: the run ends at step"
-            f" {result.steps} of {result.total_steps}"
-        )
-    if result.ended == OUT_OF_TIME:
-        output.note(
-            f"--max-time {settings.max_time} is over at step {result.steps} of {result.total_steps}; --resume goes on"
-            " from there"
-        )
     if at_end and not result.interrupted and result.ended != OUT_OF_TIME:
-        document["test"] = _on_test(lock.folder, loaded, at_end[0], settings, where, origin, output)
+        document["test"] = measure_at_end(lock.folder, loaded, at_end[0], settings, where, origin, output)
     output.notes(split.skipped_note() for split in (train, test, *at_end))
     output.json(document)
     if result.interrupted:
         output.note(f"interrupted at step {result.steps} of {result.total_steps}; --resume goes on from there")
         raise typer.Exit(exit_code(stop.number or signal.SIGINT))
-
-
-def _dry_run(
-    model: OdeResNet,
-    train: ImageData,
-    settings: Settings,
-    device: torch.device,
-    output: Output,
-    teacher_bytes: int,
-) -> None:
-    """Say what a run would do and take."""
-    from dataclasses import asdict
-
-    from ..quantities import counted, size
-    from ..reports.choice import choice_table
-    from ..reports.report import adjoints_line
-    from ..training.dry_run import dry_run
-
-    with output.aside.status("planning"):
-        found = dry_run(
-            model,
-            train,
-            settings,
-            device,
-            teacher_bytes=teacher_bytes,
-            on_message=output.note,
-            on_choice=lambda chosen: output.aside.print(choice_table(chosen)),
-        )
-    output.notes([f"unreadable: {name}" for name in found.skipped])
-    if not settings.adjoint_choice().chooses:
-        output.show(adjoints_line(found.adjoints))
-    split = f" in {found.micro_batches} micro-batches" if found.micro_batches > 1 else ""
-    beside = f", a teacher, averages and waiting images {size(found.beside)}" if found.beside else ""
-    times = f"{found.accumulate} times " if found.accumulate > 1 else ""
-    output.show(
-        f"dry run: {counted(found.steps, 'step')} of {times}{counted(found.batch_size, 'image')}{split}, predicted peak"
-        f" {size(found.predicted_bytes)} (weights {size(found.weights)}, gradients {size(found.gradients)}, optimizer"
-        f" {size(found.optimizer)}, activations {size(found.activations)}{beside}, and a reserve);"
-        f" {size(found.free_bytes)} are free; nothing was written"
-    )
-    output.json({"dry_run": True, **asdict(found)})
-    if found.predicted_bytes > found.free_bytes:
-        raise ResodeError(
-            f"a step would take {size(found.predicted_bytes)}, and {size(found.free_bytes)} are free; use --adjoint"
-            " auto, a smaller --batch-size, or --micro-batches"
-        )
-
-
-def _on_test(
-    out: Path,
-    last: OdeResNet,
-    data: ImageData,
-    settings: Settings,
-    device: torch.device,
-    origin: Origin,
-    output: Output,
-) -> dict[str, Any]:
-    """The best model on images that neither trained nor chose it."""
-    from ..data import batches
-    from ..measuring.evaluate import evaluate
-    from ..reports.report import evaluation_json, evaluation_line
-    from ..training.run_folder import BEST
-
-    best = out / BEST
-    model = origin.load(best) if best.is_file() else last
-    size = max(settings.batch_size, 100)
-    found = evaluate(model.to(device), batches(data, size, workers=settings.workers, device=device), device=device)
-    output.show(f"{'best' if best.is_file() else 'last'} model on {data.split}: {evaluation_line(found)}")
-    return evaluation_json(found)
-
-
-def _written(folder: Path) -> str:
-    from ..training.run_folder import FILES, runners_up
-
-    return join([name for name in FILES if (folder / name).is_file()] + runners_up(folder)) or "nothing"
-
-
-def _made(folder: Path) -> Path | None:
-    """The model that a run leaves for other commands."""
-    from ..training.run_folder import BEST, LAST
-
-    return next((folder / name for name in (BEST, LAST) if (folder / name).is_file()), None)
-
-
-def _check_teacher(settings: Settings, given: Given) -> None:
-    """Raises UsageError for a setting of the teacher without one."""
-    for name in ("distill", "temperature", "teacher_states"):
-        if name in given.all and settings.teacher is None:
-            raise UsageError(f"--{name.replace('_', '-')} is a setting of the teacher; add --teacher MODEL")
-    if "teacher" in given.all and not (settings.distill or settings.teacher_states):
-        raise UsageError("--distill 0 learns nothing from --teacher: give it a weight, or one to --teacher-states")
-
-
-def _check_resumes(*, dry_run: bool, force: bool, begins: bool) -> None:
-    """Raises UsageError for what a run that goes on cannot have. begins: a flag says how a run begins."""
-    if dry_run:
-        raise UsageError("--dry-run looks at a run before it begins, and --resume goes on with one: leave out one")
-    if force:
-        raise UsageError("--resume goes on with the run in --out, --force replaces it: give one of them")
-    if begins:
-        raise UsageError(
-            "--new-head, --weights and --no-pretrained are of a run that begins, and --resume goes on with one"
-        )
-
-
-def _check_is_folder(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"--out {str(out)!r} is not a folder")

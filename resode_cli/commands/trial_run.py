@@ -1,0 +1,61 @@
+"""`resode finetune --dry-run`: a run is looked at before it begins."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..errors import ResodeError
+from .output import Output
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..data import ImageData
+    from ..network.model import OdeResNet
+    from ..training.settings import Settings
+
+
+def show_dry_run(
+    model: OdeResNet,
+    train: ImageData,
+    settings: Settings,
+    device: torch.device,
+    output: Output,
+    teacher_bytes: int,
+) -> None:
+    """Say what a run would do and take."""
+    from dataclasses import asdict
+
+    from ..quantities import counted, size
+    from ..reports.choice import choice_table
+    from ..reports.report import adjoints_line
+    from ..training.dry_run import dry_run
+
+    with output.aside.status("planning"):
+        found = dry_run(
+            model,
+            train,
+            settings,
+            device,
+            teacher_bytes=teacher_bytes,
+            on_message=output.note,
+            on_choice=lambda chosen: output.aside.print(choice_table(chosen)),
+        )
+    output.notes([f"unreadable: {name}" for name in found.skipped])
+    if not settings.adjoint_choice().chooses:
+        output.show(adjoints_line(found.adjoints))
+    split = f" in {found.micro_batches} micro-batches" if found.micro_batches > 1 else ""
+    beside = f", a teacher, averages and waiting images {size(found.beside)}" if found.beside else ""
+    times = f"{found.accumulate} times " if found.accumulate > 1 else ""
+    output.show(
+        f"dry run: {counted(found.steps, 'step')} of {times}{counted(found.batch_size, 'image')}{split}, predicted peak"
+        f" {size(found.predicted_bytes)} (weights {size(found.weights)}, gradients {size(found.gradients)}, optimizer"
+        f" {size(found.optimizer)}, activations {size(found.activations)}{beside}, and a reserve);"
+        f" {size(found.free_bytes)} are free; nothing was written"
+    )
+    output.json({"dry_run": True, **asdict(found)})
+    if found.predicted_bytes > found.free_bytes:
+        raise ResodeError(
+            f"a step would take {size(found.predicted_bytes)}, and {size(found.free_bytes)} are free; use --adjoint"
+            " auto, a smaller --batch-size, or --micro-batches"
+        )
