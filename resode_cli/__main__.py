@@ -24,10 +24,12 @@ def run() -> None:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _end)
     from .app import main
+    from .machine.processes import leave as leave_other_processes
 
     code = main()
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # the work is done, and its code known
+    leave_other_processes(code)
     sys.exit(code)
 
 

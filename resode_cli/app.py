@@ -37,6 +37,7 @@ from .commands.interrupt import leave_closed_terminal, listening, send_nowhere, 
 from .commands.options import RECIPE
 from .commands.working_folder import Command
 from .errors import ResodeError, ResodeWarning, UsageError, printable
+from .machine.processes import EndedElsewhere, what_to_say
 from .machine.signals import Stopped, exit_code
 
 
@@ -150,7 +151,7 @@ def _run(arguments: list[str], *, debug: bool) -> int:
     try:
         with _warnings_in_a_line():
             result = app(arguments, prog_name="resode", standalone_mode=False)
-        return result if isinstance(result, int) else 0
+        return _ended(result if isinstance(result, int) else 0, "")
     except ResodeError as error:
         failure, code = error, error.exit_code
         message = str(error)
@@ -167,8 +168,15 @@ def _run(arguments: list[str], *, debug: bool) -> int:
         return code
     if debug:
         traceback.print_exception(failure)
-    _say(f"error: {' '.join(message.split())}")
-    return code
+    return _ended(code, message, elsewhere=isinstance(failure, EndedElsewhere))
+
+
+def _ended(code: int, message: str, *, elsewhere: bool = False) -> int:
+    """Say what went wrong, if it is on this process to say it. Returns the exit code."""
+    message = what_to_say(message, elsewhere=elsewhere)
+    if message:
+        _say(f"error: {' '.join(message.split())}")
+    return code or int(bool(message))
 
 
 def _say(line: str) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import signal
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..machine.locks import FolderLock, refuse_several_processes
+from ..machine.locks import FolderLock, NoLock
+from ..machine.processes import begin_together, join
 from ..machine.signals import exit_code
 from ..quantities import COUNT
 from ..training.settings import Settings
@@ -116,8 +118,8 @@ def finetune_command(
     given: Given,
 ) -> None:
     """Train a model with a backward pass that need not store activations."""
-    refuse_several_processes()
     start()
+    processes, device = join(device)
     from ..data import held_out_splits
     from ..network.model import as_device
     from ..reports.choice import choice_table
@@ -125,6 +127,7 @@ def finetune_command(
     from ..training import run_folder
     from ..training.finetune import finetune
     from ..training.optimizer_state import check_optimizer
+    from ..training.parallel import settings_of_one
     from ..training.results import OUT_OF_TIME, Callbacks
     from ..training.resuming import (
         check_folder,
@@ -144,7 +147,7 @@ def finetune_command(
     from .progress import training
     from .run_config import changed, config_text, keeping_config
 
-    output = Output(json_mode=json)
+    output = Output(json_mode=json, quiet=not processes.leads)
     if resume:
         given = without_remembered(ctx, given)
         model, data = (None if name in ctx.meta[TAKEN] else value for name, value in (("model", model), ("data", data)))
@@ -155,17 +158,19 @@ def finetune_command(
         check_named(ctx, model=model, data=data)
         check_teacher_is_named(settings, given)
         check_auto(given, chooses=settings.adjoint_choice().chooses)
+        # One process chooses the name; to the others it means nothing.
         out = out or new_run(source_name(str(model)) if is_source(str(model)) else name_of(str(model)))
     check_optimizer(settings)
     open_trackers(settings)  # which says now that a package is missing
     source, model_file = (model, None) if model is None or is_source(model) else (None, Path(model))
     origin = trusting(origin, source)
-    lock = FolderLock(out, on_message=output.note)
+    lock = (FolderLock if processes.leads else NoLock)(out, on_message=output.note)
     check_is_folder(out)
     ctx.with_resource(lock)
     teacher = settings.teacher
     reads = [model_file, Path(teacher) if teacher is not None and teacher.endswith(".safetensors") else None]
-    check_folder(out, resume=resume, force=force, reads=[path for path in reads if path is not None])
+    if processes.leads:
+        check_folder(out, resume=resume, force=force, reads=[path for path in reads if path is not None])
     where = as_device(device)
     state = run_folder.load_state(out, source=origin.source, trust_source=origin.trust_source) if resume else None
     if state is not None:
@@ -174,7 +179,7 @@ def finetune_command(
         check_teacher_is_named(settings, given)
         check_source(source, state)
         gone = check_model(model_file, out, state) if model_file is not None else None
-        output.notes([gone, forget_lost_best(state, out), *changes])
+        output.notes([gone, forget_lost_best(state, out) if processes.leads else None, *changes])
         division = kept_division(reading.val_split, reading.split_seed, state)
         call = resumed_call(state.fingerprint.get("call"), given.all, data, test_images, reading)
         call = replace(call, reading=replace(call.reading, **division))
@@ -219,14 +224,22 @@ def finetune_command(
         early = ends_early(settings, given.all, len(train))
         output.notes([unknown_contents(state), early, f"resuming at step {state.progress['step']}"])
     if dry_run:
-        show_dry_run(loaded, train, settings, where, output, 0 if learned_from is None else learned_from.bytes)
+        teacher_bytes = 0 if learned_from is None else learned_from.bytes
+        if processes.leads:
+            show_dry_run(loaded, train, settings, where, output, teacher_bytes, processes)
         return
+    settings_of_one(settings, processes, train)  # or say now why not
+    begin_together()
     config = config_text(ctx, settings, call, resumes=out if resume else None)
-    remember(output, run=out, data=data, **({} if source is None else {"source": source}))
+    if processes.leads:
+        remember(output, run=out, data=data, **({} if source is None else {"source": source}))
     done = state.progress["step"] if state is not None else 0
     total = settings.steps(len(train))
-    keeping = keeping_config(out, config if not resume or changed(config, out) else None)
+    kept = config if not resume or changed(config, out) else None
+    keeping = keeping_config(out, kept) if processes.leads else nullcontext(lambda folder: None)
     with keeping as on_saved, working() as stop, training(output, total, done) as on_step:
+        if not processes.alone:
+            stop.hold()  # a process that breaks off at a signal would leave the others waiting
         callbacks = Callbacks(
             on_step=on_step,
             on_message=output.note,
@@ -248,13 +261,15 @@ def finetune_command(
             lock=lock,
             began_with=None if state is not None or model_file is None else loaded_checksum(model_file),
             call=call.record(),
+            processes=processes,
         )
-    tell_of_end(result, lock.folder, settings, output)
-    document = finetune_json(result)
-    if at_end and not result.interrupted and result.ended != OUT_OF_TIME:
-        document["test"] = measure_at_end(lock.folder, loaded, at_end[0], settings, where, origin, output)
-    output.notes(split.skipped_note() for split in (train, test, *at_end))
-    output.json(document)
+    if processes.leads:
+        tell_of_end(result, lock.folder, settings, output)
+        document = finetune_json(result)
+        if at_end and not result.interrupted and result.ended != OUT_OF_TIME:
+            document["test"] = measure_at_end(lock.folder, loaded, at_end[0], settings, where, origin, output)
+        output.notes(split.skipped_note() for split in (train, test, *at_end))
+        output.json(document)
     if result.interrupted:
         output.note(f"interrupted at step {result.steps} of {result.total_steps}; --resume goes on from there")
         raise typer.Exit(exit_code(stop.number or signal.SIGINT))

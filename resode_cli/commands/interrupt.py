@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
+from ..machine.processes import speaks
 from ..machine.signals import SIGNALS, Stopped
 
 LOST = 2.0  # seconds after which a signal that was raised and ended nothing is raised again
@@ -68,7 +69,7 @@ class Stop:
             self._raise()
         if noted and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if not noted:
+        if not noted and speaks():
             hint = "; press Ctrl-C again to stop without saving" if number == signal.SIGINT else ""
             _say(f"stopping after this step{hint}\n")
 

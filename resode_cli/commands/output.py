@@ -58,11 +58,14 @@ class _Lasting:
 
 
 class Output:
-    def __init__(self, *, json_mode: bool) -> None:
-        self.json_mode = json_mode
+    """quiet: of a process beside the one that speaks, say nothing."""
+
+    def __init__(self, *, json_mode: bool, quiet: bool = False) -> None:
+        self.json_mode = json_mode and not quiet
         self.aside = _console(stderr=True)
+        self.aside.quiet = quiet
         self.said: set[str] = set()
-        self.main = self.aside if json_mode else _console(stderr=False)
+        self.main = self.aside if json_mode or quiet else _console(stderr=False)
 
     def show(self, what: RenderableType, *, style: str | None = None) -> None:
         """A result, for people."""

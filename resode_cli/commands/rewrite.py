@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ..errors import ResodeError, UsageError
-from ..machine.locks import file_lock, refuse_several_processes
+from ..machine.locks import file_lock
+from ..machine.processes import refuse_several
 from ..machine.signals import exit_code
 from .interrupt import stop
 from .options import Comparing, Origin, Reading, check_safetensors
@@ -93,7 +94,7 @@ class Rewrite:
             return
         from .fitting import fit_callbacks, show_fit
 
-        refuse_several_processes()
+        refuse_several("a fit")
         if self.unfinished != self.out and self.unfinished.exists():
             raise ResodeError(
                 f"{self.unfinished} exists, where a fit of {self.out} in its own place would keep what is not done;"

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..data import ImageData
+    from ..machine.processes import Processes
     from ..network.model import OdeResNet
     from ..training.settings import Settings
 
@@ -22,6 +23,7 @@ def show_dry_run(
     device: torch.device,
     output: Output,
     teacher_bytes: int,
+    processes: Processes,
 ) -> None:
     """Say what a run would do and take."""
     from dataclasses import asdict
@@ -38,6 +40,7 @@ def show_dry_run(
             settings,
             device,
             teacher_bytes=teacher_bytes,
+            processes=processes,
             on_message=output.note,
             on_choice=lambda chosen: output.aside.print(choice_table(chosen)),
         )

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import ResodeError, first_few
+from ..machine.processes import ALONE, Processes
 from .folders import Split
 from .holding_out import Division
 from .images import UnreadableImage, shown, to_rgb
@@ -34,12 +35,14 @@ class Batch:
     """images: (B, C, H, W) float32, normalised; labels: (B,).
 
     skipped: corrupt files left out, and why. failure: what kept a worker from reading it; `batches` raises it.
+    whole: images of the batch of all processes, of which this is one's part; None: these are all.
     """
 
     images: Tensor
     labels: Tensor
     skipped: Mapping[str, str] = field(default_factory=dict)
     failure: ResodeError | None = None
+    whole: int | None = None
 
     def on(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """Images and labels on a device. To a GPU they are on their way: what is run there next waits for them."""
@@ -229,11 +232,16 @@ def batches(
     epoch: int = 0,
     workers: int | str = 0,
     device: torch.device | str = "cpu",
+    processes: Processes = ALONE,
 ) -> Generator[Batch, None, None]:
-    """The data in batches, in the given order, augmented as in an epoch. workers, device: see `read`."""
+    """The data in batches, in the given order, augmented as in an epoch. workers, device: see `read`.
+
+    processes: give this one's part of each batch, which may be empty.
+    """
     order = range(len(data)) if order is None else order
     workers = worker_count(workers, len(order), device)
-    chosen = ([(epoch, i) for i in order[first : first + batch_size]] for first in range(0, len(order), batch_size))
+    parts = (processes.share(order[first : first + batch_size]) for first in range(0, len(order), batch_size))
+    chosen = ([(epoch, i) for i in part] for part in parts)
     return read(data, chosen, workers=workers, device=device)
 
 

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from ..errors import ResodeError, join
 from ..machine.cores import available_cores
+from ..machine.processes import processes_here
 from ..machine.signals import SIGNALS
 
 AUTO = "auto"  # as a number of workers
@@ -48,7 +49,7 @@ def worker_count(asked: int | str, images: int, device: torch.device | str) -> i
     """
     if asked != AUTO:
         return int(asked)
-    cores = available_cores()
+    cores = max(available_cores() // processes_here(), 1)
     if images < (FEW if multiprocessing.get_start_method() == "fork" else FEW_ANEW) or cores == 1:
         return 0
     return min(cores // 4 if torch.device(device).type == "cpu" else cores - 1, MOST)

@@ -196,10 +196,11 @@ def file_lock(path: Path, *, on_message: Callable[[str], None] = lambda message:
     return Lock(path.with_name(f".{path.name}.lock"), str(path), on_message=on_message)
 
 
-def refuse_several_processes(environment: dict[str, str] | None = None) -> None:
-    """Raises UsageError under torchrun and its like: every process would do all the work and write all the files."""
-    given = (os.environ if environment is None else environment).get("WORLD_SIZE", "").strip()
-    if given.isdigit() and int(given) > 1:
-        raise UsageError(
-            f"WORLD_SIZE is {given}: several processes are not supported; start one, without torchrun, or unset it"
-        )
+class NoLock(FolderLock):
+    """Of a process that writes nothing, beside the one that holds the lock."""
+
+    def acquire(self) -> None:
+        pass
+
+    def ensure(self) -> Path:
+        return self.folder

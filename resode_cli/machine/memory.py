@@ -11,6 +11,7 @@ import torch
 
 from ..errors import ResodeError
 from ..quantities import size
+from .processes import processes_here
 
 FOOTPRINT = 4  # times a batch's own bytes in float32 that the first layers of a network take at least
 CGROUPS = (
@@ -21,7 +22,7 @@ CGROUPS = (
 
 def free_bytes(device: torch.device) -> int:
     """Bytes that this process can still allocate: on a GPU what is free or cached, else what the system or its
-    container leaves."""
+    container leaves, to each process of a run as much."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -31,7 +32,7 @@ def free_bytes(device: torch.device) -> int:
             limits.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
         except (OSError, ValueError):  # no such group, or 'max'
             continue
-    return max(min(limits), 0)
+    return max(min(limits) // processes_here(), 0)
 
 
 def give_back_freed_memory() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from ..data import Batch
 from ..errors import ResodeError
+from ..machine.processes import ALONE, Processes
+from ..machine.signals import Stopped
 from ..network.repeat import in_eval_mode
 
 
@@ -36,10 +39,15 @@ def evaluate(
     *,
     device: torch.device | str = "cpu",
     on_batch: Callable[[int], None] = lambda images: None,
+    processes: Processes = ALONE,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Top-1, top-5 and cross-entropy in eval mode; each module's own mode is put back.
 
-    With fewer than five classes top-5 counts them all.
+    With fewer than five classes top-5 counts them all. processes: data are this one's part of every batch, and all of
+    them find what one would find on the whole. should_stop: asked where there are several, which stop together.
+
+    Raises ResodeError where no image could be read, Stopped where any process is to stop.
     """
     top1 = top5 = images = 0
     loss = 0.0
@@ -47,11 +55,10 @@ def evaluate(
     skipped: list[str] = []
     with in_eval_mode(model), torch.no_grad():
         for batch in data:
-            skipped += batch.skipped
-            if len(batch.labels) == 0:
+            gone, logits, labels = _of_whole_batch(model, batch, device, processes, should_stop)
+            skipped += gone
+            if len(labels) == 0:
                 continue
-            x, labels = batch.on(device)
-            logits = model(x).float()
             # timm.utils.accuracy gives percentages of a batch; the predictions are wanted too.
             best = logits.topk(min(5, logits.shape[1]), dim=1).indices
             hits = best == labels[:, None]
@@ -64,3 +71,26 @@ def evaluate(
     if images == 0:
         raise ResodeError("no image could be read")
     return Evaluation(top1 / images, top5 / images, loss / images, images, tuple(skipped), torch.cat(predictions))
+
+
+def _of_whole_batch(
+    model: nn.Module,
+    batch: Batch,
+    device: torch.device | str,
+    processes: Processes,
+    should_stop: Callable[[], bool],
+) -> tuple[list[str], Tensor, Tensor]:
+    """What is skipped of a batch, the logits of the rest in float32, and its labels; of the parts of all processes."""
+    x, labels = batch.on(device)
+    logits = model(x).float() if len(labels) else torch.empty(0)
+    if processes.alone:
+        return list(batch.skipped), logits, labels
+    parts = processes.exchanged((list(batch.skipped), logits.cpu(), labels.cpu(), should_stop()))
+    if any(stopped for *_, stopped in parts):
+        raise Stopped(signal.SIGINT)
+    full = [part for part in parts if len(part[2])] or parts[:1]
+    return (
+        [name for skipped, *_ in parts for name in skipped],
+        torch.cat([logits for _, logits, *_ in full]),
+        torch.cat([labels for _, _, labels, _ in full]),
+    )

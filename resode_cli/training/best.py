@@ -16,7 +16,6 @@ from ..network.model import OdeResNet
 from . import run_folder
 from .loop import Loop
 from .results import Progress
-from .resuming import loaded_checksum
 from .saves import Saves
 from .settings import Settings
 
@@ -98,8 +97,7 @@ class Evaluations:
             if self.progress.best_score is None or score > self.progress.best_score:
                 self._keep_the_one_before()
                 self._note_best(self.after, score)
-                self.saves.model_as(run_folder.BEST, measured=self._measured(self.after))
-                self.progress.best_file = loaded_checksum(self.saves.lock.folder / run_folder.BEST)
+                self.progress.best_file = self.saves.best_model(self._measured(self.after))
                 self.progress.waited = 0
             else:
                 self.progress.waited += 1
@@ -122,7 +120,7 @@ class Evaluations:
         """The best so far is to become one of the best: a copy of it, so that at no moment there is no best."""
         best = self.saves.lock.ensure() / run_folder.BEST
         own = not self.saves.nothing_of and self.progress.best_file is not None
-        if self.settings.keep_best > 1 and own and best.is_file():
+        if self.saves.writes and self.settings.keep_best > 1 and own and best.is_file():
             with atomic_path(best.with_name(run_folder.runner_up(self.progress.best_step))) as temporary:
                 shutil.copyfile(best, temporary)
 
@@ -136,13 +134,19 @@ class Evaluations:
         progress.kept = ranked
         folder = self.saves.lock.folder
         kept = {run_folder.runner_up(int(n)) for n, _ in ranked if n != progress.best_step}
-        if not self.saves.nothing_of:
+        if self.saves.writes and not self.saves.nothing_of:
             for name in run_folder.runners_up(folder):
                 if name not in kept:
                     (folder / name).unlink(missing_ok=True)
 
     def _evaluate(self, test: ImageData) -> Evaluation:
         size, workers = max(self.settings.batch_size, 100), self.settings.workers
-        data = batches(test, size, workers=workers, device=self.device)
+        data = batches(test, size, workers=workers, device=self.device, processes=self.loop.processes)
         with self.saves.averaged():
-            return evaluate(self.model, data, device=self.device)
+            return evaluate(
+                self.model,
+                data,
+                device=self.device,
+                processes=self.loop.processes,
+                should_stop=self.loop.should_stop,
+            )

@@ -27,7 +27,7 @@ def _of_what_is_trained(s: Settings) -> list[str]:
         "--linear-probe trains the head alone, --stage a stage: leave out one"
         if probe and s.stages is not None
         else "",
-        "--linear-probe keeps BatchNorm as it is: leave out --bn batch" if probe and s.bn == "batch" else "",
+        f"--linear-probe keeps BatchNorm as it is: leave out --bn {s.bn}" if probe and s.bn != "frozen" else "",
         "--layer-decay is of several layers, and --linear-probe trains one: leave out one"
         if probe and s.layer_decay is not None
         else "",

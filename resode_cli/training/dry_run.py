@@ -11,6 +11,7 @@ from ..data import ImageData
 from ..data.workers import worker_count
 from ..gradients.results import ChosenAdjoints
 from ..machine.memory import free_bytes
+from ..machine.processes import ALONE, Processes
 from ..network.model import OdeResNet, check_finite
 from ..ode import RandomState
 from ..simulation.step import Simulation, predicted
@@ -21,6 +22,7 @@ from .dropping import use_random_layers
 from .guard import Guard
 from .loop import training_batches
 from .optimization import create_optimizer, create_scheduler, optimizer_slots
+from .parallel import settings_of_one
 from .resuming import with_stage_names
 from .settings import Settings
 from .starting import autocast_of, choice_batch, prepare_to_train, switch_scheme, tell_of_shared_statistics
@@ -63,9 +65,14 @@ def dry_run(
     teacher_bytes: int = 0,
     on_message: Callable[[str], None],
     on_choice: Callable[[ChosenAdjoints], None],
+    processes: Processes = ALONE,
 ) -> DryRun:
-    """Do all that a run does before its first step, read the first batch, and simulate the step. Nothing is written."""
-    settings = with_stage_names(settings, model)
+    """Do all that a run does before its first step, read the first batch, and simulate the step. Nothing is written.
+
+    processes: simulate the step of one of them.
+    """
+    total = settings.steps(len(train))
+    settings = settings_of_one(with_stage_names(settings, model), processes, train)
     check_finite(model, "the model holds NaN or infinity in {}: nothing can be trained from there")
     model.to(device)
     check_tells_apart(model, settings)
@@ -78,7 +85,6 @@ def dry_run(
         model.use_channels_last()
     if settings.compile:
         model.compile_branches()
-    total = settings.steps(len(train))
     create_scheduler(create_optimizer(model, settings), settings, total)
     beside = teacher_bytes + average_bytes(model, settings)
     guard = Guard(
@@ -97,7 +103,14 @@ def dry_run(
     random.restore()
     labels = balanced_labels(train, settings)
     source = training_batches(
-        train, range(len(train)), settings.step_images, seed=settings.seed, epoch=0, labels=labels
+        train,
+        range(len(train)),
+        settings.step_images * processes.count,
+        seed=settings.seed,
+        epoch=0,
+        labels=labels,
+        accumulate=settings.accumulate,
+        processes=processes,
     )
     first = next(source)
     source.close()

@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 from ..data import ImageData
 from ..errors import UsageError
 from ..gradients.results import ChosenAdjoints
-from ..machine.locks import FolderLock
+from ..machine.locks import FolderLock, NoLock
+from ..machine.processes import ALONE, Processes
 from ..network.model import OdeResNet, check_finite
 from . import run_folder
 from .averaging import Average, average_bytes
@@ -25,13 +27,15 @@ from .guard import Guard, GuardState
 from .loop import DONE, INTERRUPTED, Loop, training_batches
 from .objective import Objective
 from .optimizer_state import OptimizerState
+from .parallel import Joint, settings_of_one
 from .results import NO_PATIENCE, OUT_OF_TIME, Callbacks, FinetuneResult, Progress, peak_bytes
 from .resuming import run_fingerprint, teacher_fingerprint, with_stage_names
 from .run_folder import StepRecord
-from .saves import Saves
+from .saves import NoSaves, Saves
 from .settings import Settings
 from .starting import choice_batch, prepare_to_train, switch_scheme, tell_of_shared_statistics
 from .step import Steps, Taken
+from .synced_norm import synchronise
 from .teacher import Teacher
 from .trackers import Tracking
 from .trained import train_only
@@ -51,6 +55,7 @@ def finetune(
     lock: FolderLock | None = None,
     began_with: str | None = None,
     call: Mapping[str, Any] | None = None,
+    processes: Processes = ALONE,
 ) -> FinetuneResult:
     """Minimise the `Objective` on `train`; write best, last, log and state files to the folder `out`.
 
@@ -61,14 +66,21 @@ def finetune(
     began_with: the checksum of the model's file, by which a resumed run will know it.
     call: what else a resumed run is to know of how this one was asked for, for JSON.
 
+    processes: this one and the others of the run, of which each takes a part of every batch and all call this alike;
+    the first one writes. The run is then that of one process, but for the order of sums and random layers' draws.
+
     What a run before has left in the folder goes once the first save of this one stands.
 
     Raises ResodeError if the loss stops being finite, on drift past the tolerance with 'stop', and if
     the memory budget is too small.
     """
-    tracking = Tracking(settings, Path(out), callbacks or Callbacks(), data=train.name, source=model.info.source)
+    own = callbacks or Callbacks()
+    if not processes.leads:
+        settings = replace(settings, track=None)
+        own, lock = Callbacks(should_stop=own.should_stop, deferred=own.deferred), NoLock(Path(out))
+    tracking = Tracking(settings, Path(out), own, data=train.name, source=model.info.source)
     with nullcontext(lock) if lock is not None else FolderLock(Path(out), on_message=tracking.say) as held:
-        to = (held, settings, torch.device(device), tracking.callbacks, resume, teacher, began_with, call)
+        to = (held, settings, torch.device(device), tracking.callbacks, resume, teacher, began_with, call, processes)
         return tracking.around(lambda: _Run(model, train, test, *to).run())
 
 
@@ -86,9 +98,11 @@ class _Run:
         teacher: Teacher | None,
         began_with: str | None,
         call: Mapping[str, Any] | None,
+        processes: Processes,
     ) -> None:
-        self.model, self.train = model.to(device), train
+        self.model, self.train, self.processes = model.to(device), train, processes
         settings = with_stage_names(settings, model)
+        mine = settings_of_one(settings, processes, train)
         self.settings, self.device, self.callbacks = settings, device, callbacks
         self.per_epoch, self.total = settings.per_epoch(len(train)), settings.steps(len(train))
         self.progress = Progress()
@@ -122,24 +136,27 @@ class _Run:
             self.progress.switched = switch_scheme(model, settings, data, device, self.callbacks.on_message)
         else:
             self.progress = Progress(**resume.progress)
+        if settings.bn == "sync" and not processes.alone:
+            synchronise(model)
         if settings.channels_last:
             model.use_channels_last()
         if settings.compile:  # last: the graphs depend on the layout, the forward rule and what is frozen
             model.compile_branches()
         self.loop = Loop(
             model,
-            settings,
+            mine,
             device,
             self.progress,
             total=self.total,
             should_stop=self.callbacks.should_stop,
             deferred=self.callbacks.deferred,
+            processes=processes,
         )
         optimizer = OptimizerState(self.loop.optimizer, model)
         self.chosen: ChosenAdjoints | None = None
         self.guard = Guard(
             model,
-            settings,
+            mine,
             device,
             autocast=self.loop.autocast,
             prepare=lambda: prepare_to_train(model, settings),
@@ -147,14 +164,17 @@ class _Run:
             on_choice=self._chosen,
             state=GuardState(**self.progress.guard),
             beside=(0 if teacher is None else teacher.bytes) + average_bytes(model, settings),
+            processes=processes,
         )
-        self.guard.start(lambda: choice_batch(train, settings, device))
+        self.guard.start(lambda: choice_batch(train, mine, device))
+        joint = Joint(model, processes)
+        objective.forward = joint.forward
         if resume is not None:
             resume.restore(optimizer, self.loop.scaler, device)
         average = None if settings.ema is None else Average(model, settings)
         if average is not None and resume is not None:
             average.restore(resume.average)
-        self.saves = Saves(
+        self.saves = (Saves if processes.leads else NoSaves)(
             lock,
             model,
             settings,
@@ -180,7 +200,7 @@ class _Run:
         )
         self.steps = Steps(
             model,
-            settings,
+            mine,
             device,
             self.progress,
             loop=self.loop,
@@ -189,6 +209,7 @@ class _Run:
             average=average,
             say=self.callbacks.on_message,
             advice=self.saves.advice,
+            joint=joint,
         )
 
     def _chosen(self, chosen: ChosenAdjoints) -> None:
@@ -261,6 +282,8 @@ class _Run:
             workers=settings.workers,
             device=self.device,
             labels=balanced_labels(self.train, settings),
+            accumulate=settings.accumulate,
+            processes=self.processes,
         )
         return self.loop.run(source, self.steps.take, self._stepped, self._between)
 
@@ -285,7 +308,8 @@ class _Run:
         if evaluated and self.evaluations.waited_enough():
             return NO_PATIENCE
         most = self.settings.most_seconds
-        return OUT_OF_TIME if most is not None and time.perf_counter() - self.began >= most else None
+        over = most is not None and self.processes.any(time.perf_counter() - self.began >= most)
+        return OUT_OF_TIME if over else None
 
     def _record(self, taken: Taken) -> StepRecord:
         now = time.perf_counter()

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,12 +15,16 @@ from ..errors import ResodeError
 from ..gradients.choose import choose_adjoints
 from ..gradients.results import ChosenAdjoints
 from ..machine.memory import free_bytes, give_back_freed_memory
+from ..machine.processes import ALONE, Processes
 from ..network.mixing import check_apart
 from ..network.model import OdeResNet
 from ..ode import Adjoint
 from ..simulation.step import CannotSimulate
 from .optimization import optimizer_slots
 from .settings import LEAN, Settings
+from .synced_norm import apart
+
+Value = TypeVar("Value")
 
 # After a choice asked for by the monitor: a stage that drifts again within so many steps gets exact anchors.
 PATIENCE = 20
@@ -76,7 +80,9 @@ class Guard:
         on_choice: Callable[[ChosenAdjoints], None],
         state: GuardState | None,
         beside: int = 0,
+        processes: Processes = ALONE,
     ) -> None:
+        self.processes = processes
         self.model, self.settings, self.device = model, settings, device
         self.autocast, self.prepare = autocast, prepare
         self.on_message, self.on_choice = on_message, on_choice
@@ -87,7 +93,24 @@ class Guard:
         self.stage_names = [name for name, stage in model.stages.items() if stage.spec.depth]
 
     def start(self, batch: Callable[[], tuple[Tensor, Tensor]]) -> None:
-        """Set every stage's adjoint: as it was, as given, or chosen on a batch."""
+        """Set every stage's adjoint: as it was, as given, or chosen on a batch; by one process for all."""
+        self._together(lambda: self._start(batch))
+
+    def _together(self, decide: Callable[[], Value]) -> Value:
+        """What the first process decides about the adjoints, which all of them follow."""
+        self.least_free = self.processes.least(free_bytes(self.device))
+
+        def decided() -> tuple[Value, dict[str, Any]]:
+            with apart():
+                return decide(), asdict(self.state)
+
+        value, state = self.processes.decided(decided)
+        if not self.processes.leads:
+            self.state = GuardState(**state)
+            self.model.use_adjoint({name: Adjoint(**values) for name, values in self.state.adjoints.items()})
+        return value
+
+    def _start(self, batch: Callable[[], tuple[Tensor, Tensor]]) -> None:
         if not self.state.adjoints and self.settings.micro_batches > 1:
             self._check_apart(batch)
             self.state.micro_batches = self.settings.micro_batches
@@ -129,8 +152,9 @@ class Guard:
         Raises ResodeError where the run is to stop.
         """
         drifted = {n: value for n, value in drift.items() if value is not None and not value <= self._allowed(n)}
-        if not drifted:
-            return False
+        return bool(drifted) and self._together(lambda: self._act(drifted, images, labels, step))
+
+    def _act(self, drifted: Mapping[str, float], images: Tensor, labels: Tensor, step: int) -> bool:
         what = {
             name: f"step {step}: the reconstructed states of stage {name} are off by {value:.2g} of their size"
             f" (allowed {self._allowed(name):.2g})"
@@ -170,7 +194,7 @@ class Guard:
     def _anchor(self, name: str, what: str) -> None:
         """Move a stage to exact checkpoints: every state if they fit, else as many snapshots as do."""
         stage = self.model.stages[name]
-        available = free_bytes(self.device)
+        available = self.least_free
         if (budget := self.settings.budget_bytes) is not None:
             available = min(available, budget)
         fit = int(SHARE * available / max(stage.monitor.state_bytes, 1))
@@ -242,7 +266,7 @@ class Guard:
 
     def _free(self) -> int:
         """What the device has free, counting the weights, which are there already."""
-        return free_bytes(self.device) + sum(t.nbytes for t in (*self.model.parameters(), *self.model.buffers()))
+        return int(self.least_free) + sum(t.nbytes for t in (*self.model.parameters(), *self.model.buffers()))
 
     def _remember(self) -> None:
         self.state.adjoints = {name: asdict(adjoint) for name, adjoint in self.model.adjoints.items()}

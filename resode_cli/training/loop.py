@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import replace
 from itertools import count
 from typing import Any, TypeVar
 
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from ..data import Batch, ImageData, Key, read
 from ..errors import ResodeError
+from ..machine.processes import ALONE, EndedElsewhere, Processes
 from ..machine.signals import Stopped
 from .balance import balanced_order
 from .optimization import clipped_parameters, create_optimizer, create_scheduler
@@ -48,13 +51,18 @@ def training_batches(
     workers: int | str = 0,
     device: torch.device | str = "cpu",
     labels: Sequence[int] | None = None,
+    accumulate: int = 1,
+    processes: Processes = ALONE,
 ) -> Generator[Batch, None, None]:
     """Full batches of the chosen images without end, from an epoch on, each epoch in an order of its own.
 
     skip: batches of the first epoch that are left out. One loader reads them all, so that its workers go on into the
     next epoch while the model is evaluated after this one. workers, device: see `read`. labels: draw each of these
-    classes equally often.
+    classes equally often. processes: give this one's part of each; where a batch is to be taken in so many pieces
+    (accumulate), its part of each piece.
     """
+
+    piece = -(-size // accumulate)
 
     def keys() -> Iterator[list[Key]]:
         for number in count(epoch):
@@ -64,9 +72,17 @@ def training_batches(
                 order = balanced_order(chosen, labels, epoch_generator(seed, number))
             full = max(len(order) // size, 1)  # all there are, where they are no batch
             for batch in range(skip if number == epoch else 0, full):
-                yield [(number, i) for i in order[batch * size : (batch + 1) * size]]
+                whole = order[batch * size : (batch + 1) * size]
+                pieces = [whole[a : a + piece] for a in range(0, len(whole), piece)]
+                yield [(number, i) for part in pieces for i in processes.share(part)]
 
     return read(data, keys(), workers=workers, device=device)
+
+
+def refuse_empty(batch: Batch) -> None:
+    """Raises ResodeError for a batch of which no image could be read."""
+    if len(batch.labels) == 0:
+        raise ResodeError(f"a whole batch of corrupt images: {next(iter(batch.skipped))} and others")
 
 
 class Loop:
@@ -76,7 +92,7 @@ class Loop:
     gradient is one to follow. progress: counts the steps, up to `total`; a resumed run has counted some.
 
     Signals (`deferred`, `should_stop`): a step is never cut in two. A signal that comes while a batch is waited for,
-    or between steps, ends the loop at once.
+    or between steps, ends the loop at once. Of several processes all end before the next step.
     """
 
     def __init__(
@@ -89,7 +105,9 @@ class Loop:
         total: int,
         should_stop: Callable[[], bool],
         deferred: Callable[[], AbstractContextManager[None]],
+        processes: Processes = ALONE,
     ) -> None:
+        self.processes = processes
         self.model, self.settings, self.device = model, settings, device
         self.progress, self.total = progress, total
         self.should_stop, self.deferred = should_stop, deferred
@@ -114,7 +132,7 @@ class Loop:
         first = self.progress.step
         with closing(source) as stream:
             try:
-                for batch in stream:
+                for batch in self._agreed(stream):
                     with self.undisturbed():
                         self.scheduler.step_update(self.progress.step)
                         self.optimizer.zero_grad(set_to_none=True)
@@ -122,7 +140,7 @@ class Loop:
                         self.progress.step += 1
                         self.halfway = False  # the step is taken, even where its row cannot be written
                         stepped(taken)
-                    if self.should_stop():
+                    if self.processes.alone and self.should_stop():
                         return INTERRUPTED
                     if ended := between(taken):
                         return ended
@@ -134,6 +152,33 @@ class Loop:
                 stopped.heeded = True  # or it would come again while the run ends
                 return INTERRUPTED
         raise AssertionError("the batches have no end")
+
+    def _agreed(self, stream: Generator[Batch, None, None]) -> Iterator[Batch]:
+        """The batches. Of several processes, each has its part of a batch, or all of them end, at the same step.
+
+        Raises the error that reading met in this process, EndedElsewhere for one of another's, and Stopped where a
+        signal came to any.
+        """
+        if self.processes.alone:
+            yield from stream
+            return
+        while True:
+            batch, failure = None, None
+            try:
+                batch = next(stream)
+                refuse_empty(batch)
+            except Exception as error:  # which is raised once the others know
+                failure = error
+            images = 0 if batch is None else len(batch.labels)
+            told = self.processes.gathered([images, failure is not None, self.should_stop()])
+            if failure is not None:
+                raise failure
+            if any(failed for _, failed, _ in told):
+                raise EndedElsewhere("another process of this run could not read its images; see what it said")
+            if any(stopped for *_, stopped in told):
+                raise Stopped(signal.SIGINT)
+            assert batch is not None
+            yield replace(batch, whole=int(sum(count for count, *_ in told)))
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -25,6 +25,8 @@ class Objective:
     `settings.temperature`; x, t: outputs of a stage of the model and of the teacher; μ: `settings.teacher_states`.
     Without a teacher, L.
 
+    forward: what gives the logits; the model, or what exchanges its gradients with other processes.
+
     Raises UsageError for μ > 0 with a teacher that has other stages.
     """
 
@@ -32,7 +34,8 @@ class Objective:
         self, model: OdeResNet, teacher: Teacher | None, settings: Settings, class_weights: Tensor | None = None
     ) -> None:
         self.class_weights = class_weights
-        self.model, self.teacher, self.settings = model, teacher, settings
+        self.teacher, self.settings = teacher, settings
+        self.forward: Callable[[Tensor], Tensor] = model
         self.binary = BinaryCrossEntropy(smoothing=settings.label_smoothing) if settings.bce_loss else None
         self.watched: dict[str, tuple[nn.Module, nn.Module]] = {}
         if teacher is not None and settings.teacher_states:
@@ -47,11 +50,11 @@ class Objective:
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The loss and the model's logits. labels: classes (B,), or smoothed probabilities of them (B, K)."""
         if self.teacher is None:
-            logits = self.model(images)
+            logits = self.forward(images)
             return self._from_labels(logits, labels), logits
         with self._outputs() as outputs:
             target = self.teacher.logits(images)
-            logits = self.model(images)
+            logits = self.forward(images)
         weight = self.settings.distill
         loss = weight * distillation_loss(logits, target, self.settings.temperature)
         if weight < 1:

@@ -7,6 +7,7 @@ generators, and everything else as JSON. No pickle.
 from __future__ import annotations
 
 import csv
+import os
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -378,3 +379,16 @@ class Log:
 
     def test(self, step: int, epoch: int, evaluation: Evaluation) -> None:
         self._write({"split": "test", "step": step, "epoch": epoch, "loss": evaluation.loss, "top1": evaluation.top1})
+
+
+class NoLog(Log):
+    """Of a process beside the one that writes the log."""
+
+    def __init__(self) -> None:
+        self.path, self.on_row = Path(os.devnull), lambda row: None
+
+    def _write(self, row: dict[str, Any]) -> None:
+        pass
+
+    def train(self, record: StepRecord, window: Sequence[Mapping[str, float]]) -> None:
+        pass

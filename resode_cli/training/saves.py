@@ -48,6 +48,7 @@ class Saves:
         self.train, self.fingerprint, self.run = train, fingerprint, fingerprint.get("run")
         self.loop, self.optimizer, self.guard, self.average = loop, optimizer, guard, average
         self.callbacks = callbacks
+        self.writes = True
         self.nothing_of = [] if resumed else saved_files(lock.folder)  # what a run before has left
 
     def open_log(self, stage_names: Sequence[str], *, keep_up_to: int) -> None:
@@ -87,6 +88,11 @@ class Saves:
         path = run_folder.first_model(self.lock.folder, self.run)
         model_file.write(self._described(measured), path)
         return loaded_checksum(path)
+
+    def best_model(self, measured: Mapping[str, Any]) -> str | None:
+        """Write the best model so far. Returns its checksum."""
+        self.model_as(run_folder.BEST, measured=measured)
+        return loaded_checksum(self.lock.folder / run_folder.BEST)
 
     def averaged(self) -> AbstractContextManager[None]:
         """The model holds the average of its weights inside the block, where there is one."""
@@ -147,3 +153,34 @@ class Saves:
             folder, self.run, best_step=self.progress.best_step, keep_best=self.settings.keep_best
         )
         self.callbacks.on_saved(folder)
+
+
+class NoSaves(Saves):
+    """Of a process beside the one that writes the files."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **{**settings, "resumed": True})
+        self.writes = False
+        self.log = run_folder.NoLog()
+
+    def open_log(self, stage_names: Sequence[str], *, keep_up_to: int) -> None:
+        pass
+
+    def move_log(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def model_as(self, name: str, *, measured: Mapping[str, Any] | None = None) -> None:
+        pass
+
+    def first_model(self, measured: Mapping[str, Any]) -> str | None:  # noqa: ARG002
+        return None
+
+    def best_model(self, measured: Mapping[str, Any]) -> str | None:  # noqa: ARG002
+        return None
+
+    def state(self) -> None:
+        if self.average is not None:
+            self.average.put_back(self.loop.deferred)

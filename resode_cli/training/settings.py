@@ -36,7 +36,7 @@ SCHEDULES = (*DECREASING, "step", "constant")
 BEST_BY = ("top1", "top5", "loss")
 CLIP_MODES = ("norm", "value", "agc")
 AMP = ("none", "bf16", "fp16")
-BATCH_NORM = ("frozen", "batch")
+BATCH_NORM = ("frozen", "batch", "sync")
 ON_DRIFT = ("anchors", "warn", "stop")
 ON_NONFINITE = ("stop", "skip")
 LEAN = "lean"  # as a memory budget
@@ -121,7 +121,7 @@ class Settings:
     )
     batch_size: int = length(
         128,
-        "Images per batch. For few images the default is less.",
+        "Images per batch, of which each of several processes has a part. For few images the default is less.",
         range=COUNT,
         flags=("--batch-size", "-b"),
         resume="stays",
@@ -189,7 +189,8 @@ class Settings:
     linear_probe: bool = trained(False, "Train the head alone, on features that stay as they are.", resume="stays")
     bn: str = trained(
         "frozen",
-        "BatchNorm: normalise by the running statistics, which stay, or by the batch's own.",
+        "BatchNorm: normalise by the running statistics, which stay, or by the batch's own; of several processes each"
+        " by its part's, or (sync) all by the whole batch's.",
         choices=BATCH_NORM,
         resume="stays",
     )

@@ -42,7 +42,7 @@ def tell_of_shared_statistics(model: OdeResNet, settings: Settings, say: Callabl
     They become an average over the states of all steps, so that in eval mode no step normalises as it was trained to.
     """
     shared = [name for name, stage in model.stages.items() if stage.spec.kind == "tied" and _keeps_statistics(stage)]
-    if settings.bn == "batch" and shared:
+    if settings.bn != "frozen" and shared:
         say(
             f"note: all steps of {join(shared)} share BatchNorms, whose running statistics average over their states;"
             " where steps are large, the network is another one in eval mode than the one that is trained"

@@ -11,14 +11,17 @@ from torch import Tensor, nn
 
 from ..data import Batch
 from ..errors import ResodeError
+from ..machine.processes import lost_means_ended
 from ..network.model import OdeResNet
 from ..ode import RandomState, fixed_buffers
+from ..surgery.batch_norm import batch_norms
 from . import run_folder
 from .averaging import Average
 from .guard import Figures, Guard, together
-from .loop import Loop
+from .loop import Loop, refuse_empty
 from .mixing import mixing_of
 from .objective import Objective
+from .parallel import Joint, joined
 from .results import Progress
 from .settings import Settings
 from .starting import prepare_to_train
@@ -56,7 +59,9 @@ class Steps:
         average: Average | None,
         say: Callable[[str], None],
         advice: Callable[[], str],
+        joint: Joint,
     ) -> None:
+        self.joint, self.processes = joint, joint.processes
         self.model, self.settings, self.device, self.progress = model, settings, device, progress
         self.loop, self.guard, self.objective, self.average = loop, guard, objective, average
         self.say, self.advice = say, advice
@@ -72,22 +77,25 @@ class Steps:
 
     def take(self, batch: Batch) -> Taken:
         """Take a step on a batch, or leave it out where its gradient is no number."""
-        if len(batch.labels) == 0:
-            raise ResodeError(f"a whole batch of corrupt images: {next(iter(batch.skipped))} and others")
+        refuse_empty(batch)
         self._train_mode()
+        self.joint.seed(self.settings.seed, self.progress.step)
         # Each part of an accumulated batch comes to the device by itself.
         images, labels = batch.on(self.device) if self.settings.accumulate == 1 else (batch.images, batch.labels)
         if self.mixing is not None:
             images, labels = self.mixing(images, labels, step=self.progress.step)
         random = RandomState.now(self.device)
-        found = self._forward_backward(images, labels)
+        whole = batch.whole or len(labels)
+        found = self._forward_backward(images, labels, whole)
         while self._must_redo(found, images, labels):
             # The gradient is thrown away and taken again: same random numbers, and running
             # statistics that have moved once already.
             random.restore()
             self.loop.optimizer.zero_grad(set_to_none=True)
             with fixed_buffers([self.model]):
-                found = self._forward_backward(images, labels)
+                found = self._forward_backward(images, labels, whole)
+        if self.settings.bn == "batch" and not self.processes.alone:
+            self.processes.mean_of(self._moving())
         if not math.isfinite(found.loss + found.steepest):
             self._skip(found)
             nothing: run_folder.Figures = {name: dict.fromkeys(stages) for name, stages in found.monitor.items()}
@@ -119,13 +127,27 @@ class Steps:
         self.progress.skipped += 1
         self.say(f"step {step} is skipped: {what}")
 
-    def _forward_backward(self, images: Tensor, labels: Tensor) -> Taken:
-        """What a step's images give; and .grad set. Where they are split, the gradients of the parts add up."""
+    def _moving(self) -> list[Tensor]:
+        """The running statistics that a step has moved. One that is shared, once."""
+        norms = [norm for norm in batch_norms(self.model) if norm.training]
+        tensors = [t for norm in norms for t in (norm.running_mean, norm.running_var) if t is not None]
+        return list({id(tensor): tensor for tensor in tensors}.values())
+
+    def _forward_backward(self, images: Tensor, labels: Tensor, whole: int) -> Taken:
+        """What a step's images give; and .grad set. Where they are split, the gradients of the parts add up.
+
+        whole: images of the step, of which other processes may have some.
+        """
         parts = []
-        for batch in _cuts(len(labels), self.settings.batches_of(len(labels))):
-            x, y = images[batch].to(self.device), labels[batch].to(self.device)
-            for cut in _cuts(len(y), self.guard.state.micro_batches):
-                parts.append(self._part(x[cut], y[cut], len(y[cut]) / len(labels)))
+        batches = _cuts(len(labels), self.settings.batches_of(len(labels)))
+        with lost_means_ended():
+            for batch in batches:
+                x, y = images[batch].to(self.device), labels[batch].to(self.device)
+                cuts = _cuts(len(y), self.guard.state.micro_batches)
+                for cut in cuts:
+                    with self.joint.part(last=batch is batches[-1] and cut is cuts[-1]):
+                        parts.append(self._part(x[cut], y[cut], len(y[cut]) / whole))
+        self.joint.check()
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         look = gradients and not self.loop.scaler.is_enabled()
         steepest = torch.nn.utils.get_total_norm(gradients, math.inf) if look else parts[0][0].new_zeros(())
@@ -134,20 +156,22 @@ class Steps:
         right = torch.stack([right for _, right, _ in parts]).sum()
         figures = together([figures for _, _, figures in parts])
         known = (value for stages in figures.values() for value in stages.values() if value is not None)
-        values = iter(torch.stack([tensor.float() for tensor in (loss, right, steepest, *known)]).tolist())
+        own = torch.stack([tensor.float() for tensor in (loss, right, steepest, *known)]).tolist()
         self.guard.check()
-        total, accuracy, largest = (next(values) for _ in range(3))
+        total, accuracy, largest, *others = joined(self.processes.gathered(own), sums=2)
+        values = iter(others)
         monitor = {
             figure: {name: None if value is None else next(values) for name, value in stages.items()}
             for figure, stages in figures.items()
         }
-        return Taken(len(labels), total, accuracy, largest, monitor)
+        return Taken(whole, total, accuracy, largest, monitor)
 
     def _part(self, images: Tensor, labels: Tensor, share: float) -> tuple[Tensor, Tensor, Figures]:
         """The share of a batch's loss and accuracy that some of its images have, and the monitor's figures."""
         with self.loop.autocast():
             loss, logits = self.objective(images, labels)
-        self.loop.backward(loss if share == 1 else loss * share)
+        weight = share * self.processes.count
+        self.loop.backward(loss if weight == 1 else loss * weight)
         right = (logits.argmax(1) == classes_of(labels)).float().mean()
         return loss.detach() * share, right * share, self.guard.figures()
 
