@@ -28,7 +28,7 @@ from ..ode.field import Evaluator
 from ..ode.memory import kept_bytes
 from ..surgery.convert import random_batch
 from ..surgery.steps import deepened
-from ..training.settings import AMP
+from ..training.choices import AMP
 from .stage_shape import StageShape
 
 # fp16 gradients of a mean over a whole batch would be zero without a scale; this one is far from overflow.

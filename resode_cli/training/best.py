@@ -13,7 +13,9 @@ from ..errors import ResodeError, UsageError
 from ..machine.atomic import atomic_path
 from ..measuring.evaluate import Evaluation, evaluate
 from ..network.model import OdeResNet
+from ..quantities import counted
 from . import run_folder
+from .contradictions import PLATEAU
 from .loop import Loop
 from .results import Progress
 from .saves import Saves
@@ -27,6 +29,39 @@ def check_tells_apart(model: OdeResNet, settings: Settings) -> None:
     classes = model.info.num_classes
     if settings.best_by == "top5" and classes <= TOP:
         raise UsageError(f"--best-by top5: the five likeliest of {classes} classes are all of them, for every model")
+
+
+def check_evaluations(settings: Settings, per_epoch: int | None, total: int) -> list[str]:
+    """What to say of settings that wait for more evaluations than a run has.
+
+    per_epoch: steps of an epoch; None where nothing is evaluated. total: steps of the run.
+    Raises UsageError for settings that wait in vain altogether.
+    """
+    patience, waits = settings.patience, settings.plateau_evaluations
+    plateau = settings.schedule == PLATEAU
+    if per_epoch is None:
+        asked = {
+            "--patience": patience is not None,
+            "--keep-best": settings.keep_best > 1,
+            "--schedule plateau": plateau,
+        }
+        if names := [name for name, given in asked.items() if given]:
+            raise UsageError(f"{names[0]} goes by evaluations, and there are no test images")
+        return []
+    every = per_epoch * settings.eval_every
+    before_end = (total - 1) // every
+    of_run = f"the run has {counted(before_end, 'evaluation')} before its end"
+    if plateau and not before_end:
+        raise UsageError(
+            f"--schedule plateau goes by evaluations, and {counted(total, 'step')} with one every {every} have none"
+            " before the end: ask for more --epochs or --max-steps, or choose another schedule"
+        )
+    said = []
+    if plateau and before_end <= waits:
+        said.append(f"note: --plateau-evaluations {waits} never lowers the rate: they follow a first one, and {of_run}")
+    if patience is not None and before_end < patience:
+        said.append(f"note: --patience {patience} ends nothing, as {of_run}")
+    return said
 
 
 class Evaluations:
@@ -94,6 +129,12 @@ class Evaluations:
                     f"after step {step} the loss on the test images is {self.after.loss}{self.saves.advice()}"
                 )
             score = self._score(self.after)
+            if (
+                self.loop.plateau is not None
+                and (falls := self.loop.plateau.see(score, step))
+                and step < self.loop.total
+            ):
+                self.saves.callbacks.on_message(falls)
             if self.progress.best_score is None or score > self.progress.best_score:
                 self._keep_the_one_before()
                 self._note_best(self.after, score)

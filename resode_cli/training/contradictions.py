@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..errors import UsageError
+from ..errors import UsageError, join
 
 if TYPE_CHECKING:
     from .settings import Settings
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 BALANCED = "balanced"  # of class weights, and of the sampler
 NO_AUG, STANDARD_AUG = "none", "standard"
 DECREASING = ("cosine", "linear", "poly", "tanh")  # the schedules that end at a rate of one's choice
+PLATEAU = "plateau"
 
 
 def refuse_contradictions(settings: Settings) -> None:
@@ -67,12 +68,16 @@ def _of_images(s: Settings) -> list[str]:
 
 
 def _of_steps(s: Settings) -> list[str]:
+    of_plateau = [f"--{n.replace('_', '-')}" for n in ("plateau_evaluations", "plateau_factor") if _is_set(s, n)]
     return [
+        f"{join(of_plateau)}: of --schedule plateau, and --schedule {s.schedule} looks at no evaluation"
+        if of_plateau and s.schedule != PLATEAU
+        else "",
         f"--milestones are of --schedule step; --schedule {s.schedule} has none"
         if s.milestones is not None and s.schedule != "step"
         else "",
-        f"--min-lr is where a schedule ends ({', '.join(DECREASING)}), and --schedule {s.schedule} does not"
-        if s.min_lr and s.schedule not in DECREASING
+        f"--min-lr is where a schedule ends ({', '.join((*DECREASING, PLATEAU))}), and --schedule {s.schedule} does not"
+        if s.min_lr and s.schedule not in (*DECREASING, PLATEAU)
         else "",
         f"--min-lr {s.min_lr:g} is above --lr {s.lr:g}, from which the schedule falls" if s.min_lr > s.lr else "",
         f"--clip-mode {s.clip_mode} needs its bound: give --clip-grad"
@@ -90,3 +95,8 @@ def _of_batches(s: Settings) -> list[str]:
         whole.format("--micro-batches") if s.micro_batches > 1 and s.teacher_states else "",
         whole.format("--accumulate") if s.accumulate > 1 and s.teacher_states else "",
     ]
+
+
+def _is_set(s: Settings, name: str) -> bool:
+    """Whether a setting is not at its default."""
+    return bool(getattr(s, name) != getattr(type(s), name))

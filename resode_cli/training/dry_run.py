@@ -17,7 +17,7 @@ from ..ode import RandomState
 from ..simulation.step import Simulation, predicted
 from .averaging import average_bytes
 from .balance import balanced_labels
-from .best import check_tells_apart
+from .best import check_evaluations, check_tells_apart
 from .dropping import use_random_layers
 from .guard import Guard
 from .loop import training_batches
@@ -75,6 +75,8 @@ def dry_run(
     settings = settings_of_one(with_stage_names(settings, model), processes, train)
     check_finite(model, "the model holds NaN or infinity in {}: nothing can be trained from there")
     model.to(device)
+    for said in check_evaluations(settings, settings.per_epoch(len(train)), settings.steps(len(train))):
+        on_message(said)
     check_tells_apart(model, settings)
     use_random_layers(model, settings)
     train_only(model, settings, on_message)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from ..data import ImageData
-from ..errors import UsageError
 from ..gradients.results import ChosenAdjoints
 from ..machine.locks import FolderLock, NoLock
 from ..machine.processes import ALONE, Processes
@@ -21,7 +20,7 @@ from ..network.model import OdeResNet, check_finite
 from . import run_folder
 from .averaging import Average, average_bytes
 from .balance import balanced_labels, class_weights
-from .best import Evaluations, check_tells_apart
+from .best import Evaluations, check_evaluations, check_tells_apart
 from .dropping import use_random_layers
 from .guard import Guard, GuardState
 from .loop import DONE, INTERRUPTED, Loop, training_batches
@@ -120,10 +119,8 @@ class _Run:
             if resume is None
             else resume.fingerprint
         )
-        if test is None and settings.patience is not None:
-            raise UsageError("--patience waits for evaluations, and there are no test images")
-        if test is None and settings.keep_best > 1:
-            raise UsageError("--keep-best keeps the best by evaluations, and there are no test images")
+        for said in check_evaluations(settings, None if test is None else self.per_epoch, self.total):
+            callbacks.on_message(said)
         check_tells_apart(model, settings)
         check_finite(model, "the model holds NaN or infinity in {}: nothing can be trained from there")
         self.stage_names = [name for name, stage in model.stages.items() if stage.spec.depth]

@@ -20,8 +20,9 @@ from ..network.mixing import check_apart
 from ..network.model import OdeResNet
 from ..ode import Adjoint
 from ..simulation.step import CannotSimulate
+from .choices import LEAN
 from .optimization import optimizer_slots
-from .settings import LEAN, Settings
+from .settings import Settings
 from .synced_norm import apart
 
 Value = TypeVar("Value")

@@ -19,6 +19,7 @@ from ..machine.processes import ALONE, EndedElsewhere, Processes
 from ..machine.signals import Stopped
 from .balance import balanced_order
 from .optimization import clipped_parameters, create_optimizer, create_scheduler
+from .plateau import plateau_of
 from .results import Progress
 from .settings import Settings
 from .starting import autocast_of
@@ -114,6 +115,7 @@ class Loop:
         self.halfway = False  # through a step or a save
         self.optimizer = create_optimizer(model, settings)
         self.scheduler = create_scheduler(self.optimizer, settings, total)
+        self.plateau = plateau_of(settings, progress.plateau)
         self.clipped = clipped_parameters(model, settings)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16")
 
@@ -135,6 +137,8 @@ class Loop:
                 for batch in self._agreed(stream):
                     with self.undisturbed():
                         self.scheduler.step_update(self.progress.step)
+                        if self.plateau is not None:
+                            self.plateau.lower(self.optimizer)
                         self.optimizer.zero_grad(set_to_none=True)
                         taken = take(batch)
                         self.progress.step += 1

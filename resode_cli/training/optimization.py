@@ -21,6 +21,7 @@ from ..errors import UsageError, unknown
 from ..network.head import head_parameters
 from ..network.model import OdeResNet
 from ..network.outside import STEM
+from .contradictions import PLATEAU
 from .settings import Settings
 
 MOST_SLOTS = 2  # Adam's
@@ -97,7 +98,10 @@ def optimizer_slots(settings: Settings) -> int:
 
 
 def create_scheduler(optimizer: torch.optim.Optimizer, settings: Settings, total: int) -> Any:
-    """timm's scheduler, in steps. It is a function of the step alone, so it has no state to save."""
+    """timm's scheduler, in steps. It is a function of the step alone, so it has no state to save.
+
+    Of --schedule plateau it is the rate that the `Plateau` lowers.
+    """
     # timm's multistep takes a milestone as the first step, counted from 1, of the lower rate.
     milestones = [int(total * share) + 1 for share in settings.milestone_shares]
     kinds: dict[str, dict[str, Any]] = {
@@ -106,7 +110,7 @@ def create_scheduler(optimizer: torch.optim.Optimizer, settings: Settings, total
         "poly": {"sched": "poly", "decay_rate": 2.0},
         "tanh": {"sched": "tanh"},
         "step": {"sched": "multistep", "decay_milestones": milestones, "decay_rate": 0.1},
-        "constant": {"sched": "step", "decay_epochs": 1, "decay_rate": 1.0},
+        **dict.fromkeys(("constant", PLATEAU), {"sched": "step", "decay_epochs": 1, "decay_rate": 1.0}),
     }
     scheduler, _ = create_scheduler_v2(
         optimizer,

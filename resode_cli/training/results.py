@@ -60,6 +60,7 @@ class Progress:
     skipped: int = 0  # steps with a loss or gradient that was no number
     switched: dict[str, float] | None = None
     guard: dict[str, Any] = field(default_factory=dict)  # a GuardState
+    plateau: dict[str, Any] = field(default_factory=dict)  # what a schedule that waits for evaluations has seen
     window: list[dict[str, float]] = field(default_factory=list)  # of each step since the last log row, by column
 
     def __post_init__(self) -> None:

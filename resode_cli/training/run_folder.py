@@ -26,6 +26,7 @@ from ..machine.atomic import atomic_path, clear_errors
 from ..measuring.evaluate import Evaluation
 from ..network.model import OdeResNet
 from .optimizer_state import OptimizerState, Saved
+from .plateau import is_state
 from .settings import Settings
 
 STATE, BEST, LAST, LOG = "state.safetensors", "best.safetensors", "last.safetensors", "log.csv"
@@ -179,10 +180,13 @@ def _run_problem(run: Any) -> str:
         "best_file": (str, type(None)),
         "best_score": (int, float, type(None)),
         "kept": list,
+        "plateau": dict,
     }
     odd += [name for name, kind in kinds.items() if name in progress and not isinstance(progress[name], kind)]
     if "kept" not in odd and not all(map(_is_kept, progress.get("kept", []))):
         odd.append("kept")
+    if not is_state(progress.get("plateau", {})):
+        odd.append("plateau")
     odd += sorted(progress.keys() - {*_COUNTS, "best_top1", *kinds})
     if odd:
         return f"progress: {first_few(odd)}"

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
 from typing import TYPE_CHECKING
 
-from ..options import ADJOINT_SETTINGS, check_options, option, workers_option
+from ..options import ADJOINT_SETTINGS, check_options, workers_option
 from ..quantities import (
     AVERAGING,
     BITS,
@@ -24,33 +23,33 @@ from ..quantities import (
     parse_bytes,
     parse_duration,
 )
-from .contradictions import BALANCED, DECREASING, NO_AUG, STANDARD_AUG, refuse_contradictions
+from .choices import (
+    AMP,
+    AUG,
+    BATCH_NORM,
+    BEST_BY,
+    CLIP_MODES,
+    LEAN,
+    ON_DRIFT,
+    ON_NONFINITE,
+    SCHEDULES,
+    augmentation,
+    backward,
+    images,
+    length,
+    machine,
+    optimisation,
+    regularisation,
+    saving,
+    teaching,
+    trained,
+)
+from .contradictions import BALANCED, NO_AUG, STANDARD_AUG, refuse_contradictions
 from .written import parse_betas, parse_milestones, parse_trackers
 
 if TYPE_CHECKING:
     from ..data import Augmentation
     from ..gradients.stage_adjoints import AdjointsByStage
-
-AUG = (NO_AUG, STANDARD_AUG, "randaugment", "trivialaugment", "augmix")
-SCHEDULES = (*DECREASING, "step", "constant")
-BEST_BY = ("top1", "top5", "loss")
-CLIP_MODES = ("norm", "value", "agc")
-AMP = ("none", "bf16", "fp16")
-BATCH_NORM = ("frozen", "batch", "sync")
-ON_DRIFT = ("anchors", "warn", "stop")
-ON_NONFINITE = ("stop", "skip")
-LEAN = "lean"  # as a memory budget
-
-length = partial(option, group="Length of the run")
-backward = partial(option, group="Backward pass")
-trained = partial(option, group="What is trained")
-optimisation = partial(option, group="Optimisation")
-images = partial(option, group="Data")
-augmentation = partial(option, group="Augmentation")
-regularisation = partial(option, group="Regularisation")
-teaching = partial(option, group="Teacher")
-saving = partial(option, group="Saving and logging")
-machine = partial(option, group="Machine")
 
 
 @dataclass(frozen=True)
@@ -159,10 +158,16 @@ class Settings:
     schedule: str = optimisation(
         "cosine",
         "Learning rate: down to --min-lr as a cosine, linearly, as a square (poly) or a tanh; a tenth of it at each of"
-        " --milestones (step); or constant.",
+        " --milestones (step); lower where evaluations get no better (plateau); or constant.",
         choices=SCHEDULES,
     )
     min_lr: float = optimisation(0.0, "Learning rate that the schedule ends at.", range=NOT_NEGATIVE)
+    plateau_evaluations: int = optimisation(
+        3, "Of --schedule plateau: evaluations in a row without a better one, after which the rate falls.", range=COUNT
+    )
+    plateau_factor: float = optimisation(
+        0.1, "Of --schedule plateau: the share of the rate that is left then.", range=AVERAGING
+    )
     milestones: str | None = optimisation(
         None, "Of --schedule step: the shares of the run's steps after which it falls. Default: 1/2,3/4."
     )

@@ -80,7 +80,14 @@ def options(draw: random.Random) -> list[str]:
     chosen += (["--ema", "0.8", *maybe(0.5, "--ema-warmup")]) if draw.random() < 0.5 else []
     chosen += maybe(0.3, "--mixup", "0.4") + maybe(0.3, "--cutmix", "1") + maybe(0.3, "--label-smoothing", "0.1")
     chosen += one("", "--clip-grad 0.5", "--clip-grad 0.01 --clip-mode value", "--clip-grad 0.1 --clip-mode agc")
-    chosen += one("", "--schedule linear", "--schedule step", "--schedule poly --min-lr 1e-4", "--schedule tanh")
+    chosen += one(
+        "",
+        "--schedule linear",
+        "--schedule step",
+        "--schedule plateau --plateau-evaluations 1",
+        "--schedule poly --min-lr 1e-4",
+        "--schedule tanh",
+    )
     chosen += one("", "--optimizer adamw --opt-betas 0.9,0.95", "--optimizer lamb", "--optimizer lion")
     chosen += one("", "--sampler balanced", "--class-weights balanced") + maybe(0.3, "--warmup", "3")
     chosen += one("", "--aug trivialaugment", "--random-erasing 0.4", "--no-augment")

@@ -118,7 +118,7 @@ def test_adaptive_clipping_leaves_the_head_as_it_is(pico: OdeResNet) -> None:
         ({"layer_decay": 0.5, "linear_probe": True}, "--layer-decay is of several layers"),
         ({"clip_mode": "agc", "clip_grad": 1.0, "linear_probe": True}, "--clip-mode agc leaves the head's gradient"),
         ({"layer_decay": 1.5}, "--layer-decay 1.5: must be"),
-        ({"schedule": "plateau"}, "unknown schedule 'plateau'"),
+        ({"schedule": "plateaux"}, "unknown schedule 'plateaux'"),
     ],
 )
 def test_contradictions_are_refused(settings: dict[str, Any], message: str) -> None:

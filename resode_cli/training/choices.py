@@ -1,0 +1,29 @@
+"""The words that settings of a training run take, and the headings of a command's help under which they stand."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from ..options import option
+from .contradictions import DECREASING, NO_AUG, PLATEAU, STANDARD_AUG
+
+AUG = (NO_AUG, STANDARD_AUG, "randaugment", "trivialaugment", "augmix")
+SCHEDULES = (*DECREASING, "step", PLATEAU, "constant")
+BEST_BY = ("top1", "top5", "loss")
+CLIP_MODES = ("norm", "value", "agc")
+AMP = ("none", "bf16", "fp16")
+BATCH_NORM = ("frozen", "batch", "sync")
+ON_DRIFT = ("anchors", "warn", "stop")
+ON_NONFINITE = ("stop", "skip")
+LEAN = "lean"  # as a memory budget
+
+length = partial(option, group="Length of the run")
+backward = partial(option, group="Backward pass")
+trained = partial(option, group="What is trained")
+optimisation = partial(option, group="Optimisation")
+images = partial(option, group="Data")
+augmentation = partial(option, group="Augmentation")
+regularisation = partial(option, group="Regularisation")
+teaching = partial(option, group="Teacher")
+saving = partial(option, group="Saving and logging")
+machine = partial(option, group="Machine")
