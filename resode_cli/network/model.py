@@ -163,6 +163,14 @@ class OdeResNet(nn.Module):
             stage.follow(self.stages[name])
         self.net = with_submodule(self.net, self.paths[name], stage)
 
+    def forget_runs(self) -> None:
+        """Find out anew, when it runs next, what can be evaluated again: other parameters are trained from now on."""
+        self.stem.kept.clear()
+        self.stem.apart = ()
+        for stage in self.stages.values():
+            stage.entry.kept.clear()
+            stage.forget_modes()
+
     @property
     def kept_parts(self) -> dict[str, str]:
         """Parts whose activations are kept although their adjoint says otherwise, and why; known once they have run."""

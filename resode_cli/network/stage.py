@@ -330,6 +330,10 @@ class OdeStage(InOnePiece, nn.Module):
         """Take it as known that in its present mode the stage mixes no images."""
         self._apart = tuple(module.training for module in self.modules())
 
+    def forget_modes(self) -> None:
+        """Find out anew whether it mixes images."""
+        self._apart = ()
+
     def _run_plainly(self, x: Tensor) -> Tensor:
         x = self._run_transition(x)
         return solve(self.field(), SCHEMES[self.spec.scheme], None, x, monitor=Monitor())

@@ -38,11 +38,13 @@ class Average:
     def __init__(self, model: OdeResNet, settings: Settings) -> None:
         assert settings.ema is not None
         self.model = model
+        self.names = tuple(averaged_tensors(model))  # of all that is trained, some of it perhaps only later
         self.average = ModelEmaV3(_Tensors(self._tensors()), decay=settings.ema, use_warmup=settings.ema_warmup)
         self.within = False  # whether the model holds the average, and the average the model's weights
 
     def _tensors(self) -> dict[str, Tensor]:
-        return averaged_tensors(self.model)
+        known: dict[str, Tensor] = {**dict(self.model.net.named_parameters()), **dict(self.model.net.named_buffers())}
+        return {name: known[name] for name in self.names}
 
     def update(self, step: int) -> None:
         """Take in the weights after a step, counted from 1."""

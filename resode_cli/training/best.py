@@ -46,7 +46,7 @@ def check_evaluations(settings: Settings, per_epoch: int | None, total: int) -> 
             "--schedule plateau": plateau,
         }
         if names := [name for name, given in asked.items() if given]:
-            raise UsageError(f"{names[0]} goes by evaluations, and there are no test images")
+            raise UsageError(f"{names[0]} waits for evaluations, and there are no test images")
         return []
     every = per_epoch * settings.eval_every
     before_end = (total - 1) // every

@@ -32,6 +32,9 @@ def _of_what_is_trained(s: Settings) -> list[str]:
         "--layer-decay is of several layers, and --linear-probe trains one: leave out one"
         if probe and s.layer_decay is not None
         else "",
+        f"--unfreeze-every trains all parts in turn, {'--linear-probe one' if probe else '--stage some'}: leave out one"
+        if s.unfreeze_every is not None and (probe or s.stages is not None)
+        else "",
         "--clip-mode agc leaves the head's gradient as it is, and --linear-probe trains the head alone: leave out one"
         if probe and s.clip_mode == "agc"
         else "",

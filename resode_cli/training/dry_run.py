@@ -27,6 +27,7 @@ from .resuming import with_stage_names
 from .settings import Settings
 from .starting import autocast_of, choice_batch, prepare_to_train, switch_scheme, tell_of_shared_statistics
 from .trained import train_only
+from .unfreezing import Unfreezing
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,9 @@ def dry_run(
     check_tells_apart(model, settings)
     use_random_layers(model, settings)
     train_only(model, settings, on_message)
+    if settings.unfreeze_every is not None:  # the plan is for all that will be trained
+        for said in Unfreezing(model, settings, settings.steps(len(train))).plan(0):
+            on_message(said)
     torch.manual_seed(settings.seed)
     tell_of_shared_statistics(model, settings, on_message)
     switch_scheme(model, settings, train, device, on_message)

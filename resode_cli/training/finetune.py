@@ -38,6 +38,7 @@ from .synced_norm import synchronise
 from .teacher import Teacher
 from .trackers import Tracking
 from .trained import train_only
+from .unfreezing import Unfreezing
 
 
 def finetune(
@@ -126,6 +127,7 @@ class _Run:
         self.stage_names = [name for name, stage in model.stages.items() if stage.spec.depth]
         use_random_layers(model, settings)
         train_only(model, settings, self.callbacks.on_message)
+        unfreezing = None if settings.unfreeze_every is None else Unfreezing(model, settings, self.total)
         if resume is None:
             torch.manual_seed(settings.seed)
             data = test if test is not None else train
@@ -162,10 +164,11 @@ class _Run:
             state=GuardState(**self.progress.guard),
             beside=(0 if teacher is None else teacher.bytes) + average_bytes(model, settings),
             processes=processes,
+            all_trained=nullcontext if unfreezing is None else unfreezing.all_trained,
         )
         self.guard.start(lambda: choice_batch(train, mine, device))
         joint = Joint(model, processes)
-        objective.forward = joint.forward
+        objective.forward = joint
         if resume is not None:
             resume.restore(optimizer, self.loop.scaler, device)
         average = None if settings.ema is None else Average(model, settings)
@@ -207,7 +210,12 @@ class _Run:
             say=self.callbacks.on_message,
             advice=self.saves.advice,
             joint=joint,
+            unfreezing=unfreezing,
         )
+        if unfreezing is not None:
+            for said in unfreezing.plan(self.progress.step):
+                callbacks.on_message(said)
+            unfreezing.at(self.progress.step)
 
     def _chosen(self, chosen: ChosenAdjoints) -> None:
         self.chosen = chosen

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
@@ -66,7 +66,8 @@ class Guard:
     """Sets the adjoints of a run, chosen on a batch if the settings say so, and acts on the monitor.
 
     batch: gives a batch to choose on. prepare: puts the model in the mode that it trains in. beside: bytes of a
-    teacher and of an average of the weights, which a budget has to hold too.
+    teacher and of an average of the weights, which a budget has to hold too. all_trained: inside it, what is trained
+    later is trained too.
     """
 
     def __init__(
@@ -82,13 +83,14 @@ class Guard:
         state: GuardState | None,
         beside: int = 0,
         processes: Processes = ALONE,
+        all_trained: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.processes = processes
         self.model, self.settings, self.device = model, settings, device
         self.autocast, self.prepare = autocast, prepare
         self.on_message, self.on_choice = on_message, on_choice
         self.asked = settings.adjoint_choice().with_names(model)
-        self.beside = beside
+        self.beside, self.all_trained = beside, all_trained
         self.told: set[str] = set()  # parts whose activations are kept
         self.state = state or GuardState()
         self.stage_names = [name for name, stage in model.stages.items() if stage.spec.depth]
@@ -207,6 +209,11 @@ class Guard:
 
     def _choose(self, images: Tensor, labels: Tensor, *, step: int) -> None:
         """Choose what is to be chosen; what has an adjoint of its own, or was moved to anchors from that, keeps it."""
+        with self.all_trained():
+            self._choose_for_all(images, labels, step=step)
+        self.prepare()  # which is for what is trained now
+
+    def _choose_for_all(self, images: Tensor, labels: Tensor, *, step: int) -> None:
         self.prepare()
         adjoints = self.model.adjoints
         fixed = {part: adjoints[part] for part in self.asked.fixed(self.model)}

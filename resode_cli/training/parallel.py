@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -69,14 +68,21 @@ class Joint:
 
     def __init__(self, model: OdeResNet, processes: Processes) -> None:
         self.model, self.processes = model, processes
-        self.forward: Callable[[Tensor], Tensor] = model
         self.parallel: DistributedDataParallel | None = None
-        self.checked = False
-        if not processes.alone:
+        self.renew()
+
+    def renew(self) -> None:
+        """Know which parameters are trained now."""
+        self.checked, self.parallel = False, None
+        if not self.processes.alone:
             # BatchNorm's statistics are synchronised, or averaged, elsewhere; gradients are not kept twice.
             buffers: dict[str, Any] = {NO_BUFFERS: False}
             self.parallel = DistributedDataParallel(model, gradient_as_bucket_view=True, **buffers)
-            self.forward = self.parallel
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The model's outputs."""
+        found: Tensor = (self.parallel or self.model)(images)
+        return found
 
     def part(self, *, last: bool) -> AbstractContextManager[None]:
         """For one part of a batch: the gradients of all parts are exchanged with those of the last."""

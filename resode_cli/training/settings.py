@@ -191,6 +191,13 @@ class Settings:
         " comma-separated or given again.",
         resume="stays",
     )
+    unfreeze_every: int | None = trained(
+        None,
+        "Train the head alone at first, and every so many steps one more part: from the last stage to the first, then"
+        " the stem.",
+        range=COUNT,
+        resume="stays",
+    )
     linear_probe: bool = trained(False, "Train the head alone, on features that stay as they are.", resume="stays")
     bn: str = trained(
         "frozen",

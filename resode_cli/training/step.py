@@ -25,6 +25,7 @@ from .parallel import Joint, joined
 from .results import Progress
 from .settings import Settings
 from .starting import prepare_to_train
+from .unfreezing import Unfreezing, are
 
 MOST_SKIPPED = 10  # steps in a row
 
@@ -60,11 +61,12 @@ class Steps:
         say: Callable[[str], None],
         advice: Callable[[], str],
         joint: Joint,
+        unfreezing: Unfreezing | None = None,
     ) -> None:
         self.joint, self.processes = joint, joint.processes
         self.model, self.settings, self.device, self.progress = model, settings, device, progress
         self.loop, self.guard, self.objective, self.average = loop, guard, objective, average
-        self.say, self.advice = say, advice
+        self.say, self.advice, self.unfreezing = say, advice, unfreezing
         self.mixing = mixing_of(settings, model.info.num_classes)
         self.in_a_row = 0  # steps skipped just now
         self.modes: list[tuple[nn.Module, bool]] = []  # in which modules train, once they have
@@ -75,9 +77,17 @@ class Steps:
             prepare_to_train(self.model, self.settings)
             self.modes = [(module, module.training) for module in self.model.modules()]
 
+    def _unfreeze(self) -> None:
+        """Train what is trained from this step on."""
+        if self.unfreezing is not None and (new := self.unfreezing.at(self.progress.step)):
+            self.modes = []
+            self.joint.renew()
+            self.say(f"step {self.progress.step}: {are(new)} trained from here on")
+
     def take(self, batch: Batch) -> Taken:
         """Take a step on a batch, or leave it out where its gradient is no number."""
         refuse_empty(batch)
+        self._unfreeze()
         self._train_mode()
         self.joint.seed(self.settings.seed, self.progress.step)
         # Each part of an accumulated batch comes to the device by itself.

@@ -91,7 +91,8 @@ def options(draw: random.Random) -> list[str]:
     chosen += one("", "--optimizer adamw --opt-betas 0.9,0.95", "--optimizer lamb", "--optimizer lion")
     chosen += one("", "--sampler balanced", "--class-weights balanced") + maybe(0.3, "--warmup", "3")
     chosen += one("", "--aug trivialaugment", "--random-erasing 0.4", "--no-augment")
-    chosen += maybe(0.3, "--layer-decay", "0.7") + maybe(0.15, "--stage", "layer3") + maybe(0.15, "--freeze", "layer2")
+    chosen += maybe(0.3, "--layer-decay", "0.7") + maybe(0.15, "--freeze", "layer2")
+    chosen += one("", "", "", "--stage layer3", "--unfreeze-every 3", "--unfreeze-every 5")
     chosen += [*maybe(0.6, "--drop-path", "0.3"), *maybe(0.3, "--dropout", "0.3")] if model == "drops" else []
     chosen += maybe(0.3, "--patience", str(draw.randint(2, 6))) + maybe(0.5, "--keep-best", str(draw.randint(2, 4)))
     chosen += ["--best-by", *one("top1", "loss", "top5"), "--workers", *one("0", "0", "1", "2")]

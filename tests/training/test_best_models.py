@@ -250,7 +250,7 @@ def test_a_figure_that_is_the_same_for_all_models_is_refused(here: Path, capsys:
 def test_what_evaluations_decide_needs_some(here: Path) -> None:
     model = model_file.load("m.safetensors", trust_source=True)
     images = open_data("digits", model.info.preprocessing, "train", images=8)
-    with pytest.raises(UsageError, match="--keep-best keeps the best by evaluations"):
+    with pytest.raises(UsageError, match="--keep-best waits for evaluations"):
         finetune(model, images, None, out="new", settings=Settings(keep_best=2, batch_size=8, adjoint="backprop"))
 
 
