@@ -18,10 +18,17 @@ def check_teacher_is_named(settings: Settings, given: Given) -> None:
         raise UsageError("--distill 0 learns nothing from --teacher: give it a weight, or one to --teacher-states")
 
 
-def check_resumes(*, dry_run: bool, force: bool, begins: bool) -> None:
+def check_looks(*, dry_run: bool, find_lr: bool) -> None:
+    """Raises UsageError for two looks at a run at once."""
+    if dry_run and find_lr:
+        raise UsageError("--dry-run takes no step, --find-lr some: leave out one")
+
+
+def check_resumes(*, dry_run: bool, find_lr: bool, force: bool, begins: bool) -> None:
     """Raises UsageError for what a run that goes on cannot have. begins: a flag says how a run begins."""
-    if dry_run:
-        raise UsageError("--dry-run looks at a run before it begins, and --resume goes on with one: leave out one")
+    if dry_run or find_lr:
+        flag = "--dry-run" if dry_run else "--find-lr"
+        raise UsageError(f"{flag} looks at a run before it begins, and --resume goes on with one: leave out one")
     if force:
         raise UsageError("--resume goes on with the run in --out, --force replaces it: give one of them")
     if begins:

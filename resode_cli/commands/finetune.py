@@ -11,11 +11,11 @@ from typing import Annotated
 import typer
 
 from ..machine.locks import FolderLock, NoLock
-from ..machine.processes import begin_together, join
+from ..machine.processes import begin_together, join, refuse_several
 from ..machine.signals import exit_code
 from ..quantities import COUNT
 from ..training.settings import Settings
-from .checks_of_run import check_is_folder, check_resumes, check_teacher_is_named
+from .checks_of_run import check_is_folder, check_looks, check_resumes, check_teacher_is_named
 from .end_of_run import measure_at_end, tell_of_end
 from .interrupt import working
 from .options import (
@@ -43,7 +43,7 @@ from .start_of_run import (
     resumed_call,
     trusting,
 )
-from .trial_run import show_dry_run
+from .trial_run import show_dry_run, show_rates
 from .working_folder import (
     TAKEN,
     check_named,
@@ -104,6 +104,14 @@ def finetune_command(
             help="Check data, weights and budget, print plan and predicted peak, and train and write nothing.",
         ),
     ] = False,
+    find_lr: Annotated[
+        bool,
+        typer.Option(
+            "--find-lr",
+            help="Take 100 steps (or --max-steps) at learning rates from 1e-7 to 10, say where the loss falls fastest,"
+            " and keep and write nothing.",
+        ),
+    ] = False,
     resume: Annotated[
         bool,
         typer.Option(
@@ -148,10 +156,14 @@ def finetune_command(
     from .run_config import changed, config_text, keeping_config
 
     output = Output(json_mode=json, quiet=not processes.leads)
+    check_looks(dry_run=dry_run, find_lr=find_lr)
+    if find_lr:
+        refuse_several("--find-lr")
     if resume:
         given = without_remembered(ctx, given)
         model, data = (None if name in ctx.meta[TAKEN] else value for name, value in (("model", model), ("data", data)))
-        check_resumes(dry_run=dry_run, force=force, begins=bool({"new_head", "pretrained", "weights"} & given.flags))
+        begins = bool({"new_head", "pretrained", "weights"} & given.flags)
+        check_resumes(dry_run=dry_run, find_lr=find_lr, force=force, begins=begins)
         new_head = False  # which a recipe may say of how the run began
         out = run_to_resume(model, out, output)
     else:
@@ -227,6 +239,17 @@ def finetune_command(
         teacher_bytes = 0 if learned_from is None else learned_from.bytes
         if processes.leads:
             show_dry_run(loaded, train, settings, where, output, teacher_bytes, processes)
+        return
+    if find_lr:
+        show_rates(
+            loaded,
+            train,
+            settings,
+            where,
+            output,
+            learned_from,
+            steps=settings.max_steps if "max_steps" in given.flags else None,
+        )
         return
     settings_of_one(settings, processes, train)  # or say now why not
     begin_together()

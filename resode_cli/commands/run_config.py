@@ -24,7 +24,7 @@ from .options import MAY_BE_CODE, NOT_OF_A_RECIPE, is_code
 from .parameters import parameters_of
 from .start_of_run import Call
 
-NOT_OF_A_RUN = (*NOT_OF_A_RECIPE, "out", "force", "json", "dry_run")  # of the very command
+NOT_OF_A_RUN = (*NOT_OF_A_RECIPE, "out", "force", "json", "dry_run", "find_lr")  # of the very command
 HEADER = f"{CONFIG_BEGINNING}: --recipe with this file begins another one like it, in a folder of its own.\n"
 AS_IS = "# At their defaults:\n"
 

@@ -1,4 +1,4 @@
-"""`resode finetune --dry-run`: a run is looked at before it begins."""
+"""`resode finetune --dry-run` and `--find-lr`: a run is looked at before it begins."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ..machine.processes import Processes
     from ..network.model import OdeResNet
     from ..training.settings import Settings
+    from ..training.teacher import Teacher
 
 
 def show_dry_run(
@@ -62,3 +63,42 @@ def show_dry_run(
             f"a step would take {size(found.predicted_bytes)}, and {size(found.free_bytes)} are free; use --adjoint"
             " auto, a smaller --batch-size, or --micro-batches"
         )
+
+
+def show_rates(
+    model: OdeResNet,
+    train: ImageData,
+    settings: Settings,
+    device: torch.device,
+    output: Output,
+    teacher: Teacher | None,
+    *,
+    steps: int | None,
+) -> None:
+    """Say at which learning rates the loss falls. steps: of the test; None for the usual number."""
+    from dataclasses import asdict
+
+    from ..quantities import finite
+    from ..reports.choice import choice_table
+    from ..reports.rates import rates_line, rates_table
+    from ..training.find_lr import STEPS, find_lr
+    from .progress import counting
+
+    most = steps or STEPS
+    with counting(output, "trying learning rates", most) as advance:
+        found = find_lr(
+            model,
+            train,
+            settings,
+            device,
+            steps=most,
+            teacher=teacher,
+            on_message=output.note,
+            on_choice=lambda chosen: output.aside.print(choice_table(chosen)),
+            on_step=advance,
+        )
+    output.show(rates_table(found))
+    if found.ended:
+        output.note(f"the test ended at step {len(found.curve)} of {most}: {found.ended}")
+    output.show(rates_line(found, settings.lr))
+    output.json(finite({"find_lr": True, "suggestion": found.steepest, "steps": most, **asdict(found)}))

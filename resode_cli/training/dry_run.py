@@ -12,21 +12,17 @@ from ..data.workers import worker_count
 from ..gradients.results import ChosenAdjoints
 from ..machine.memory import free_bytes
 from ..machine.processes import ALONE, Processes
-from ..network.model import OdeResNet, check_finite
+from ..network.model import OdeResNet
 from ..ode import RandomState
 from ..simulation.step import Simulation, predicted
 from .averaging import average_bytes
 from .balance import balanced_labels
 from .best import check_evaluations, check_tells_apart
-from .dropping import use_random_layers
-from .guard import Guard
 from .loop import training_batches
 from .optimization import create_optimizer, create_scheduler, optimizer_slots
 from .parallel import settings_of_one
-from .resuming import with_stage_names
 from .settings import Settings
-from .starting import autocast_of, choice_batch, prepare_to_train, switch_scheme, tell_of_shared_statistics
-from .trained import train_only
+from .starting import guard_at_start, make_ready, prepare_to_train
 from .unfreezing import Unfreezing
 
 
@@ -73,39 +69,18 @@ def dry_run(
     processes: simulate the step of one of them.
     """
     total = settings.steps(len(train))
-    settings = settings_of_one(with_stage_names(settings, model), processes, train)
-    check_finite(model, "the model holds NaN or infinity in {}: nothing can be trained from there")
-    model.to(device)
-    for said in check_evaluations(settings, settings.per_epoch(len(train)), settings.steps(len(train))):
+    for said in check_evaluations(settings, settings.per_epoch(len(train)), total):
         on_message(said)
     check_tells_apart(model, settings)
-    use_random_layers(model, settings)
-    train_only(model, settings, on_message)
+    settings = settings_of_one(settings, processes, train)
+    settings = make_ready(model, settings, train, device, on_message)
     if settings.unfreeze_every is not None:  # the plan is for all that will be trained
-        for said in Unfreezing(model, settings, settings.steps(len(train))).plan(0):
+        for said in Unfreezing(model, settings, total).plan(0):
             on_message(said)
-    torch.manual_seed(settings.seed)
-    tell_of_shared_statistics(model, settings, on_message)
-    switch_scheme(model, settings, train, device, on_message)
-    if settings.channels_last:
-        model.use_channels_last()
-    if settings.compile:
-        model.compile_branches()
     create_scheduler(create_optimizer(model, settings), settings, total)
     beside = teacher_bytes + average_bytes(model, settings)
-    guard = Guard(
-        model,
-        settings,
-        device,
-        autocast=lambda: autocast_of(settings, device),
-        prepare=lambda: prepare_to_train(model, settings),
-        on_message=on_message,
-        on_choice=on_choice,
-        state=None,
-        beside=beside,
-    )
     random = RandomState.now(device)
-    guard.start(lambda: choice_batch(train, settings, device))
+    guard = guard_at_start(model, settings, train, device, beside=beside, on_message=on_message, on_choice=on_choice)
     random.restore()
     labels = balanced_labels(train, settings)
     source = training_batches(

@@ -77,7 +77,7 @@ class Joint:
         if not self.processes.alone:
             # BatchNorm's statistics are synchronised, or averaged, elsewhere; gradients are not kept twice.
             buffers: dict[str, Any] = {NO_BUFFERS: False}
-            self.parallel = DistributedDataParallel(model, gradient_as_bucket_view=True, **buffers)
+            self.parallel = DistributedDataParallel(self.model, gradient_as_bucket_view=True, **buffers)
 
     def __call__(self, images: Tensor) -> Tensor:
         """The model's outputs."""

@@ -11,11 +11,15 @@ from torch import Tensor
 
 from ..data import ImageData, batches
 from ..errors import join
-from ..network.model import OdeResNet, autocast_dtype, freeze_batch_norm
+from ..gradients.results import ChosenAdjoints
+from ..network.model import OdeResNet, autocast_dtype, check_finite, freeze_batch_norm
 from ..network.stage import OdeStage
 from ..surgery.batch_norm import batch_norms
+from .dropping import use_random_layers
+from .guard import Guard
+from .resuming import with_stage_names
 from .settings import Settings
-from .trained import freeze_norms_of_frozen_parts
+from .trained import freeze_norms_of_frozen_parts, train_only
 
 COMPARED = CALIBRATED = 32  # images
 
@@ -25,6 +29,51 @@ def choice_batch(train: ImageData, settings: Settings, device: torch.device) -> 
     count = min(CALIBRATED, settings.batch_size, len(train))
     order = [i * len(train) // count for i in range(count)]
     return next(batches(train, count, order=order)).on(device)
+
+
+def make_ready(
+    model: OdeResNet, settings: Settings, train: ImageData, device: torch.device, say: Callable[[str], None]
+) -> Settings:
+    """Do to the model what a run does to it before its first plan. Returns the settings, with stages by name."""
+    settings = with_stage_names(settings, model)
+    check_finite(model, "the model holds NaN or infinity in {}: nothing can be trained from there")
+    model.to(device)
+    use_random_layers(model, settings)
+    train_only(model, settings, say)
+    torch.manual_seed(settings.seed)
+    tell_of_shared_statistics(model, settings, say)
+    switch_scheme(model, settings, train, device, say)
+    if settings.channels_last:
+        model.use_channels_last()
+    if settings.compile:
+        model.compile_branches()
+    return settings
+
+
+def guard_at_start(
+    model: OdeResNet,
+    settings: Settings,
+    train: ImageData,
+    device: torch.device,
+    *,
+    beside: int,
+    on_message: Callable[[str], None],
+    on_choice: Callable[[ChosenAdjoints], None],
+) -> Guard:
+    """The guard of a run that begins, which has set the adjoints; see `Guard`."""
+    guard = Guard(
+        model,
+        settings,
+        device,
+        autocast=lambda: autocast_of(settings, device),
+        prepare=lambda: prepare_to_train(model, settings),
+        on_message=on_message,
+        on_choice=on_choice,
+        state=None,
+        beside=beside,
+    )
+    guard.start(lambda: choice_batch(train, settings, device))
+    return guard
 
 
 def prepare_to_train(model: OdeResNet, settings: Settings) -> None:
