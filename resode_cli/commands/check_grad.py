@@ -12,7 +12,8 @@ from rich.markup import escape
 from ..errors import ResodeError, UsageError
 from ..options import ADJOINT_SETTINGS
 from ..quantities import COUNT, NOT_NEGATIVE
-from ..training.settings import Settings, budget_bytes
+from ..training.settings import Settings
+from ..training.written import budget_bytes
 from .options import (
     DATA,
     DeviceOption,

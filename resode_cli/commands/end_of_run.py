@@ -63,6 +63,7 @@ def measure_at_end(
 ) -> dict[str, Any]:
     """The best model on images that neither trained nor chose it."""
     from ..data import batches
+    from ..machine.deterministic import deterministic
     from ..measuring.evaluate import evaluate
     from ..reports.report import evaluation_json, evaluation_line
     from ..training.run_folder import BEST
@@ -70,7 +71,9 @@ def measure_at_end(
     best = out / BEST
     model = origin.load(best) if best.is_file() else last
     size = max(settings.batch_size, 100)
-    found = evaluate(model.to(device), batches(data, size, workers=settings.workers, device=device), device=device)
+    images = batches(data, size, workers=settings.workers, device=device)
+    with deterministic(settings.deterministic, device):
+        found = evaluate(model.to(device), images, device=device)
     output.show(f"{'best' if best.is_file() else 'last'} model on {data.split}: {evaluation_line(found)}")
     return evaluation_json(found)
 

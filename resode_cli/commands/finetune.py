@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from ..machine.locks import FolderLock, NoLock
-from ..machine.processes import begin_together, join, refuse_several
+from ..machine.processes import begin_together, join, refuse_several, several
 from ..machine.signals import exit_code
 from ..quantities import COUNT
 from ..training.settings import Settings
@@ -127,8 +127,8 @@ def finetune_command(
 ) -> None:
     """Train a model with a backward pass that need not store activations."""
     start()
-    processes, device = join(device)
     from ..data import held_out_splits
+    from ..machine.deterministic import set_cublas_workspace
     from ..network.model import as_device
     from ..reports.choice import choice_table
     from ..reports.report import finetune_json
@@ -155,6 +155,9 @@ def finetune_command(
     from .progress import training
     from .run_config import changed, config_text, keeping_config
 
+    if settings.deterministic or (resume and several() > 1):  # before CUDA starts, as it does where processes meet
+        set_cublas_workspace()
+    processes, device = join(device)
     output = Output(json_mode=json, quiet=not processes.leads)
     check_looks(dry_run=dry_run, find_lr=find_lr)
     if find_lr:
@@ -183,6 +186,8 @@ def finetune_command(
     reads = [model_file, Path(teacher) if teacher is not None and teacher.endswith(".safetensors") else None]
     if processes.leads:
         check_folder(out, resume=resume, force=force, reads=[path for path in reads if path is not None])
+    if resume and run_folder.run_metadata(out)["settings"].get("deterministic"):
+        set_cublas_workspace()  # before the device is looked for
     where = as_device(device)
     state = run_folder.load_state(out, source=origin.source, trust_source=origin.trust_source) if resume else None
     if state is not None:

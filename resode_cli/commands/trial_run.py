@@ -29,12 +29,13 @@ def show_dry_run(
     """Say what a run would do and take."""
     from dataclasses import asdict
 
+    from ..machine.deterministic import deterministic
     from ..quantities import counted, size
     from ..reports.choice import choice_table
     from ..reports.report import adjoints_line
     from ..training.dry_run import dry_run
 
-    with output.aside.status("planning"):
+    with output.aside.status("planning"), deterministic(settings.deterministic, device):
         found = dry_run(
             model,
             train,

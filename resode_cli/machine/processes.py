@@ -214,10 +214,10 @@ def _met(processes: Processes) -> torch.distributed.Store:
 
     A signal ends this wait, which it does not where torch waits: another process may have been stopped as it started.
     """
-    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore, rendezvous
 
-    shared, _, _ = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore("resode", shared)
+    shared, _, _ = next(rendezvous("env://"))
+    store = PrefixStore("resode", shared)
     store.set(f"here {processes.place}", "1")
     while not store.check([f"here {place}" for place in range(processes.count)]):
         time.sleep(MEETING)

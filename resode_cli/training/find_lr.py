@@ -13,6 +13,7 @@ from torch.nn.functional import avg_pool1d
 from ..data import ImageData
 from ..errors import ResodeError, UsageError
 from ..gradients.results import ChosenAdjoints
+from ..machine.deterministic import deterministic
 from ..network.model import OdeResNet
 from ..ode import RandomState
 from .balance import balanced_labels, class_weights
@@ -85,7 +86,7 @@ def find_lr(
         raise UsageError(f"--max-steps {steps}: --find-lr needs {LEAST_STEPS} steps or more for a curve")
     rates = torch.logspace(math.log10(LOWEST), math.log10(HIGHEST), steps, dtype=torch.float64).tolist()
     settings = replace(settings, on_nonfinite="skip")  # what ends a run ends the test
-    with unchanged(model, device):
+    with unchanged(model, device), deterministic(settings.deterministic, device):
         settings = make_ready(model, settings, train, device, on_message)
         progress = Progress()
         loop = Loop(model, settings, device, progress, total=steps, should_stop=lambda: False, deferred=nullcontext)

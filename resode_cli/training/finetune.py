@@ -14,6 +14,7 @@ import torch
 
 from ..data import ImageData
 from ..gradients.results import ChosenAdjoints
+from ..machine.deterministic import deterministic
 from ..machine.locks import FolderLock, NoLock
 from ..machine.processes import ALONE, Processes
 from ..network.model import OdeResNet, check_finite
@@ -81,7 +82,8 @@ def finetune(
     tracking = Tracking(settings, Path(out), own, data=train.name, source=model.info.source)
     with nullcontext(lock) if lock is not None else FolderLock(Path(out), on_message=tracking.say) as held:
         to = (held, settings, torch.device(device), tracking.callbacks, resume, teacher, began_with, call, processes)
-        return tracking.around(lambda: _Run(model, train, test, *to).run())
+        with deterministic(settings.deterministic, torch.device(device)):
+            return tracking.around(lambda: _Run(model, train, test, *to).run())
 
 
 class _Run:

@@ -20,19 +20,10 @@ from ..quantities import (
     POSITIVE,
     SEED,
     TEMPERATURE,
-    parse_bytes,
     parse_duration,
 )
+from . import choices as words
 from .choices import (
-    AMP,
-    AUG,
-    BATCH_NORM,
-    BEST_BY,
-    CLIP_MODES,
-    LEAN,
-    ON_DRIFT,
-    ON_NONFINITE,
-    SCHEDULES,
     augmentation,
     backward,
     images,
@@ -45,7 +36,7 @@ from .choices import (
     trained,
 )
 from .contradictions import BALANCED, NO_AUG, STANDARD_AUG, refuse_contradictions
-from .written import parse_betas, parse_milestones, parse_trackers
+from .written import budget_bytes, parse_betas, parse_milestones, parse_trackers
 
 if TYPE_CHECKING:
     from ..data import Augmentation
@@ -141,7 +132,7 @@ class Settings:
         "norm",
         "Bound the norm of the whole gradient, the value of every entry, or each unit's norm relative to its weights'"
         " (agc, Brock et al. 2021; not the head's).",
-        choices=CLIP_MODES,
+        choices=words.CLIP_MODES,
     )
     optimizer: str = optimisation(
         "momentum", "Any optimizer of timm; 'momentum' is classical SGD with momentum.", resume="stays"
@@ -159,7 +150,7 @@ class Settings:
         "cosine",
         "Learning rate: down to --min-lr as a cosine, linearly, as a square (poly) or a tanh; a tenth of it at each of"
         " --milestones (step); lower where evaluations get no better (plateau); or constant.",
-        choices=SCHEDULES,
+        choices=words.SCHEDULES,
     )
     min_lr: float = optimisation(0.0, "Learning rate that the schedule ends at.", range=NOT_NEGATIVE)
     plateau_evaluations: int = optimisation(
@@ -203,7 +194,7 @@ class Settings:
         "frozen",
         "BatchNorm: normalise by the running statistics, which stay, or by the batch's own; of several processes each"
         " by its part's, or (sync) all by the whole batch's.",
-        choices=BATCH_NORM,
+        choices=words.BATCH_NORM,
         resume="stays",
     )
     drop_path: float | None = regularisation(
@@ -224,7 +215,7 @@ class Settings:
     ema_warmup: bool = regularisation(
         False, "Let the decay of --ema grow with the steps, for short runs.", resume="stays"
     )
-    amp: str = machine("none", "Autocast.", choices=AMP, resume="stays")
+    amp: str = machine("none", "Autocast.", choices=words.AMP, resume="stays")
     sampler: str = images(
         "shuffle",
         "Order of images: every one once per epoch, or each class equally often.",
@@ -241,7 +232,7 @@ class Settings:
     aug: str = augmentation(
         STANDARD_AUG,
         "What images are augmented by: nothing, crops and mirror images, or these and a policy of torchvision's.",
-        choices=AUG,
+        choices=words.AUG,
         resume="stays",
     )
     color_jitter: float = augmentation(
@@ -286,12 +277,12 @@ class Settings:
     on_drift: str = backward(
         "anchors",
         "Past it: move the stage to anchors (exact, more memory) and redo the step, warn once per stage, or stop.",
-        choices=ON_DRIFT,
+        choices=words.ON_DRIFT,
     )
     on_nonfinite: str = optimisation(
         "stop",
         "With a loss or gradient that is no number: stop, or skip the step; too many in a row stop a run.",
-        choices=ON_NONFINITE,
+        choices=words.ON_NONFINITE,
     )
     log_every: int = saving(20, "Steps per row of log.csv.", range=COUNT)
     save_every: int = saving(100, "Steps between saves of the state.", range=COUNT)
@@ -299,7 +290,7 @@ class Settings:
     best_by: str = saving(
         "top1",
         "What makes a model the best: its accuracy, top-5 accuracy or loss. The model as it began is one of them.",
-        choices=BEST_BY,
+        choices=words.BEST_BY,
         resume="stays",
     )
     keep_best: int = saving(
@@ -312,6 +303,10 @@ class Settings:
     )
     workers: int | str = workers_option()
     compile: bool = machine(False, "Compile the branches with torch.compile.")
+    deterministic: bool = machine(
+        False,
+        "Deterministic kernels alone: the same bits each time on one machine. A kernel that has none ends the run.",
+    )
     channels_last: bool = machine(False, "Keep images and states in that memory format.")
     teacher: str | None = teaching(None, "Model file or SOURCE to learn from.")
     distill: float = teaching(0.5, "Weight of the teacher's logits; the labels have the rest.", range=FRACTION)
@@ -347,7 +342,7 @@ class Settings:
 
     @property
     def budget_bytes(self) -> int | None:
-        """See the function of this name."""
+        """Of the memory budget; None if there is none, or 'lean'. Raises UsageError for anything else."""
         return budget_bytes(self.memory_budget)
 
     @property
@@ -389,8 +384,3 @@ class Settings:
             return self.max_steps or self.per_epoch(images)
         total = self.per_epoch(images) * self.epochs
         return min(total, self.max_steps or total)
-
-
-def budget_bytes(memory_budget: str | None) -> int | None:
-    """A memory budget in bytes; None if there is none, or 'lean'. Raises UsageError for anything else."""
-    return None if memory_budget is None or memory_budget == LEAN else parse_bytes(memory_budget)

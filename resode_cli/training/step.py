@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..data import Batch
 from ..errors import ResodeError
-from ..machine.processes import lost_means_ended
+from ..machine.processes import ALONE, lost_means_ended
 from ..network.model import OdeResNet
 from ..ode import RandomState, fixed_buffers
 from ..surgery.batch_norm import batch_norms
@@ -60,10 +60,11 @@ class Steps:
         average: Average | None,
         say: Callable[[str], None],
         advice: Callable[[], str],
-        joint: Joint,
+        joint: Joint | None = None,
         unfreezing: Unfreezing | None = None,
     ) -> None:
-        self.joint, self.processes = joint, joint.processes
+        self.joint = joint or Joint(model, ALONE)
+        self.processes = self.joint.processes
         self.model, self.settings, self.device, self.progress = model, settings, device, progress
         self.loop, self.guard, self.objective, self.average = loop, guard, objective, average
         self.say, self.advice, self.unfreezing = say, advice, unfreezing

@@ -5,9 +5,15 @@ from __future__ import annotations
 from fractions import Fraction
 
 from ..errors import UsageError, unknown
-from ..quantities import DECAYING
+from ..quantities import DECAYING, parse_bytes
+from .choices import LEAN
 
 TRACKERS, NO_TRACKER = ("tensorboard", "wandb", "mlflow", "trackio"), "none"
+
+
+def budget_bytes(memory_budget: str | None) -> int | None:
+    """A memory budget in bytes; None if there is none, or 'lean'. Raises UsageError for anything else."""
+    return None if memory_budget is None or memory_budget == LEAN else parse_bytes(memory_budget)
 
 
 def parse_milestones(text: str) -> tuple[Fraction, ...]:
