@@ -18,6 +18,7 @@ from ..errors import ResodeError, UsageError
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed.distributed_c10d import Store
 
 MEETING = 0.05  # seconds between two looks for the others
 
@@ -209,14 +210,15 @@ def join(device: str) -> tuple[Processes, str]:
     return found, device
 
 
-def _met(processes: Processes) -> torch.distributed.Store:
+def _met(processes: Processes) -> Store:
     """What the processes share to find each other, once all are there.
 
     A signal ends this wait, which it does not where torch waits: another process may have been stopped as it started.
     """
-    from torch.distributed.distributed_c10d import PrefixStore, rendezvous
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
 
-    shared, _, _ = next(rendezvous("env://"))
+    shared, _, _ = next(rendezvous("env://"))  # type: ignore[no-untyped-call]
     store = PrefixStore("resode", shared)
     store.set(f"here {processes.place}", "1")
     while not store.check([f"here {place}" for place in range(processes.count)]):

@@ -218,6 +218,7 @@ class _Run:
             for said in unfreezing.plan(self.progress.step):
                 callbacks.on_message(said)
             unfreezing.at(self.progress.step)
+            joint.renew()
 
     def _chosen(self, chosen: ChosenAdjoints) -> None:
         self.chosen = chosen
