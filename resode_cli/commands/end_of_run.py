@@ -70,7 +70,7 @@ def measure_at_end(
 
     best = out / BEST
     model = origin.load(best) if best.is_file() else last
-    size = max(settings.batch_size, 100)
+    size = max(settings.images_per_batch, 100)
     images = batches(data, size, workers=settings.workers, device=device)
     with deterministic(settings.deterministic, device):
         found = evaluate(model.to(device), images, device=device)

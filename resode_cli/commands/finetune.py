@@ -15,6 +15,7 @@ from ..machine.processes import begin_together, join, refuse_several, several
 from ..machine.signals import exit_code
 from ..quantities import COUNT
 from ..training.settings import Settings
+from .batches_of_run import sized
 from .checks_of_run import check_is_folder, check_looks, check_resumes, check_teacher_is_named
 from .end_of_run import measure_at_end, tell_of_end
 from .interrupt import working
@@ -36,7 +37,6 @@ from .resizing import Resizing
 from .start_of_run import (
     Call,
     as_it_read,
-    for_few_images,
     is_source,
     open_start,
     open_training,
@@ -172,7 +172,9 @@ def finetune_command(
     else:
         check_named(ctx, model=model, data=data)
         check_teacher_is_named(settings, given)
-        check_auto(given, chooses=settings.adjoint_choice().chooses)
+        check_auto(given, chooses=settings.adjoint_choice().chooses, sizes=settings.sizes_batches)
+        if settings.sizes_batches:
+            refuse_several("--batch-size auto, like --accumulate auto,")
         # One process chooses the name; to the others it means nothing.
         out = out or new_run(source_name(str(model)) if is_source(str(model)) else name_of(str(model)))
     check_optimizer(settings)
@@ -220,8 +222,6 @@ def finetune_command(
         augment=settings.augmentation or False,
         **called,
     )
-    if state is None:
-        settings = for_few_images(settings, given.all, len(train), output)
     test, *at_end = (
         reading.open(data, loaded, split, images=call.test_images, **called)
         for split in held_out_splits(data, reading.hold_out(loaded))
@@ -236,7 +236,9 @@ def finetune_command(
         if settings.teacher is not None
         else None
     )
-    if state is not None:
+    if state is None:
+        settings = sized(settings, given.all, loaded, train, where, learned_from, output)
+    else:
         check_resumable(state, train, test, settings, learned_from)
         early = ends_early(settings, given.all, len(train))
         output.notes([unknown_contents(state), early, f"resuming at step {state.progress['step']}"])

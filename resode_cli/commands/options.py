@@ -284,10 +284,13 @@ class Comparing:
     )
 
 
-def check_auto(given: Given, *, chooses: bool) -> None:
-    """Raises UsageError for a flag that only `auto` reads where nothing is chosen. A recipe's value is no flag."""
-    for name in ("grad_tol", "memory_budget"):
-        if name in given.flags and not chooses:
+def check_auto(given: Given, *, chooses: bool, sizes: bool = False) -> None:
+    """Raises UsageError for a flag that only `auto` reads where nothing is chosen. A recipe's value is no flag.
+
+    sizes: whether a batch is made to fit into the budget.
+    """
+    for name, read in (("grad_tol", chooses), ("memory_budget", chooses or sizes)):
+        if name in given.flags and not read:
             raise UsageError(
                 f"--{name.replace('_', '-')} is for methods that are chosen: --adjoint auto, or --anchors auto"
             )

@@ -58,7 +58,8 @@ def config_text(ctx: typer.Context, settings: Settings, call: Call, *, resumes: 
         if name in MAY_BE_CODE and is_code(value):
             unsaid.append(one_line(f"# {line}  # code, which no recipe names: say it on the command line"))
         else:
-            (default if value == parameter.default else chosen).append(line)
+            # A number that may be a word has a text for its default.
+            (default if value == parameter.default or str(value) == parameter.default else chosen).append(line)
     commands = [line for line in before.splitlines() if line.startswith("# resode finetune ")]
     lines = [*versions(), *dict.fromkeys([*commands, f"# {command_line(ctx)}"]), *dict.fromkeys(unsaid)]
     body = "".join(f"{line}\n" for line in (*lines, "", "[finetune]", *chosen, ""))

@@ -111,10 +111,10 @@ def for_few_images(settings: Settings, given: frozenset[str], images: int, outpu
     """
     said = []
     if "batch_size" not in given:
-        size, least = settings.batch_size, max(SMALLEST_BATCH, settings.micro_batches)
-        while size > least and images // (size * settings.accumulate) < LEAST_PER_EPOCH:
+        size, least = settings.images_per_batch, max(SMALLEST_BATCH, settings.micro_batches)
+        while size > least and images // (size * settings.batches_per_step) < LEAST_PER_EPOCH:
             size //= 2
-        if size < settings.batch_size:
+        if size < settings.images_per_batch:
             settings = replace(settings, batch_size=size)
             said.append(f"--batch-size {size}")
     if not {"epochs", "max_steps"} & given and settings.per_epoch(images) < LEAST_STEPS:

@@ -20,11 +20,10 @@ from ..errors import ResodeError
 from ..network.mixing import differs_in_parts, mixes_images
 from ..network.model import OdeResNet
 from ..ode import Adjoint, RandomState, fixed_buffers
-from ..quantities import size
 from ..simulation.step import RESERVE, REST, Simulation, StepUse, predicted
 from .menu import HOLD, Menu, stage_of
 from .planner import EXACT_WORTH, Option, Plan, fastest, lean, least, peak_of, seconds_of
-from .results import Alternative, ChosenAdjoints, PieceChoice
+from .results import Alternative, ChosenAdjoints, OverBudgetError, PieceChoice
 from .trials import FIRST_WIDTH, Trials, Tried
 
 # Another batch has another error: what is chosen has this much of the tolerance on the batch at hand.
@@ -32,7 +31,6 @@ MARGIN = 0.7
 # Of a forward pass: what is given away for memory where no budget says how much of that there is.
 SLACK = 0.2
 ROUNDS = 16
-ABOVE = 1.01  # of a size, so that it is not rounded down
 FASTER = 0.95  # of a time: what is worth being told
 # Of a piece that was not to be chosen, by whether its gradient is exact.
 AS_ASKED = (
@@ -353,11 +351,10 @@ class _Chooser:
         """Name the least that can be had, and what would lower it."""
         advice = "raise --memory-budget or lower --batch-size"
         if self.mixes and self.methods is None:
-            advice += ", or freeze BatchNorm (--bn frozen), so that the batch can be run in parts"
+            advice += ", or split it (--accumulate auto, or --bn frozen, with which parts are as good as the whole)"
         if needed is None:
             return ResodeError(f"no adjoint of {', '.join(self.methods or ['all'])} is within --grad-tol; raise it")
-        budget, least_size = size(int(self.budget)), size(needed * ABOVE)
-        return ResodeError(f"memory budget of {budget}: a training step takes at least {least_size}; {advice}")
+        return OverBudgetError(needed, int(self.budget), advice)
 
 
 def _adjoints(plan: Plan) -> dict[str, Adjoint]:

@@ -5,7 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import ResodeError
 from ..ode import Adjoint
+from ..quantities import size
+
+ABOVE = 1.01  # of a size, so that it is not rounded down
+
+
+class OverBudgetError(ResodeError):
+    """A training step that takes more bytes than its budget, however it is planned. advice: what would change that."""
+
+    def __init__(self, needed: int, budget: int, advice: str) -> None:
+        self.needed, self.advice = needed, advice
+        super().__init__(
+            f"memory budget of {size(budget)}: a training step takes at least {size(needed * ABOVE)}; {advice}"
+        )
 
 
 @dataclass(frozen=True)

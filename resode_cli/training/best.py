@@ -181,7 +181,7 @@ class Evaluations:
                     (folder / name).unlink(missing_ok=True)
 
     def _evaluate(self, test: ImageData) -> Evaluation:
-        size, workers = max(self.settings.batch_size, 100), self.settings.workers
+        size, workers = max(self.settings.images_per_batch, 100), self.settings.workers
         data = batches(test, size, workers=workers, device=self.device, processes=self.loop.processes)
         with self.saves.averaged():
             return evaluate(

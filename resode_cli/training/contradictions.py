@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError, join
+from .lengths import AUTO
 
 if TYPE_CHECKING:
     from .settings import Settings
@@ -56,7 +57,7 @@ def _of_images(s: Settings) -> list[str]:
         if s.mixup_prob != 1 and not (s.mixup or s.cutmix)
         else "",
         f"{'--mixup' if s.mixup else '--cutmix'} mixes the images of a batch with each other, and a step has one"
-        if (s.mixup or s.cutmix) and s.step_images == 1
+        if (s.mixup or s.cutmix) and s.batch_size == s.accumulate == 1
         else "",
         "--distill 1 leaves the labels out, which --label-smoothing, --bce-loss and --class-weights are about"
         if s.teacher is not None and s.distill == 1 and (s.label_smoothing or s.bce_loss or weighs)
@@ -93,10 +94,13 @@ def _of_batches(s: Settings) -> list[str]:
     whole = "--teacher-states compares whole batches, which {} splits: leave out one"
     return [
         f"--micro-batches {s.micro_batches}: a batch has {s.batch_size} images"
-        if s.micro_batches > s.batch_size
+        if isinstance(s.batch_size, int) and s.micro_batches > s.batch_size
         else "",
         whole.format("--micro-batches") if s.micro_batches > 1 and s.teacher_states else "",
-        whole.format("--accumulate") if s.accumulate > 1 and s.teacher_states else "",
+        whole.format("--accumulate") if s.accumulate != 1 and s.teacher_states else "",
+        "--batch-size auto looks for the largest batch, and --accumulate auto splits a given one: leave out one"
+        if s.batch_size == s.accumulate == AUTO
+        else "",
     ]
 
 

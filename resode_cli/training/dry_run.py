@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from ..machine.memory import free_bytes
 from ..machine.processes import ALONE, Processes
 from ..network.model import OdeResNet
 from ..ode import RandomState
-from ..simulation.step import Simulation, predicted
+from ..simulation.step import Simulation, StepUse, predicted
 from .averaging import average_bytes
 from .balance import balanced_labels
 from .best import check_evaluations, check_tells_apart
@@ -24,6 +25,8 @@ from .parallel import settings_of_one
 from .settings import Settings
 from .starting import guard_at_start, make_ready, prepare_to_train
 from .unfreezing import Unfreezing
+
+FLOAT = 4  # bytes of a number of an image
 
 
 @dataclass(frozen=True)
@@ -78,10 +81,6 @@ def dry_run(
         for said in Unfreezing(model, settings, total).plan(0):
             on_message(said)
     create_scheduler(create_optimizer(model, settings), settings, total)
-    beside = teacher_bytes + average_bytes(model, settings)
-    random = RandomState.now(device)
-    guard = guard_at_start(model, settings, train, device, beside=beside, on_message=on_message, on_choice=on_choice)
-    random.restore()
     labels = balanced_labels(train, settings)
     source = training_batches(
         train,
@@ -90,42 +89,105 @@ def dry_run(
         seed=settings.seed,
         epoch=0,
         labels=labels,
-        accumulate=settings.accumulate,
+        accumulate=settings.batches_per_step,
         processes=processes,
     )
     first = next(source)
     source.close()
-    prepare_to_train(model, settings)
-    slots, parts = optimizer_slots(settings), guard.state.micro_batches
-    batches = settings.batches_of(len(first.labels))
-    batch = -(-len(first.labels) // batches)
-    if device.type == "cpu":  # the images of the step's other batches wait there
-        beside += first.images.nbytes - first.images[:batch].nbytes
-    found = Simulation(model, device.type).step(
-        model.adjoints,
-        (batch, *first.images.shape[1:]),
-        amp=settings.amp,
-        optimizer_slots=slots,
-        micro_batches=parts,
-        accumulates=batches > 1,
+    found = foreseen(
+        model,
+        train,
+        settings,
+        device,
+        images=first.images.shape,
+        beside=teacher_bytes,
+        on_message=on_message,
+        on_choice=on_choice,
     )
-    trained = [p for p in model.parameters() if p.requires_grad]
-    gradients = sum(p.nbytes for p in trained)
-    weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    weights, gradients, optimizer = _standing(model, settings)
     return DryRun(
         total,
-        batch,
-        parts,
+        found.batch,
+        found.micro_batches,
         {name: adjoint.label for name, adjoint in model.adjoints.items()},
-        batches,
-        sum(p.numel() for p in trained),
+        settings.batches_of(len(first.labels)),
+        sum(p.numel() for p in model.parameters() if p.requires_grad),
         weights,
         gradients,
-        slots * gradients,
-        max(found.peak - weights - (1 + slots) * gradients, 0),
-        beside,
-        predicted(found) + beside,
+        optimizer,
+        max(found.use.peak - weights - gradients - optimizer, 0),
+        found.beside,
+        found.bytes,
         free_bytes(device) + weights,
         tuple(first.skipped),
         worker_count(settings.workers, len(train), device),
     )
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """A simulated step. batch: images of one of its batches. beside: bytes of a teacher, an average, waiting images."""
+
+    batch: int
+    micro_batches: int
+    use: StepUse
+    beside: int
+
+    @property
+    def bytes(self) -> int:
+        """The most that is alive at a time, with a reserve."""
+        return predicted(self.use) + self.beside
+
+
+def foreseen(
+    model: OdeResNet,
+    train: ImageData,
+    settings: Settings,
+    device: torch.device,
+    *,
+    images: Sequence[int],
+    beside: int,
+    on_message: Callable[[str], None] = lambda text: None,
+    on_choice: Callable[[ChosenAdjoints], None] = lambda chosen: None,
+    of_free: float = 1.0,
+) -> Foreseen:
+    """Set the adjoints of a model that is `ready`, and simulate a step.
+
+    images: the shape (B, C, H, W) of the images of all of a step's batches. beside: bytes of a teacher. of_free: see
+    `Guard`.
+    Raises OverBudgetError where no plan fits.
+    """
+    beside += average_bytes(model, settings)
+    random = RandomState.now(device)
+    guard = guard_at_start(
+        model,
+        settings,
+        train,
+        device,
+        beside=beside,
+        on_message=on_message,
+        on_choice=on_choice,
+        of_free=of_free,
+    )
+    random.restore()
+    prepare_to_train(model, settings)
+    batches = settings.batches_of(images[0])
+    batch = -(-images[0] // batches)
+    if device.type == "cpu":  # the images of the step's other batches wait there
+        beside += (images[0] - batch) * math.prod(images[1:]) * FLOAT
+    use = Simulation(model, device.type).step(
+        model.adjoints,
+        (batch, *images[1:]),
+        amp=settings.amp,
+        optimizer_slots=optimizer_slots(settings),
+        micro_batches=guard.state.micro_batches,
+        accumulates=batches > 1,
+    )
+    return Foreseen(batch, guard.state.micro_batches, use, beside)
+
+
+def _standing(model: OdeResNet, settings: Settings) -> tuple[int, int, int]:
+    """Bytes of weights and buffers, of the gradients, and of what the optimizer keeps."""
+    gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    return weights, gradients, optimizer_slots(settings) * gradients

@@ -290,7 +290,7 @@ class _Run:
             workers=settings.workers,
             device=self.device,
             labels=balanced_labels(self.train, settings),
-            accumulate=settings.accumulate,
+            accumulate=settings.batches_per_step,
             processes=self.processes,
         )
         return self.loop.run(source, self.steps.take, self._stepped, self._between)

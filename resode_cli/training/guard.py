@@ -13,13 +13,13 @@ from torch import Tensor
 
 from ..errors import ResodeError
 from ..gradients.choose import choose_adjoints
-from ..gradients.results import ChosenAdjoints
+from ..gradients.results import ChosenAdjoints, OverBudgetError
 from ..machine.memory import free_bytes, give_back_freed_memory
 from ..machine.processes import ALONE, Processes
 from ..network.mixing import check_apart
 from ..network.model import OdeResNet
 from ..ode import Adjoint
-from ..simulation.step import CannotSimulate
+from ..simulation.step import RESERVE, CannotSimulate
 from .choices import LEAN
 from .optimization import optimizer_slots
 from .settings import Settings
@@ -67,7 +67,7 @@ class Guard:
 
     batch: gives a batch to choose on. prepare: puts the model in the mode that it trains in. beside: bytes of a
     teacher and of an average of the weights, which a budget has to hold too. all_trained: inside it, what is trained
-    later is trained too.
+    later is trained too. of_free: the share of the free memory that is a budget where there is none.
     """
 
     def __init__(
@@ -84,9 +84,11 @@ class Guard:
         beside: int = 0,
         processes: Processes = ALONE,
         all_trained: Callable[[], AbstractContextManager[None]] = nullcontext,
+        of_free: float = 1.0,
     ) -> None:
         self.processes = processes
         self.model, self.settings, self.device = model, settings, device
+        self.of_free = of_free
         self.autocast, self.prepare = autocast, prepare
         self.on_message, self.on_choice = on_message, on_choice
         self.asked = settings.adjoint_choice().with_names(model)
@@ -219,16 +221,20 @@ class Guard:
         fixed = {part: adjoints[part] for part in self.asked.fixed(self.model)}
         settings, given = self.settings, self.settings.micro_batches
         images, labels = images.to(self.device), labels.to(self.device)
-        part = -(-settings.batch_size // given)
-        budget = (settings.budget_bytes or self._free()) - self.beside
-        if given * settings.accumulate > 1:  # the gradients of the parts before, and the images of the others
-            budget -= sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
-            waiting = settings.step_images if self.device.type == "cpu" else settings.batch_size
+        part = -(-settings.images_per_batch // given)
+        whole = settings.budget_bytes or self._free()
+        budget = whole - self.beside
+        if given * settings.batches_per_step > 1:  # the gradients of the parts before, and the images of the others
+            gradients = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
+            budget -= round((1 + RESERVE) * gradients)
+            waiting = settings.step_images if self.device.type == "cpu" else settings.images_per_batch
             budget -= images[0].nbytes * (waiting - part)
         if settings.budget_bytes is not None and self.device.type == "cpu":
             give_back_freed_memory()
         try:
             chosen = self._chosen_on(images, labels, part, max(budget, 1), fixed)
+        except OverBudgetError as error:
+            raise OverBudgetError(error.needed + whole - budget, whole, error.advice) from None
         except CannotSimulate as reason:
             if settings.budget_bytes is not None or self._methods is not None:
                 raise ResodeError(f"{reason}; leave out the budget, or give --adjoint checkpoint") from reason
@@ -274,7 +280,8 @@ class Guard:
 
     def _free(self) -> int:
         """What the device has free, counting the weights, which are there already."""
-        return int(self.least_free) + sum(t.nbytes for t in (*self.model.parameters(), *self.model.buffers()))
+        weights = sum(t.nbytes for t in (*self.model.parameters(), *self.model.buffers()))
+        return int(self.of_free * (self.least_free + weights))
 
     def _remember(self) -> None:
         self.state.adjoints = {name: asdict(adjoint) for name, adjoint in self.model.adjoints.items()}

@@ -34,15 +34,15 @@ def settings_of_one(settings: Settings, processes: Processes, train: ImageData) 
     count = processes.count
     if count == 1:
         return settings
-    if settings.batch_size % count:
+    if settings.images_per_batch % count:
         raise UsageError(
-            f"--batch-size {settings.batch_size} is the whole batch, and {count} processes cannot have equal parts of"
+            f"--batch-size {settings.images_per_batch} is the whole batch, and {count} processes cannot have equal parts of"
             f" it; give a multiple of {count}"
         )
-    if settings.micro_batches * count > settings.batch_size:
+    if settings.micro_batches * count > settings.images_per_batch:
         raise UsageError(
             f"--micro-batches {settings.micro_batches}: each of {count} processes has"
-            f" {settings.batch_size // count} images of a batch"
+            f" {settings.images_per_batch // count} images of a batch"
         )
     if len(train) < count:
         raise UsageError(f"{len(train)} images for {count} processes: start fewer")
@@ -56,7 +56,7 @@ def settings_of_one(settings: Settings, processes: Processes, train: ImageData) 
             )
         if len(train) < settings.step_images:
             raise UsageError(f"--bn sync needs whole batches, and {len(train)} images are fewer than one")
-    return replace(settings, batch_size=settings.batch_size // count)
+    return replace(settings, batch_size=settings.images_per_batch // count)
 
 
 class Joint:

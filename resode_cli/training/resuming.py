@@ -14,6 +14,7 @@ from ..files import model_file
 from ..network.model import OdeResNet
 from ..options import flag_of, option_of, parameter_of
 from ..sources.registry import SAVED, parse_source
+from .lengths import AUTO
 from .results import NONE_YET
 from .run_folder import ALONE, BEST, CONFIG, FILES, LOG, STATE, State, is_own, runner_up, runners_up, settle_first_model
 from .settings import Settings
@@ -38,6 +39,7 @@ def resumed(
     known = {name: saved[name] for name in settings if name in saved}
     known = {name: tuple(value) or None if isinstance(value, list) else value for name, value in known.items()}
     before, chosen = with_stage_names(Settings(**known), model), with_stage_names(chosen, model)
+    chosen = decided_before(chosen, before)
     said = []
     changes: dict[str, Any] = {}
     for name, setting in settings.items():
@@ -51,6 +53,23 @@ def resumed(
         said.append(f"{flag} is {_shown(now)} from here on; it was {_shown(was)}")
         changes[name] = now
     return replace(before, **changes), said
+
+
+def decided_before(chosen: Settings, before: Settings) -> Settings:
+    """Settings given to a run that goes on: 'auto' stands for what was found when it began.
+
+    With --accumulate auto, the batch size is that of the whole step, as it was when the run began.
+    """
+    if chosen.batch_size == AUTO:
+        chosen = replace(chosen, batch_size=before.batch_size)
+    if chosen.accumulate == AUTO:
+        whole = chosen.batch_size == before.step_images
+        chosen = replace(
+            chosen,
+            accumulate=before.accumulate,
+            batch_size=before.batch_size if whole else chosen.batch_size,
+        )
+    return chosen
 
 
 def with_stage_names(settings: Settings, model: OdeResNet) -> Settings:

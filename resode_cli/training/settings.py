@@ -36,6 +36,7 @@ from .choices import (
     trained,
 )
 from .contradictions import BALANCED, NO_AUG, STANDARD_AUG, refuse_contradictions
+from .lengths import AUTO, Lengths
 from .written import budget_bytes, parse_betas, parse_milestones, parse_trackers
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Lengths):
     """Everything that decides what a run does, but model, data and device.
 
     The run ends at `epochs` or `max_steps`, whichever comes first, after one epoch if neither is given; the schedule
@@ -85,8 +86,8 @@ class Settings:
     )
     micro_batches: int = backward(
         1,
-        "Split every batch in so many parts, one after the other, whose gradients add up: exact where a network mixes"
-        " no images. 'auto' may choose more.",
+        "Split every batch in so many parts, one after the other, whose gradients add up: the same step, so refused"
+        " where images mix (--bn batch; see --accumulate). --adjoint auto chooses more where a budget asks for it.",
         range=COUNT,
         resume="stays",
     )
@@ -109,17 +110,23 @@ class Settings:
     max_time: str | None = length(
         None, "End at a step after so long (30m, 2h, 1h30m), counted anew by each command; --resume goes on."
     )
-    batch_size: int = length(
+    batch_size: int | str = length(
         128,
-        "Images per batch, of which each of several processes has a part. For few images the default is less.",
+        "Images per batch, of which each of several processes has a part; for few images the default is less. 'auto':"
+        " as many as fit into --memory-budget, or into what is free, with the --adjoint asked for, 256 at most. --lr is"
+        " per step and is not scaled: for a batch k times as large, k times the --lr, or with Adam √k times, is where to"
+        " begin.",
         range=COUNT,
+        word=AUTO,
         flags=("--batch-size", "-b"),
         resume="stays",
     )
-    accumulate: int = length(
+    accumulate: int | str = length(
         1,
-        "Batches whose gradients add up to one step, as of a batch so many times as large; steps count as one.",
+        "Batches whose gradients add up to one step, as of a batch so many times as large; steps count as one."
+        " With --bn batch each is normalised by itself. 'auto': as few as make --batch-size images fit into memory.",
         range=COUNT,
+        word=AUTO,
         resume="stays",
     )
     lr: float = optimisation(1e-3, "Peak learning rate.", range=POSITIVE)
@@ -364,23 +371,3 @@ class Settings:
         from ..gradients.stage_adjoints import parse_adjoints_by_stage
 
         return parse_adjoints_by_stage(self.adjoint, **{name: getattr(self, name) for name in ADJOINT_SETTINGS})
-
-    @property
-    def step_images(self) -> int:
-        """Images per step of the optimizer."""
-        return self.batch_size * self.accumulate
-
-    def batches_of(self, images: int) -> int:
-        """Batches that the images of a step are split in: fewer than `accumulate` where there are few images."""
-        return min(self.accumulate, max(-(-images // self.batch_size), 1))
-
-    def per_epoch(self, images: int) -> int:
-        """Steps per epoch: full ones only, but one at least."""
-        return max(images // self.step_images, 1)
-
-    def steps(self, images: int) -> int:
-        """Steps of the whole run on a training split of so many images."""
-        if self.epochs is None:
-            return self.max_steps or self.per_epoch(images)
-        total = self.per_epoch(images) * self.epochs
-        return min(total, self.max_steps or total)

@@ -26,7 +26,7 @@ COMPARED = CALIBRATED = 32  # images
 
 def choice_batch(train: ImageData, settings: Settings, device: torch.device) -> tuple[Tensor, Tensor]:
     """Training images, evenly spaced: neighbours in a folder are of one class."""
-    count = min(CALIBRATED, settings.batch_size, len(train))
+    count = min(CALIBRATED, settings.images_per_batch, len(train))
     order = [i * len(train) // count for i in range(count)]
     return next(batches(train, count, order=order)).on(device)
 
@@ -59,6 +59,7 @@ def guard_at_start(
     beside: int,
     on_message: Callable[[str], None],
     on_choice: Callable[[ChosenAdjoints], None],
+    of_free: float = 1.0,
 ) -> Guard:
     """The guard of a run that begins, which has set the adjoints; see `Guard`."""
     guard = Guard(
@@ -71,6 +72,7 @@ def guard_at_start(
         on_choice=on_choice,
         state=None,
         beside=beside,
+        of_free=of_free,
     )
     guard.start(lambda: choice_batch(train, settings, device))
     return guard

@@ -122,7 +122,7 @@ class Steps:
         return found
 
     def _must_redo(self, found: Taken, images: Tensor, labels: Tensor) -> bool:
-        first = slice(self.settings.batch_size)
+        first = slice(self.settings.images_per_batch)
         return self.guard.must_redo(
             found.monitor["drift"], images[first], classes_of(labels[first]), self.progress.step + 1
         )

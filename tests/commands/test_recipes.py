@@ -24,7 +24,8 @@ def test_there_are_recipes() -> None:
     ("line", "says"),
     [
         ("lr = true", "lr = true: write a number"),
-        ("batch-size = 1.5", "batch-size = 1.5: write a whole number"),
+        ("log-every = 1.5", "log-every = 1.5: write a whole number"),
+        ("batch-size = 1.5", "--batch-size '1.5': write a whole number, or auto"),
         ("epochs = 2.0", "epochs = 2.0: write a whole number"),
         ('lr = "1e-3"', "lr = '1e-3': write a number"),
         ("augment = 1", "augment = 1: write true or false"),
