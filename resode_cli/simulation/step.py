@@ -65,6 +65,11 @@ class StepUse:
 RESERVE = 0.1
 
 
+def optimizer_bytes(p: Tensor) -> int:
+    """Of a number that an optimizer keeps for each of a parameter's: in float32 at least."""
+    return p.numel() * max(p.element_size(), torch.float32.itemsize)
+
+
 def predicted(use: StepUse) -> int:
     """Bytes of a simulated step, with a reserve for what libraries take for themselves."""
     return use.fixed + round((1 + RESERVE) * (use.peak - use.fixed))
@@ -131,7 +136,7 @@ class Simulation:
             batch, labels = torch.empty(images, dtype=dtype), torch.empty(parts, dtype=torch.long)
         own = [*model.parameters(), *model.buffers()]
         fixed = sum(t.nbytes for t in own) + batch.nbytes
-        fixed += optimizer_slots * sum(p.nbytes for p in model.parameters() if p.requires_grad)
+        fixed += optimizer_slots * sum(optimizer_bytes(p) for p in model.parameters() if p.requires_grad)
         repeats = 2 if micro_batches > 1 or accumulates else 1
         ledger = Ledger(self.machine, [*own, batch, labels], self.mode, self.calls)
         try:

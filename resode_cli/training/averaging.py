@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import ResodeError
 from ..network.model import OdeResNet
+from ..simulation.step import optimizer_bytes
 from .settings import Settings
 
 
@@ -93,4 +94,4 @@ class Average:
 
 def average_bytes(model: OdeResNet, settings: Settings) -> int:
     """What an average takes beside the model."""
-    return 0 if settings.ema is None else sum(tensor.nbytes for tensor in averaged_tensors(model).values())
+    return 0 if settings.ema is None else sum(map(optimizer_bytes, averaged_tensors(model).values()))

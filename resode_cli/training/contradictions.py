@@ -39,6 +39,9 @@ def _of_what_is_trained(s: Settings) -> list[str]:
         "--clip-mode agc leaves the head's gradient as it is, and --linear-probe trains the head alone: leave out one"
         if probe and s.clip_mode == "agc"
         else "",
+        "--weights-dtype is bfloat16, and --amp fp16 computes in float16: leave out one"
+        if s.weights_dtype is not None and s.amp == "fp16"
+        else "",
         "--ema-warmup is of --ema DECAY: give it" if s.ema_warmup and s.ema is None else "",
     ]
 

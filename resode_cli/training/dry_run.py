@@ -15,7 +15,7 @@ from ..machine.memory import free_bytes
 from ..machine.processes import ALONE, Processes
 from ..network.model import OdeResNet
 from ..ode import RandomState
-from ..simulation.step import Simulation, StepUse, predicted
+from ..simulation.step import Simulation, StepUse, optimizer_bytes, predicted
 from .averaging import average_bytes
 from .balance import balanced_labels
 from .best import check_evaluations, check_tells_apart
@@ -178,7 +178,7 @@ def foreseen(
     use = Simulation(model, device.type).step(
         model.adjoints,
         (batch, *images[1:]),
-        amp=settings.amp,
+        amp=settings.precision,
         optimizer_slots=optimizer_slots(settings),
         micro_batches=guard.state.micro_batches,
         accumulates=batches > 1,
@@ -190,4 +190,5 @@ def _standing(model: OdeResNet, settings: Settings) -> tuple[int, int, int]:
     """Bytes of weights and buffers, of the gradients, and of what the optimizer keeps."""
     gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-    return weights, gradients, optimizer_slots(settings) * gradients
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return weights, gradients, optimizer_slots(settings) * sum(map(optimizer_bytes, trained))

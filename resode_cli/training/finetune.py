@@ -22,6 +22,7 @@ from . import run_folder
 from .averaging import Average, average_bytes
 from .balance import balanced_labels, class_weights
 from .best import Evaluations, check_evaluations, check_tells_apart
+from .bf16_weights import leave_in_float32, raised
 from .dropping import use_random_layers
 from .guard import Guard, GuardState
 from .loop import DONE, INTERRUPTED, Loop, training_batches
@@ -82,8 +83,12 @@ def finetune(
     tracking = Tracking(settings, Path(out), own, data=train.name, source=model.info.source)
     with nullcontext(lock) if lock is not None else FolderLock(Path(out), on_message=tracking.say) as held:
         to = (held, settings, torch.device(device), tracking.callbacks, resume, teacher, began_with, call, processes)
-        with deterministic(settings.deterministic, torch.device(device)):
-            return tracking.around(lambda: _Run(model, train, test, *to).run())
+        try:
+            with deterministic(settings.deterministic, torch.device(device)):
+                return tracking.around(lambda: _Run(model, train, test, *to).run())
+        finally:
+            if settings.weights_dtype is not None:  # and the run ended before it began
+                leave_in_float32(model)
 
 
 class _Run:
@@ -173,7 +178,8 @@ class _Run:
         objective.forward = joint
         if resume is not None:
             resume.restore(optimizer, self.loop.scaler, device)
-        average = None if settings.ema is None else Average(model, settings)
+        with raised(self.loop.optimizer):
+            average = None if settings.ema is None else Average(model, settings)
         if average is not None and resume is not None:
             average.restore(resume.average)
         self.saves = (Saves if processes.leads else NoSaves)(
@@ -241,6 +247,7 @@ class _Run:
             raise
         finally:
             self.saves.close()
+            leave_in_float32(self.model, self.loop.optimizer)
         return FinetuneResult(
             progress.step,
             self.total,

@@ -273,7 +273,7 @@ class Guard:
             optimizer_slots=optimizer_slots(settings),
             methods=self._methods,
             fixed=fixed,
-            amp=settings.amp,
+            amp=settings.precision,
             micro_batches=settings.micro_batches == 1 and not settings.teacher_states,
             autocast=self.autocast,
         )

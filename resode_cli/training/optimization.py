@@ -21,6 +21,7 @@ from ..errors import UsageError, unknown
 from ..network.head import head_parameters
 from ..network.model import OdeResNet
 from ..network.outside import STEM
+from .bf16_weights import BF16, MASTER, Bf16Optimizer, steps_part_by_part
 from .contradictions import PLATEAU
 from .settings import Settings
 
@@ -28,10 +29,26 @@ MOST_SLOTS = 2  # Adam's
 
 
 def create_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """timm's optimizer of the name: no weight decay on norms and biases.
+    """timm's optimizer of the name: no weight decay on norms and biases. With `weights_dtype`, it lowers the model's.
 
     Raises UsageError for a name that is none, and for settings that the optimizer does not have.
     """
+    inner = _timms_optimizer(model, settings)
+    if settings.weights_dtype is None:
+        return inner
+    return Bf16Optimizer(inner, model, masters=settings.weights_dtype == MASTER, seed=settings.seed)
+
+
+def check_steps_part_by_part(settings: Settings) -> None:
+    """Raises UsageError for an optimizer that needs all gradients together, where they are to be stepped in parts."""
+    if settings.weights_dtype == BF16 and not steps_part_by_part(lambda net: _timms_optimizer(net, settings)):
+        raise UsageError(
+            f"--weights-dtype bf16 steps some of the weights at a time, and the optimizer {settings.optimizer} looks at"
+            " all of them together; use --weights-dtype bf16-master, or another optimizer"
+        )
+
+
+def _timms_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
     if settings.optimizer not in list_optimizers():
         raise unknown("optimizer", settings.optimizer, list_optimizers())
     asked = {"betas": settings.betas, "eps": settings.opt_eps}
@@ -77,14 +94,14 @@ def clipped_parameters(model: nn.Module, settings: Settings) -> list[nn.Paramete
 
 
 def optimizer_slots(settings: Settings) -> int:
-    """Numbers that the optimizer keeps for each trained one, as a step on a small layer shows."""
-    random = torch.get_rng_state()
+    """Numbers that the optimizer keeps for each trained one, as a step on a small layer shows, and masters."""
+    random, masters = torch.get_rng_state(), int(settings.weights_dtype == MASTER)
     layer = nn.Linear(64, 64)
     torch.set_rng_state(random)
     try:
-        optimizer = create_optimizer(layer, settings)
+        optimizer = _timms_optimizer(layer, settings)
     except AssertionError:  # one for another device
-        return MOST_SLOTS
+        return MOST_SLOTS + masters
 
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
@@ -94,7 +111,7 @@ def optimizer_slots(settings: Settings) -> int:
 
     optimizer.step(loss)  # type: ignore[arg-type]
     kept = sum(t.numel() for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor))
-    return math.ceil(kept / sum(p.numel() for p in layer.parameters()) - 0.1)
+    return math.ceil(kept / sum(p.numel() for p in layer.parameters()) - 0.1) + masters
 
 
 def create_scheduler(optimizer: torch.optim.Optimizer, settings: Settings, total: int) -> Any:

@@ -17,8 +17,9 @@ from timm.optim import get_optimizer_info
 from torch import Tensor, nn
 
 from ..errors import ResodeError, UsageError
-from .optimization import create_optimizer
+from .optimization import check_steps_part_by_part, create_optimizer
 from .settings import Settings
+from .starting import autocast_of
 
 TENSOR, TUPLE = "tensor", "tuple"  # the one key of a JSON object that stands for a tensor, or a tuple
 # The learning rate is set anew from the step before every step.
@@ -125,11 +126,13 @@ def check_optimizer(settings: Settings) -> None:
             if settings.momentum != Settings.momentum and not get_optimizer_info(settings.optimizer).has_momentum:
                 raise UsageError(f"--momentum: the optimizer {settings.optimizer} has none to set")
             state = OptimizerState(optimizer, net)
-            loss: Tensor = net(torch.randn(2, 1, 3, 3)).square().sum()
+            with autocast_of(settings, torch.device("cpu")):
+                loss: Tensor = net(torch.randn(2, 1, 3, 3)).square().sum()
             torch.autograd.backward(loss)
             optimizer.step()
             saved = state.pack()
             state.restore(Saved(saved.tensors, json.loads(json.dumps(saved.values))))
+            check_steps_part_by_part(settings)
         except ResodeError:
             raise
         except Exception as error:  # whatever an optimizer lacks: a GPU, a package, a second derivative

@@ -36,8 +36,8 @@ def settings_of_one(settings: Settings, processes: Processes, train: ImageData) 
         return settings
     if settings.images_per_batch % count:
         raise UsageError(
-            f"--batch-size {settings.images_per_batch} is the whole batch, and {count} processes cannot have equal parts of"
-            f" it; give a multiple of {count}"
+            f"--batch-size {settings.images_per_batch} is the whole batch, and {count} processes cannot have equal"
+            f" parts of it; give a multiple of {count}"
         )
     if settings.micro_batches * count > settings.images_per_batch:
         raise UsageError(

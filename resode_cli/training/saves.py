@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -13,6 +13,7 @@ from ..machine.locks import FolderLock
 from ..network.model import OdeResNet, check_finite
 from . import run_folder
 from .averaging import Average
+from .bf16_weights import raised
 from .guard import Guard
 from .loop import Loop
 from .optimizer_state import OptimizerState
@@ -86,7 +87,8 @@ class Saves:
         """Write the model that the run began with, aside until the first save stands. Returns its checksum."""
         run_folder.forget_first_models(self.lock.ensure())
         path = run_folder.first_model(self.lock.folder, self.run)
-        model_file.write(self._described(measured), path)
+        with raised(self.loop.optimizer, self.loop.deferred):
+            model_file.write(self._described(measured), path)
         return loaded_checksum(path)
 
     def best_model(self, measured: Mapping[str, Any]) -> str | None:
@@ -94,9 +96,12 @@ class Saves:
         self.model_as(run_folder.BEST, measured=measured)
         return loaded_checksum(self.lock.folder / run_folder.BEST)
 
-    def averaged(self) -> AbstractContextManager[None]:
-        """The model holds the average of its weights inside the block, where there is one."""
-        return nullcontext() if self.average is None else self.average.in_place(self.loop.deferred)
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model holds the average of its weights inside the block, where there is one, and float32 in any case."""
+        average = nullcontext() if self.average is None else self.average.in_place(self.loop.deferred)
+        with raised(self.loop.optimizer, self.loop.deferred), average:
+            yield
 
     def state(self) -> None:
         """The state first: it alone is enough to go on; the last model is there for the other commands."""
@@ -104,16 +109,17 @@ class Saves:
             if self.average is not None:
                 self.average.put_back(self.loop.deferred)
             self._check_finite()
-            run_folder.save_state(
-                self.lock.ensure() / run_folder.STATE,
-                self.model,
-                optimizer=self.optimizer,
-                scaler=self.loop.scaler,
-                average={} if self.average is None else self.average.state,
-                progress={**asdict(self.progress), "guard": asdict(self.guard.state)},
-                settings=asdict(self.settings),
-                fingerprint=self.fingerprint,
-            )
+            with raised(self.loop.optimizer):
+                run_folder.save_state(
+                    self.lock.ensure() / run_folder.STATE,
+                    self.model,
+                    optimizer=self.optimizer,
+                    scaler=self.loop.scaler,
+                    average={} if self.average is None else self.average.state,
+                    progress={**asdict(self.progress), "guard": asdict(self.guard.state)},
+                    settings=asdict(self.settings),
+                    fingerprint=self.fingerprint,
+                )
             self._replace(run_folder.STATE)
             self.model_as(run_folder.LAST)
 

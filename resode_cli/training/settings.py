@@ -114,8 +114,8 @@ class Settings(Lengths):
         128,
         "Images per batch, of which each of several processes has a part; for few images the default is less. 'auto':"
         " as many as fit into --memory-budget, or into what is free, with the --adjoint asked for, 256 at most. --lr is"
-        " per step and is not scaled: for a batch k times as large, k times the --lr, or with Adam √k times, is where to"
-        " begin.",
+        " per step and is not scaled: for a batch k times as large, k times the --lr, or with Adam √k times, is where"
+        " to begin.",
         range=COUNT,
         word=AUTO,
         flags=("--batch-size", "-b"),
@@ -223,6 +223,14 @@ class Settings(Lengths):
         False, "Let the decay of --ema grow with the steps, for short runs.", resume="stays"
     )
     amp: str = machine("none", "Autocast.", choices=words.AMP, resume="stays")
+    weights_dtype: str | None = machine(
+        None,
+        "Hold trained weights of convolutions and linear layers, and their gradients, in bfloat16, which implies --amp"
+        " bf16: bf16 alone (2 bytes a weight; updates round at random, right on average), or with a float32 copy that"
+        " is updated (bf16-master). Models are measured and saved in float32. Default: as the model is.",
+        choices=words.WEIGHTS_DTYPE,
+        resume="stays",
+    )
     sampler: str = images(
         "shuffle",
         "Order of images: every one once per epoch, or each class equally often.",
@@ -341,6 +349,11 @@ class Settings(Lengths):
     @property
     def augments(self) -> bool:
         return self.augment and self.aug != NO_AUG
+
+    @property
+    def precision(self) -> str:
+        """Of the forward pass: a word of `amp`."""
+        return self.amp if self.weights_dtype is None else "bf16"
 
     @property
     def betas(self) -> tuple[float, ...] | None:

@@ -15,6 +15,7 @@ from ..gradients.results import ChosenAdjoints
 from ..network.model import OdeResNet, autocast_dtype, check_finite, freeze_batch_norm
 from ..network.stage import OdeStage
 from ..surgery.batch_norm import batch_norms
+from .bf16_weights import lower
 from .dropping import use_random_layers
 from .guard import Guard
 from .resuming import with_stage_names
@@ -45,6 +46,8 @@ def make_ready(
     switch_scheme(model, settings, train, device, say)
     if settings.channels_last:
         model.use_channels_last()
+    if settings.weights_dtype is not None:
+        lower(model)
     if settings.compile:
         model.compile_branches()
     return settings
@@ -107,7 +110,7 @@ def _keeps_statistics(stage: OdeStage) -> bool:
 
 def autocast_of(settings: Settings, device: torch.device) -> AbstractContextManager[Any]:
     """The precision of the forward pass."""
-    dtype = autocast_dtype(settings.amp)
+    dtype = autocast_dtype(settings.precision)
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 

@@ -17,6 +17,7 @@ from ..ode import RandomState, fixed_buffers
 from ..surgery.batch_norm import batch_norms
 from . import run_folder
 from .averaging import Average
+from .bf16_weights import raised
 from .guard import Figures, Guard, together
 from .loop import Loop, refuse_empty
 from .mixing import mixing_of
@@ -118,7 +119,8 @@ class Steps:
                 f" scale lowered to {self.loop.scaler.get_scale():g}"
             )
         if self.average is not None:
-            self.average.update(self.progress.step + 1)
+            with raised(self.loop.optimizer):
+                self.average.update(self.progress.step + 1)
         return found
 
     def _must_redo(self, found: Taken, images: Tensor, labels: Tensor) -> bool:

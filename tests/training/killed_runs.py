@@ -89,6 +89,8 @@ def options(draw: random.Random) -> list[str]:
         "--schedule tanh",
     )
     chosen += one("", "--optimizer adamw --opt-betas 0.9,0.95", "--optimizer lamb", "--optimizer lion")
+    lowered = "--weights-dtype bf16-master" if "lamb" in chosen else "--weights-dtype bf16"
+    chosen += one("", "", lowered, "--weights-dtype bf16-master")
     chosen += one("", "--sampler balanced", "--class-weights balanced") + maybe(0.3, "--warmup", "3")
     chosen += one("", "--aug trivialaugment", "--random-erasing 0.4", "--no-augment")
     chosen += maybe(0.3, "--layer-decay", "0.7") + maybe(0.15, "--freeze", "layer2")
