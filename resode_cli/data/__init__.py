@@ -11,7 +11,7 @@ from .classes import check_classes
 from .holding_out import HoldOut, known_division
 from .loading import Batch, ImageData, Key, batches, read
 from .named import NAMES
-from .opening import DEFAULT_ROOT, as_labelled, held_out_splits, open_data, open_labelled
+from .opening import DEFAULT_ROOT, as_labelled, held_out_splits, labelled_splits, open_data, open_labelled
 from .transforms import Augmentation, transform
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "check_classes",
     "held_out_splits",
     "known_division",
+    "labelled_splits",
     "open_data",
     "open_labelled",
     "read",

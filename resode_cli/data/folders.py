@@ -15,7 +15,7 @@ from PIL import Image
 
 from ..errors import ResodeError, join
 from .classes import joined, listed, order_note, spelled
-from .holding_out import Division, HoldOut, part_of
+from .holding_out import Division, HoldOut, part_of, splits_made
 from .images import extensions, read_image, shown
 from .listing import Walk, entries, extension, hidden, is_folder, leads_up
 
@@ -66,14 +66,11 @@ def has_splits(path: Path) -> bool:
     return bool(_splits(path))
 
 
-def held_out_of(path: Path, hold_out: HoldOut = HoldOut()) -> tuple[Split, ...]:  # noqa: B008  it is frozen
-    """The labelled splits that are held out of training, the one that chooses among models first."""
+def splits_of_folder(path: Path, hold_out: HoldOut) -> set[Split]:
+    """The labelled splits that a folder has, or that are made of what it has."""
     there = _splits(path)
-    both: tuple[Split, ...] = ("val", "test")
-    if "test" not in there or not _labelled(there, "test"):
-        return ("test",)
-    has_val = _labelled(there, "val") if "val" in there else hold_out.of("train") is not None
-    return both if has_val else ("test",)
+    found: set[Split] = {split for split in there if _labelled(there, split)}
+    return found | splits_made(_division(path, there, hold_out))
 
 
 def open_folder(path: Path, wanted: Split, *, all_splits: bool, hold_out: HoldOut) -> Found:

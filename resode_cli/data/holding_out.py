@@ -123,6 +123,11 @@ class HoldOut:
             )
 
 
+def splits_made(division: Division | None) -> set[Literal["train", "val"]]:
+    """The splits that a division makes of data, or of their train split."""
+    return set() if division is None else {"train", "val"}
+
+
 def known_division(history: Iterable[Mapping[str, object]]) -> Mapping[str, Any] | None:
     """The record of the last division that a model was trained on; None where there was none."""
     found = [entry for entry in history if entry.get("command") == "finetune" and is_division(entry)]

@@ -16,7 +16,7 @@ from PIL import Image
 
 from ..errors import ResodeError, first_few, join
 from .folders import SPLIT_FOLDERS, Found, Split
-from .holding_out import Division, HoldOut, part_of
+from .holding_out import Division, HoldOut, part_of, splits_made
 from .images import shown
 from .named import Part
 
@@ -80,13 +80,12 @@ def open_hub(name: str, wanted: Split, *, labelled: bool, hold_out: HoldOut) -> 
     return Found(split, where, part, names, names, frozenset(part.targets), notes=notes, division=divided)
 
 
-def held_out_of_hub(name: str, hold_out: HoldOut) -> tuple[Split, ...]:
-    """The splits that are held out of training, the one that chooses among models first."""
+def splits_of_hub(name: str, hold_out: HoldOut) -> set[Split]:
+    """The labelled splits that a data set has, or that are made of what it has."""
     there, _ = _splits(name, _load(name))
     image, label, _ = _columns(name, there, labelled=False)
-    has_val = "val" in there or _division(name, there, hold_out) is not None
-    tests = "test" in there and _has_labels(HubImages(there["test"], image, label))
-    return ("val", "test") if has_val and tests else ("test",)
+    found: set[Split] = {split for split, rows in there.items() if _has_labels(HubImages(rows, image, label))}
+    return found | splits_made(_division(name, there, hold_out))
 
 
 def _has_labels(samples: HubImages) -> bool:

@@ -12,13 +12,13 @@ from ..network.model import ModelInfo
 from ..network.parts import Preprocessing
 from .class_map import ClassMap, known_names
 from .classes import assumed_note, check_classes, order_note, places, spelled, without_images
-from .folders import SPLIT_FOLDERS, Found, Split, has_splits, held_out_of, open_folder, open_unlabelled
+from .folders import SPLIT_FOLDERS, Found, Split, has_splits, open_folder, open_unlabelled, splits_of_folder
 from .holding_out import HoldOut, known_division, part_of
-from .hub import HUB, held_out_of_hub, is_hub, open_hub
+from .hub import HUB, is_hub, open_hub, splits_of_hub
 from .images import shown
 from .loading import ImageData
 from .named import DIGITS, NAMES, NOT_FLIPPED, PREFIX, WITH_VAL, Part, labels_of, open_named
-from .tables import TABLES, held_out_of_table, is_table, open_table
+from .tables import TABLES, is_table, open_table, splits_of_table
 from .transforms import Augmentation, transform
 
 DEFAULT_ROOT = Path("~/.cache/resode")
@@ -117,14 +117,26 @@ def as_labelled(data: ImageData, name: str, info: ModelInfo) -> ImageData:
 
 
 def held_out_splits(name: str, hold_out: HoldOut = HoldOut()) -> tuple[Split, ...]:  # noqa: B008  it is frozen
-    """The splits to measure a training run on: the one that chooses among its models, then any for the end alone."""
+    """The splits to measure a training run on: the one that chooses among its models, then any for the end alone.
+
+    'test' alone stands for `val` too, where that is not there or has no labels.
+    """
+    both: tuple[Split, ...] = ("val", "test")
+    return both if {*both} <= {*labelled_splits(name, hold_out)} else ("test",)
+
+
+def labelled_splits(name: str, hold_out: HoldOut = HoldOut()) -> tuple[Split, ...]:  # noqa: B008  it is frozen
+    """Every split of the data that has labels, in the order train, val, test; those that are held out with them."""
     folder, _ = _folder_of(name)
+    found: set[Split]
     if folder is not None:
-        return held_out_of_table(folder, hold_out) if is_table(folder) else held_out_of(folder, hold_out)
-    if is_hub(name):
-        return held_out_of_hub(name, hold_out)
-    has_val = name.removeprefix(PREFIX) in WITH_VAL or hold_out.of("train") is not None
-    return ("val", "test") if has_val else ("test",)
+        found = splits_of_table(folder, hold_out) if is_table(folder) else splits_of_folder(folder, hold_out)
+    elif is_hub(name):
+        found = splits_of_hub(name, hold_out)
+    else:
+        has_val = name.removeprefix(PREFIX) in WITH_VAL or hold_out.of("train") is not None
+        found = {"train", "val", "test"} if has_val else {"train", "test"}
+    return tuple(split for split in SPLIT_FOLDERS if split in found)
 
 
 def _find(

@@ -7,12 +7,13 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from ..errors import ResodeError, first_few
 from ..quantities import counted
 from .classes import in_order, joined, order_note, spelled
 from .folders import SPLIT_FOLDERS, Found, ImageFiles, Split
-from .holding_out import Division, HoldOut, part_of
+from .holding_out import Division, HoldOut, part_of, splits_made
 from .images import shown
 
 TABLES = (".csv", ".tsv")
@@ -30,7 +31,7 @@ class Row:
     file: str
     key: str
     label: str
-    split: str
+    split: Split | Literal[""]
     number: int
 
 
@@ -53,20 +54,19 @@ class Table:
         return hold_out.of("train") if "train" in there else None
 
     @property
-    def splits(self) -> set[str]:
+    def splits(self) -> set[Split]:
         """Those that some row is of; none where the table has no column for them."""
-        return {row.split for row in self.rows} - {""}
+        return {row.split for row in self.rows if row.split}
 
 
 def is_table(path: Path) -> bool:
     return path.suffix.lower() in TABLES and path.is_file()
 
 
-def held_out_of_table(path: Path, hold_out: HoldOut) -> tuple[Split, ...]:
-    """The splits that are held out of training, the one that chooses among models first."""
+def splits_of_table(path: Path, hold_out: HoldOut) -> set[Split]:
+    """The splits that some row is of, and those that are made of them."""
     table = read_table(path, labelled=False, skip_missing=True)
-    has_val = "val" in table.splits or table.division(hold_out) is not None
-    return ("val", "test") if has_val and "test" in table.splits else ("test",)
+    return {*table.splits, *splits_made(table.division(hold_out))}
 
 
 def open_table(
@@ -142,7 +142,7 @@ def read_table(path: Path, *, labelled: bool, skip_missing: bool) -> Table:
         for what, text, needed in (("path", key, True), ("label", label, labelled), ("split", split, of_splits)):
             if needed and not text:
                 empty.setdefault(what, []).append(number)
-        meant = _MEANT.get(split.lower(), "")
+        meant: Split | Literal[""] = _MEANT.get(split.lower(), "")
         if split and not meant:
             raise ResodeError(f"{shown(path)}, line {number}: {shown(split)!r} is no split: write train, val or test")
         rows.append(Row(_file(path, key), key.replace("\\", "/"), spelled(label), meant, number))

@@ -113,6 +113,19 @@ def evaluation_line(evaluation: Evaluation) -> str:
     return line + (f" ({len(evaluation.skipped)} corrupt files skipped)" if evaluation.skipped else "")
 
 
+def evaluation_table(found: Mapping[str, Evaluation], data: str) -> Table:
+    """Evaluations by split, and how many corrupt files each left out where one did."""
+    table = plain_table(f"{data}, by split")
+    table.add_column("split", no_wrap=True)
+    skipped = any(evaluation.skipped for evaluation in found.values())
+    for column in ("images", "top-1", "top-5", "loss", *(["skipped"] if skipped else [])):
+        table.add_column(column, justify="right", no_wrap=True)
+    for split, own in found.items():
+        cells = [f"{own.images:,}", f"{own.top1:.2%}", f"{own.top5:.2%}", f"{own.loss:.4f}"]
+        table.add_row(split, *cells, *([f"{len(own.skipped):,}"] if skipped else []))
+    return table
+
+
 def adjoints_line(adjoints: Mapping[str, str]) -> str:
     """Each part's method, by its label."""
     return "adjoints: " + "; ".join(f"{part} {label}" for part, label in adjoints.items())
