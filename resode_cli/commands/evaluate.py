@@ -23,7 +23,7 @@ from .parameters import Fields, takes
 from .resizing import Resizing
 
 if TYPE_CHECKING:
-    from ..measuring.evaluate import Evaluation
+    from ..measuring.evaluate import Measured
 
 ALL = "all"
 
@@ -71,7 +71,7 @@ def eval_command(
     opened = [reading.open(data, loaded, each) for each in splits]
     where = as_device(device)
     loaded = loaded.to(where)
-    found: dict[str, Evaluation] = {}
+    found: dict[str, Measured] = {}
     for images in opened:
         output.notes(images.notes)
         with counting(output, f"evaluating {images.split}", len(images)) as advance:

@@ -45,6 +45,7 @@ def info_command(
     output.show(
         f"classes        {loaded.info.num_classes}"
         + (f" ({one_line(', '.join(names[:10]))}{'…' if len(names) > 10 else ''})" if names else "")
+        + (", any number of them for an image" if loaded.info.multi_label else "")
     )
     output.show(
         f"preprocessing  {pre.size_text}{colours} {pre.interpolation}, crop {pre.crop_fraction:g} ({pre.crop_mode}),"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import ResodeError, UsageError
-from ..quantities import COUNT
+from ..quantities import COUNT, FRACTION
 from .options import (
     DATA,
     BatchSizeOption,
@@ -56,8 +56,23 @@ def predict_command(
         ),
     ] = None,
     top: Annotated[
-        int, number("--top", range=COUNT, help="Classes for each image, the likeliest first; at most all.")
-    ] = 1,
+        int | None,
+        number(
+            "--top",
+            range=COUNT,
+            help="Classes for each image, the likeliest first; at most all. Default: 1, or where the model gives an"
+            " image several labels, those of --threshold.",
+        ),
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        number(
+            "--threshold",
+            range=FRACTION,
+            help="Of a model that gives an image several labels: the probability from which on one is given."
+            " Default: 0.5.",
+        ),
+    ] = None,
     csv: Annotated[
         Path | None,
         typer.Option(
@@ -81,7 +96,7 @@ def predict_command(
     recipe: RecipeOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Name the likeliest classes of images, in the order in which they are found, with probabilities.
+    """Name the likeliest classes of images, or their labels, in the order in which they are found, with probabilities.
 
     The exit code is 1 where an image could not be read; all others are predicted.
     """
@@ -89,7 +104,7 @@ def predict_command(
     from ..data.images import shown
     from ..data.selection import select_images
     from ..machine.atomic import atomic_path
-    from ..measuring.predict import check_top, predict
+    from ..measuring.predict import check_chosen, predict
     from ..network.model import as_device
     from ..quantities import counted
     from ..reports.predictions import prediction_table, predictions_csv, predictions_json
@@ -105,7 +120,7 @@ def predict_command(
         raise UsageError("predict needs images: files, folders, or patterns in quotes; see `resode predict --help`")
     loaded = origin.load(model)
     _name(loaded, naming.class_map)
-    check_top(top, loaded.info.num_classes)
+    check_chosen(loaded, top, threshold)
     found = select_images(images)
     if csv is not None:
         _check_apart(csv, [str(model), *found.paths])
@@ -117,6 +132,7 @@ def predict_command(
             loaded.to(as_device(device)),
             found.paths,
             top=top,
+            threshold=threshold,
             batch_size=batch_size,
             workers=readers.workers,
             on_batch=advance,
@@ -134,7 +150,8 @@ def predict_command(
         output.note(f"{shown(p.path or '')}: not a readable image ({shown(p.error or '')})")
     if not predicted:
         raise ResodeError("no image could be read")
-    output.json(predictions_json(predicted, unreadable, named=loaded.info.class_names is not None))
+    named, several = loaded.info.class_names is not None, loaded.info.multi_label
+    output.json(predictions_json(predicted, unreadable, named=named, several=several))
     if unreadable:
         output.note(f"{len(unreadable)} of {counted(len(result), 'image')} left out, as they could not be read")
         if not skip_corrupt:

@@ -229,10 +229,24 @@ def _worst(images: Any, results: Any, most: int) -> list[Any]:
             picture = images.picture(image)
         except UnreadableImage:
             picture = None
-        label, guess = (images.class_names[int(of[place])] for of in (results.labels, results.predictions))
-        probability, loss = float(results.probabilities[place]), float(results.losses[place])
+        label, guess, probability = _told(images.class_names, results, place)
+        loss = float(results.losses[place])
         found.append(Mistake(shown(images.file_of(image)), label, guess, probability, loss, picture))
     return found
+
+
+def _told(names: Sequence[str], results: Any, place: int) -> tuple[str, str, float | None]:
+    """What an image is, what it is taken for, and how probable that is; of several labels with each one's."""
+    from ..measuring.multi_label import LabelResults
+
+    if not isinstance(results, LabelResults):
+        label, guess = (names[int(of[place])] for of in (results.labels, results.predictions))
+        return label, guess, float(results.probabilities[place])
+    label, guess = (
+        ", ".join(f"{names[k]} ({results.probabilities[place, k]:.0%})" for k in of[place].nonzero().flatten().tolist())
+        for of in (results.labels, results.given)
+    )
+    return label or "none of the classes", guess or "none of the classes", None
 
 
 def _json(record: RunRecord, found: HeldOut | str) -> dict[str, Any]:
@@ -241,19 +255,28 @@ def _json(record: RunRecord, found: HeldOut | str) -> dict[str, Any]:
         "standing": record.standing,
         "step": record.step,
         "total_steps": record.total,
-        "best_top1": record.best_top1,
+        f"best_{record.main}": record.best,
         "images_per_second": record.images_per_second,
         "peak_bytes": record.peak_bytes,
         "images": None,
     }
     if not isinstance(found, str):
+        from ..measuring.multi_label import LabelResults
+
         results = found.results
+        figures = (
+            results.evaluation.figures
+            if isinstance(results, LabelResults)
+            else {
+                "top1": results.top1,
+                "top5": results.top5.double().mean().item(),
+                "loss": results.losses.double().mean().item(),
+            }
+        )
         about["images"] = {
             "data": found.where,
             "images": len(results),
-            "top1": results.top1,
-            "top5": results.top5.double().mean().item(),
-            "loss": results.losses.double().mean().item(),
+            **figures,
             "classes": [
                 {"class": name, **vars(own), "precision": own.precision, "recall": own.recall, "f1": own.f1}
                 for name, own in zip(found.class_names, results.by_class(), strict=True)

@@ -161,6 +161,7 @@ class Rewrite:
             remember(self.output, model=self.out, **({"data": self.comparing.data} if self.comparing.data else {}))
 
     def _report(self, result: RewriteResult, reference: str) -> None:
+        from ..measuring.evaluate import agreement
         from ..quantities import finite
         from ..reports.fit import figures_json, figures_table, fit_json
         from ..reports.report import evaluation_json, evaluation_line, stage_rows, stage_table, verification_line
@@ -177,13 +178,13 @@ class Rewrite:
         }
         first, last = result.columns[0].evaluation, result.columns[-1].evaluation
         if first is not None and last is not None:
-            agreement = first.agreement(last)
+            agreed, said = agreement(first, last), "top-1" if last.MAIN == "top1" else "labels'"
             self.output.show(f"before: {evaluation_line(first)}")
-            self.output.show(f"after:  {evaluation_line(last)}; top-1 agreement with before {agreement:.2%}")
+            self.output.show(f"after:  {evaluation_line(last)}; {said} agreement with before {agreed:.2%}")
             document |= {
                 "before": evaluation_json(first),
                 "after": evaluation_json(last),
-                "top1_agreement": agreement,
+                "top1_agreement" if last.MAIN == "top1" else "label_agreement": agreed,
             }
         else:
             remedy = "" if result.verified["function_kept"] else self._remedy(result)

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from ..training.settings import Settings
 
 
+SEVERAL = "images have several labels: each is learned by its own binary cross-entropy, and mAP is measured"
+
+
 def is_source(text: str) -> bool:
     """Whether a MODEL is a SOURCE, as `convert` takes it, and no file."""
     return not text.endswith(".safetensors") and not Path(text).exists()
@@ -70,6 +73,7 @@ def open_training(
 ) -> ImageData:
     """The training images; where their classes are others than an unnamed head's, the model gets a new head for them.
 
+    So it does for images with several labels, of which no head that told classes apart knows.
     new_head: a new one in any case. seed: of its weights. more: arguments of `open_data`.
     """
     import torch
@@ -79,6 +83,7 @@ def open_training(
 
     old = model.info
     if not new_head and old.class_names is not None:
+        output.notes([SEVERAL if old.multi_label else None])
         return reading.open(data, model, "train", **more)
     found = reading.open_as_it_is(data, model, "train", **more)
     count = len(found.class_names)
@@ -87,16 +92,17 @@ def open_training(
             f"{data} has one class alone, {listed(found.class_names)}, so that there is nothing to tell apart;"
             " --data is the folder that holds a folder for each class"
         )
-    if new_head or count != old.num_classes:
+    if new_head or count != old.num_classes or found.multi_label:
         from ..network.head import head_parameters
         from ..surgery.head import replace_head
 
         torch.manual_seed(seed)
         layers = replace_head(model, count)
-        model.name_classes(found.class_names)
+        model.name_classes(found.class_names, multi_label=found.multi_label)
         model.record("new-head", classes=count, seed=seed, fresh_head=head_parameters(model.net))
         before = f"{old.num_classes} classes{'' if old.class_names else ' without names'}"
         output.note(f"a new head ({join(layers)}), random, for the {count} classes of {data}; the old one had {before}")
+    output.notes([SEVERAL if found.multi_label else None])
     return as_labelled(found, data, model.info)
 
 

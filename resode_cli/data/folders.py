@@ -17,6 +17,7 @@ from ..errors import ResodeError, join
 from .classes import joined, listed, order_note, spelled
 from .holding_out import Division, HoldOut, part_of, splits_made
 from .images import extensions, read_image, shown
+from .label_sets import LabelSet
 from .listing import Walk, entries, extension, hidden, is_folder, leads_up
 
 Split = Literal["train", "val", "test"]
@@ -48,7 +49,8 @@ class Found:
     samples: (image, number) pairs. names: what each number means. classes: all classes of the data set, in their order.
     present: the numbers that some image has. partial: classes that are not in every split.
     where: the split in a few words. notes: what the user should know.
-    division: how images were held out, where the data have no such split of their own.
+    division: how images were held out, where the data have no such split of their own. sets: where images have several
+    labels, samples are (image, place in `sets`), and each set holds numbers.
     """
 
     split: Split
@@ -60,6 +62,7 @@ class Found:
     partial: Sequence[str] = ()
     notes: Sequence[str] = ()
     division: Division | None = None
+    sets: Sequence[LabelSet] | None = None
 
 
 def has_splits(path: Path) -> bool:

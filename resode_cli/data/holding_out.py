@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -17,6 +18,7 @@ from ..errors import UsageError
 from ..quantities import SHARES, counted
 from .classes import listed, spelled
 from .images import shown
+from .label_sets import LabelSet, held_out_sets
 
 SHARE, SPLIT_SEED = 0.2, 0  # where nothing else is asked for
 Divided = Literal["all", "train"]
@@ -46,7 +48,7 @@ class Division:
         """
         of_class: dict[int, list[tuple[bytes, int]]] = {}
         for place, (key, label) in enumerate(zip(keys, labels, strict=True)):
-            of_class.setdefault(label, []).append((self._rank(key), place))
+            of_class.setdefault(label, []).append((self.rank(key), place))
         chosen = [False] * len(keys)
         share = Fraction(str(self.share))  # in floating point 0.07 of 100 is more than 7
         for ranked in of_class.values():
@@ -55,17 +57,16 @@ class Division:
                 chosen[place] = True
         return chosen
 
-    def _rank(self, key: str) -> bytes:
+    def rank(self, key: str) -> bytes:
+        """By which images are sorted: the first ones are held out."""
         return hashlib.sha256(f"{self.seed}\0{spelled(key)}".encode(errors="surrogateescape")).digest()
 
-    def notes(self, where: str, held_out: Sequence[bool], labels: Sequence[int], names: Sequence[str]) -> list[str]:
-        """What to say of it."""
-        images = dict.fromkeys(labels, 0)
-        for label in labels:
-            images[label] += 1
-        held = {label for label, out in zip(labels, held_out, strict=True) if out}
+    def notes(self, where: str, held_out: Sequence[bool], sets: Sequence[LabelSet], names: Sequence[str]) -> list[str]:
+        """What to say of it. sets: the classes of each image."""
+        images = Counter(label for own in sets for label in own)
+        held = {label for own, out in zip(sets, held_out, strict=True) if out for label in own}
         said = [
-            f"{where}: {sum(held_out)} of {counted(len(labels), 'image')}, of"
+            f"{where}: {sum(held_out)} of {counted(len(sets), 'image')}, of"
             f" {len(held)} {'class' if len(held) == 1 else 'classes'}, are held out of training as val"
             f" (--val-split {self.share:g}, --split-seed {self.seed}; {self.why})"
         ]
@@ -145,10 +146,16 @@ def part_of(
     split: str,
     where: str,
     keys: Sequence[str],
-    labels: Sequence[int],
+    labels: Sequence[int] | Sequence[LabelSet],
     names: Sequence[str],
 ) -> tuple[list[int], list[str]]:
-    """The places of a split's images ('train' or 'val') among all, and what to say of the division."""
-    held_out = division.held_out(keys, labels)
+    """The places of a split's images ('train' or 'val') among all, and what to say of the division.
+
+    labels: the class of each image, or the classes of each.
+    """
+    sets = [(label,) if isinstance(label, int) else label for label in labels]
+    one_each = [label for label in labels if isinstance(label, int)]
+    several = len(one_each) < len(sets)
+    held_out = held_out_sets(division, keys, sets) if several else division.held_out(keys, one_each)
     places = [place for place, out in enumerate(held_out) if out == (split == "val")]
-    return places, division.notes(shown(where), held_out, labels, names)
+    return places, division.notes(shown(where), held_out, sets, names)

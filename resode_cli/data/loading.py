@@ -8,6 +8,7 @@ of the data of its own, and reads for one epoch while the model still trains on 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -32,7 +33,7 @@ Key = tuple[int, int]  # an epoch, and the place of an image in the data
 
 @dataclass(frozen=True)
 class Batch:
-    """images: (B, C, H, W) float32, normalised; labels: (B,).
+    """images: (B, C, H, W) float32, normalised; labels: (B,), or where images have several (B, K) of 0 and 1.
 
     skipped: corrupt files left out, and why. failure: what kept a worker from reading it; `batches` raises it.
     whole: images of the batch of all processes, of which this is one's part; None: these are all.
@@ -61,10 +62,14 @@ class Skipped:
     reason: str
 
 
-class ImageData(Dataset[tuple[Tensor, int] | Skipped]):
+Label = int | Tensor  # a class; or (K,) float32, 1 for each class that an image has, where it may have several
+
+
+class ImageData(Dataset[tuple[Tensor, Label] | Skipped]):
     """One split of a data set, preprocessed for a model.
 
     samples: (image, number) pairs. labels: for each number its place in class_names; None: the number itself.
+    sets: where images have several labels, for each number the places of its classes in class_names.
     partial: classes that some split lacks. notes: what the user should know of it. division: how images were held
     out, where the data have no val split of their own. renamed: the data's own names of classes that are shown under
     others, and which. skipped: the corrupt files that
@@ -82,6 +87,7 @@ class ImageData(Dataset[tuple[Tensor, int] | Skipped]):
         seed: int | None = None,
         skip_corrupt: bool = False,
         labels: Sequence[int] | None = None,
+        sets: Sequence[Sequence[int]] | None = None,
         split: Split = "test",
         partial: Sequence[str] = (),
         notes: Sequence[str] = (),
@@ -96,6 +102,7 @@ class ImageData(Dataset[tuple[Tensor, int] | Skipped]):
         self.seed = seed  # None: the transform draws nothing
         self.skip_corrupt = skip_corrupt
         self.labels = labels
+        self.sets = sets
         self.split = split
         self.partial = tuple(partial)
         self.notes = tuple(notes)
@@ -105,6 +112,20 @@ class ImageData(Dataset[tuple[Tensor, int] | Skipped]):
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image may have several labels, and none."""
+        return self.sets is not None
+
+    def label_counts(self) -> list[int]:
+        """How many images in use have each class."""
+        numbers = labels_of(self.samples)
+        found = [0] * len(self.class_names)
+        for number, count in Counter(numbers[i] for i in self.indices).items():
+            for label in self._classes(number):
+                found[label] += count
+        return found
 
     def image_labels(self) -> list[int]:
         """The label of each image in use, in order; none is read for it where the data have a list of labels."""
@@ -146,7 +167,7 @@ class ImageData(Dataset[tuple[Tensor, int] | Skipped]):
         except (OSError, ValueError):
             return b""
 
-    def __getitem__(self, key: int | Key) -> tuple[Tensor, int] | Skipped:
+    def __getitem__(self, key: int | Key) -> tuple[Tensor, Label] | Skipped:
         """The image and its label, or a corrupt file that is skipped.
 
         key: its place, in epoch 0; or an epoch and its place.
@@ -169,9 +190,9 @@ class ImageData(Dataset[tuple[Tensor, int] | Skipped]):
         with _seeded(((self.seed * 1_000_003 + epoch) * 10_000_019 + index) % 2**64):
             return self.transform(image), label
 
-    def __getitems__(self, chosen: Sequence[int | Key]) -> list[tuple[Tensor, int] | Skipped | ResodeError]:
+    def __getitems__(self, chosen: Sequence[int | Key]) -> list[tuple[Tensor, Label] | Skipped | ResodeError]:
         """Items for a loader. An error comes as the last of them: raised in a worker it would arrive as a traceback."""
-        items: list[tuple[Tensor, int] | Skipped | ResodeError] = []
+        items: list[tuple[Tensor, Label] | Skipped | ResodeError] = []
         for key in chosen:
             try:
                 items.append(self[key])
@@ -194,7 +215,7 @@ class ImageData(Dataset[tuple[Tensor, int] | Skipped]):
         files = first_few([shown(name) for name in self.skipped])
         return f"skipped {len(self.skipped)} corrupt files of {shown(self.name)}, {self.split}: {files}"
 
-    def _read(self, index: int) -> tuple[Image.Image, int]:
+    def _read(self, index: int) -> tuple[Image.Image, Label]:
         try:
             image, number = self.samples[index]
             image = to_rgb(image)
@@ -202,7 +223,19 @@ class ImageData(Dataset[tuple[Tensor, int] | Skipped]):
             raise
         except Exception as error:  # whatever a decoder of torchvision's stumbles over
             raise UnreadableImage(str(error) or type(error).__name__) from error
-        return image, int(number) if self.labels is None else self.labels[int(number)]
+        return image, self._label(int(number))
+
+    def _classes(self, number: int) -> Sequence[int]:
+        if self.sets is not None:
+            return self.sets[number]
+        return [number if self.labels is None else self.labels[number]]
+
+    def _label(self, number: int) -> Label:
+        if self.sets is None:
+            return self._classes(number)[0]
+        label = torch.zeros(len(self.class_names))
+        label[list(self.sets[number])] = 1
+        return label
 
     def _file(self, index: int) -> str:
         return str(self.samples.samples[index][0]) if hasattr(self.samples, "samples") else f"image {index}"
@@ -267,10 +300,11 @@ def read(
         yield data.received(batch)
 
 
-def _collate(items: Sequence[tuple[Tensor, int] | Skipped | ResodeError]) -> Batch:
+def _collate(items: Sequence[tuple[Tensor, Label] | Skipped | ResodeError]) -> Batch:
     good = [item for item in items if isinstance(item, tuple)]
     skipped = {item.file: item.reason for item in items if isinstance(item, Skipped)}
     failure = next((item for item in items if isinstance(item, ResodeError)), None)
     if not good or failure is not None:
         return Batch(torch.empty(0), torch.empty(0, dtype=torch.long), skipped, failure)
-    return Batch(torch.stack([image for image, _ in good]), torch.tensor([label for _, label in good]), skipped)
+    labels = torch.stack([torch.as_tensor(label) for _, label in good])
+    return Batch(torch.stack([image for image, _ in good]), labels, skipped)

@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError, unknown
+from ..errors import ResodeError, UsageError, unknown
 from ..network.model import ModelInfo
 from ..network.parts import Preprocessing
 from .class_map import ClassMap, known_names
-from .classes import assumed_note, check_classes, order_note, places, spelled, without_images
+from .classes import NEW_HEAD, assumed_note, check_classes, order_note, places, spelled, without_images
 from .folders import SPLIT_FOLDERS, Found, Split, has_splits, open_folder, open_unlabelled, splits_of_folder
 from .holding_out import HoldOut, known_division, part_of
 from .hub import HUB, is_hub, open_hub, splits_of_hub
@@ -41,6 +41,7 @@ def open_data(
     known: Mapping[str, Any] | None = None,
     class_map: ClassMap | None = None,
     renamed: Mapping[str, str] | None = None,
+    multi_label: bool | None = None,
 ) -> ImageData:
     """One split of `name`: 'digits', a torchvision data set, a folder of class folders or of splits, or a CSV table.
 
@@ -53,6 +54,7 @@ def open_data(
         where every name is one.
     class_map: other names for the data's classes.
     renamed: those that stand without a map, where the data's own are not the model's (see `ImageData`).
+    multi_label: whether images have several labels (of a table alone), or one class each; None: as the data have it.
     root: where torchvision data sets are downloaded to.
     Raises UsageError for a name or folder that does not exist, ResodeError for one without the split.
     """
@@ -62,7 +64,17 @@ def open_data(
         raise UsageError(f"--images {images}: must be 1 or more")
     hold_out = HoldOut(val_split, split_seed, known)
     all_splits = class_names is None
-    found = _find(name, split, root, labelled, all_splits=all_splits, hold_out=hold_out, skip_missing=skip_corrupt)
+    several = multi_label if labelled else None
+    found = _find(
+        name,
+        split,
+        root,
+        labelled,
+        all_splits=all_splits,
+        hold_out=hold_out,
+        skip_missing=skip_corrupt,
+        several=several,
+    )
     called: dict[str, str] = {}
     if class_map is not None:
         called = dict(zip(found.classes, class_map.applied_to(found.classes), strict=True))
@@ -87,6 +99,7 @@ def open_data(
         seed=seed if augment else None,
         skip_corrupt=skip_corrupt,
         labels=labels,
+        sets=None if found.sets is None else [[labels[place] for place in own] for own in found.sets],
         split=found.split,
         partial=found.partial,
         notes=[*found.notes, missing] if missing is not None else found.notes,
@@ -102,7 +115,8 @@ def open_labelled(name: str, info: ModelInfo, split: Split, **arguments: Any) ->
     here, where no argument says otherwise.
     Raises ResodeError for data with other classes than the model's.
     """
-    known = {"known": known_division(info.history), "renamed": known_names(info.history)}
+    known: dict[str, Any] = {"known": known_division(info.history), "renamed": known_names(info.history)}
+    known["multi_label"] = info.multi_label
     arguments = {**known, **arguments}
     data = open_data(name, info.preprocessing, split, class_names=info.class_names, **arguments)
     return as_labelled(data, name, info)
@@ -148,15 +162,27 @@ def _find(
     all_splits: bool,
     hold_out: HoldOut,
     skip_missing: bool,
+    several: bool | None,
 ) -> Found:
     folder, notes = _folder_of(name)
+    if several and (folder is None or not is_table(folder)):
+        raise ResodeError(
+            f"the model gives an image any number of labels, and in {shown(name)} each has one class; pass a table with"
+            f" columns of paths and labels, or {NEW_HEAD}"
+        )
     if is_hub(name):
         found = open_hub(name, split, labelled=labelled, hold_out=hold_out)
     elif folder is None:
         found = _open_named(name.removeprefix(PREFIX), split, root, hold_out)
     elif is_table(folder):
         found = open_table(
-            folder, split, labelled=labelled, all_splits=all_splits, hold_out=hold_out, skip_missing=skip_missing
+            folder,
+            split,
+            labelled=labelled,
+            all_splits=all_splits,
+            hold_out=hold_out,
+            skip_missing=skip_missing,
+            several=several,
         )
     elif labelled:
         found = open_folder(folder, split, all_splits=all_splits, hold_out=hold_out)

@@ -11,37 +11,45 @@ from typing import Literal
 
 from ..errors import ResodeError, first_few
 from ..quantities import counted
-from .classes import in_order, joined, order_note, spelled
+from .classes import in_order, joined, order_note
 from .folders import SPLIT_FOLDERS, Found, ImageFiles, Split
 from .holding_out import Division, HoldOut, part_of, splits_made
 from .images import shown
+from .label_sets import LabelSet, TableLabels, distinct, read_labels
 
 TABLES = (".csv", ".tsv")
 # In the order in which they are looked for, whatever their case; spaces and hyphens are read as underscores.
 PATHS = ("path", "file_path", "filepath", "image_path", "file", "file_name", "filename", "image", "img", "image_name")
-LABELS = ("label", "class", "class_name", "label_name", "target", "category", "category_name")
+LABELS = (
+    *("label", "class", "class_name", "label_name", "target", "category", "category_name"),
+    *("labels", "classes", "tags", "targets", "categories", "finding_labels"),
+)
 SPLITS = ("split", "subset", "set", "partition")
 _MEANT = {name: split for split, names in SPLIT_FOLDERS.items() for name in names}
 
 
 @dataclass(frozen=True)
 class Row:
-    """An image. file: its path; key: as the table has it; split: '' where the table has none; number: its line."""
+    """An image. file: its path; key: as the table has it; labels: one, or any number where images have several.
+
+    split: '' where the table has none; number: its line.
+    """
 
     file: str
     key: str
-    label: str
+    labels: tuple[str, ...]
     split: Split | Literal[""]
     number: int
 
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of a table, each image once, and what to say of it."""
+    """The rows of a table, each image once, and what to say of it. several: whether images have several labels."""
 
     path: Path
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
+    several: bool = False
 
     def division(self, hold_out: HoldOut) -> Division | None:
         """How val is made, where no row is of it."""
@@ -70,14 +78,22 @@ def splits_of_table(path: Path, hold_out: HoldOut) -> set[Split]:
 
 
 def open_table(
-    path: Path, wanted: Split, *, labelled: bool, all_splits: bool, hold_out: HoldOut, skip_missing: bool
+    path: Path,
+    wanted: Split,
+    *,
+    labelled: bool,
+    all_splits: bool,
+    hold_out: HoldOut,
+    skip_missing: bool,
+    several: bool | None = None,
 ) -> Found:
     """The images of a split; `val` stands for `test` where the table has none. Arguments are those of `open_folder`.
 
     labelled: False needs no labels, and gives none. skip_missing: leave files out that are not there, and say so.
+    several: whether images have several labels; None: as the table looks.
     Raises ResodeError for a table that is made otherwise.
     """
-    table = read_table(path, labelled=labelled, skip_missing=skip_missing)
+    table = read_table(path, labelled=labelled, skip_missing=skip_missing, several=several)
     notes, where, there = list(table.notes), shown(path), table.splits
     division = table.division(hold_out)
     split: Split = wanted
@@ -94,25 +110,34 @@ def open_table(
     rows = [row for row in table.rows if row.split == own]
     of_splits: dict[str, set[str]] = {}
     for row in table.rows if all_splits else rows:
-        of_splits.setdefault(row.split, set()).add(row.label)
+        of_splits.setdefault(row.split, set()).update(row.labels)
     names = _classes(of_splits, where)
     label_of = {name: label for label, name in enumerate(names)}
-    labels = [label_of[row.label] for row in rows]
+    sets = [tuple(sorted(label_of[name] for name in row.labels)) for row in rows]
     place = f"{where}, {split}"
     if divided is not None:
-        places, said = part_of(divided, split, where, [row.key for row in rows], labels, names)
+        places, said = part_of(
+            divided, split, where, [row.key for row in rows], sets if table.several else _only(sets), names
+        )
         if not places:
             raise ResodeError(f"{where} has one image alone of every class: nothing can be held out as val; add images")
-        rows, labels = [rows[i] for i in places], [labels[i] for i in places]
+        rows, sets = [rows[i] for i in places], [sets[i] for i in places]
         notes += said
         place = f"the {split} part of {where}"
     if not labelled:
-        names, labels = ["unlabelled"], [0] * len(rows)
+        names, sets = ["unlabelled"], [(0,)] * len(rows)
     elif all_splits and (order := order_note(names)) is not None:
         notes.append(order)
     partial = [name for name in names if labelled and not all(name in of_split for of_split in of_splits.values())]
-    samples = ImageFiles([(row.file, label) for row, label in zip(rows, labels, strict=True)])
-    return Found(split, place, samples, names, names, frozenset(labels), partial, notes, divided)
+    present = frozenset(label for own in sets for label in own)
+    kinds, numbers = distinct(sets) if table.several and labelled else (None, _only(sets))
+    samples = ImageFiles([(row.file, number) for row, number in zip(rows, numbers, strict=True)])
+    return Found(split, place, samples, names, names, present, partial, notes, divided, kinds)
+
+
+def _only(sets: Sequence[LabelSet]) -> list[int]:
+    """The class of each image, where it has one; that of an image without any says nothing."""
+    return [own[0] if own else 0 for own in sets]
 
 
 def _classes(of_splits: Mapping[str, set[str]], where: str) -> list[str]:
@@ -122,8 +147,11 @@ def _classes(of_splits: Mapping[str, set[str]], where: str) -> list[str]:
     return in_order({name for names in of_splits.values() for name in names})
 
 
-def read_table(path: Path, *, labelled: bool, skip_missing: bool) -> Table:
-    """All rows. Raises ResodeError, by the number of its line, for one that is no image with a label and a split."""
+def read_table(path: Path, *, labelled: bool, skip_missing: bool, several: bool | None = None) -> Table:
+    """All rows. Raises ResodeError, by the number of its line, for one that is no image with a label and a split.
+
+    several: see `read_labels`.
+    """
     with_cells = list(_cells(path))
     if not with_cells:
         raise ResodeError(f"{shown(path)} has no rows below its header")
@@ -131,25 +159,28 @@ def read_table(path: Path, *, labelled: bool, skip_missing: bool) -> Table:
     of_paths, of_labels, of_splits = (_column(columns, names) for names in (PATHS, LABELS, SPLITS))
     if of_paths is None:
         raise _no_column(path, columns, "paths", PATHS)
-    if of_labels is None and labelled:
+    others = [name for name in columns if name not in (of_paths, of_splits)]
+    found = read_labels(shown(path), [cells for _, cells in with_cells], of_labels, others, several)
+    if found is None and labelled:
         raise _no_column(path, columns, "labels", LABELS)
+    labels = found or TableLabels([()] * len(with_cells), several=False)
     rows = []
     empty: dict[str, list[int]] = {}
-    for number, cells in with_cells:
-        key, label, split = (
-            cells[name].strip() if name is not None else "" for name in (of_paths, of_labels, of_splits)
-        )
-        for what, text, needed in (("path", key, True), ("label", label, labelled), ("split", split, of_splits)):
-            if needed and not text:
+    needs = labelled and not labels.several
+    for (number, cells), own in zip(with_cells, labels.rows, strict=True):
+        key, split = (cells[name].strip() if name is not None else "" for name in (of_paths, of_splits))
+        for what, there, needed in (("path", key, True), ("label", own, needs), ("split", split, of_splits)):
+            if needed and not there:
                 empty.setdefault(what, []).append(number)
         meant: Split | Literal[""] = _MEANT.get(split.lower(), "")
         if split and not meant:
             raise ResodeError(f"{shown(path)}, line {number}: {shown(split)!r} is no split: write train, val or test")
-        rows.append(Row(_file(path, key), key.replace("\\", "/"), spelled(label), meant, number))
+        rows.append(Row(_file(path, key), key.replace("\\", "/"), own, meant, number))
     for what, numbers in empty.items():
         lines = first_few([str(number) for number in numbers], 5)
         raise ResodeError(f"{shown(path)}: {counted(len(numbers), 'row')} without a {what} (line {lines}); fill it in")
     rows, notes = _each_once(path, rows, labelled=labelled)
+    notes += labels.notes if labelled else ()
     missing = [row for row in rows if not os.path.exists(row.file)]
     if missing:
         names = first_few([f"{shown(row.key)} (line {row.number})" for row in missing])
@@ -159,7 +190,7 @@ def read_table(path: Path, *, labelled: bool, skip_missing: bool) -> Table:
             raise ResodeError(f"{said}; paths are relative to {folder}; --skip-corrupt leaves such rows out")
         notes.append(said)
     gone = {row.number for row in missing}
-    return Table(path, tuple(row for row in rows if row.number not in gone), tuple(notes))
+    return Table(path, tuple(row for row in rows if row.number not in gone), tuple(notes), labels.several)
 
 
 def _cells(path: Path) -> Iterator[tuple[int, Mapping[str, str]]]:
@@ -214,10 +245,12 @@ def _each_once(path: Path, rows: Sequence[Row], *, labelled: bool) -> tuple[list
         if before is row:
             continue
         again.append(shown(row.key))
-        for what, one, other in (("labels", before.label, row.label), ("splits", before.split, row.split)):
+        was, now = ("|".join(each.labels) for each in (before, row))
+        hint = "; several labels of an image stand in one cell, as in cat|dog"
+        for what, one, other, more in (("labels", was, now, hint), ("splits", before.split, row.split, "")):
             if one != other and (labelled or what == "splits"):
                 raise ResodeError(
                     f"{shown(path)}: {shown(row.key)} stands in lines {before.number} and {row.number} with two {what},"
-                    f" {shown(one)} and {shown(other)}"
+                    f" {shown(one)} and {shown(other)}{more}"
                 )
     return list(first.values()), [f"{shown(path)}: taken once, of several rows: {first_few(again)}"] if again else []

@@ -18,11 +18,15 @@ KEY = "resode.json"
 
 
 def describe(model: OdeResNet) -> dict[str, Any]:
-    """Classes and preprocessing, as plain values. mean and std are of values in [0, 1]; input_size is (C, H, W)."""
+    """Classes and preprocessing, as plain values. mean and std are of values in [0, 1]; input_size is (C, H, W).
+
+    multi_label: the sigmoid of each logit is that class's probability; else the softmax of all.
+    """
     info, pre = model.info, model.info.preprocessing
     return {
         "num_classes": info.num_classes,
         "class_names": None if info.class_names is None else list(info.class_names),
+        "multi_label": info.multi_label,
         "input_size": list(pre.shape),
         "channels": pre.channels,
         "mean": list(pre.mean),

@@ -125,6 +125,7 @@ def model_metadata(model: OdeResNet) -> dict[str, Any]:
         "left_out": info.left_out,
         "stages": [{**asdict(stage.spec), "horizon": str(stage.spec.horizon)} for stage in model.stages.values()],
         "history": info.history,
+        **({"multi_label": True} if info.multi_label else {}),  # which older versions do not know
     }
 
 

@@ -73,7 +73,7 @@ def parse_metadata(metadata: Mapping[str, Any]) -> tuple[ModelInfo, list[StageSp
                 "stages": _list(_stage),
                 "history": _list(_entry),
             },
-            optional={"left_out": _list(_text)},
+            optional={"left_out": _list(_text), "multi_label": _flag},
         )
         names = found["class_names"]
         if names and len(names) != found["num_classes"]:
@@ -87,6 +87,7 @@ def parse_metadata(metadata: Mapping[str, Any]) -> tuple[ModelInfo, list[StageSp
         tuple(names) if names else None,
         tuple(found["history"]),
         tuple(found.get("left_out", ())),
+        found.get("multi_label", False),
     )
     return info, [_as_named_now(spec, found["format"]) for spec in found["stages"]]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..data import ImageData, batches
 from ..errors import ResodeError
 from ..measuring.comparison import NetworkFigures, logits_of, network_figures, spread
-from ..measuring.evaluate import Evaluation, evaluate
+from ..measuring.evaluate import Measured, evaluate
 from ..network.model import OdeResNet, check_finite
 from ..network.residual import ACTIVATIONS, Form
 from ..network.stage import OdeStage
@@ -93,7 +93,7 @@ class Column:
     """A network's figures, and its evaluation where there is data."""
 
     figures: NetworkFigures
-    evaluation: Evaluation | None
+    evaluation: Measured | None
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UsageError
+from ..network.labels_loss import labels_loss
 from ..network.model import OdeResNet, freeze_batch_norm
 from ..ode import SCHEMES, Adjoint, RandomState, required_scheme
 from ..surgery.steps import deepened
@@ -58,7 +58,7 @@ def check_gradients(
     rule, and reported as switched. The model is left as it was, buffers included. Random layers
     draw the same numbers every time.
 
-    images: (B, 3, H, W), labels: (B,); batch_norm: 'frozen' (running statistics) or 'batch'.
+    images: (B, 3, H, W), labels: see `labels_loss`; batch_norm: 'frozen' (running statistics) or 'batch'.
     """
     _check_batch_norm(batch_norm)
     schemes = {name: stage.spec.scheme for name, stage in model.stages.items()}
@@ -81,7 +81,7 @@ def check_gradients(
             results.append(_compare(model, _name(adjoint), references[key], gradients, switched))
     if loss is None:  # every method switched the forward rule
         with torch.no_grad():
-            loss = F.cross_entropy(model(images), labels).item()
+            loss = labels_loss(model(images), labels).item()
     return GradientReport(len(images), data, batch_norm, loss, tuple(results))
 
 
@@ -168,7 +168,7 @@ def _gradients(model: OdeResNet, images: Tensor, labels: Tensor) -> tuple[float,
     random = RandomState.everywhere(images.device, model.modules())
     torch.manual_seed(0)
     try:
-        loss = F.cross_entropy(model(images), labels)
+        loss = labels_loss(model(images), labels)
     finally:
         random.restore()  # the next method draws the same numbers
     gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)

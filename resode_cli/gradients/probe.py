@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ResodeError
+from ..network.labels_loss import labels_loss
 from ..network.model import OdeResNet, transition_of
 from ..network.outside import STEM
 from ..network.stage import OdeStage
@@ -133,7 +133,7 @@ class Probe:
         try:
             with fixed_buffers([self.model]), self.autocast():
                 logits = self.model(self.images[:count])
-            return F.cross_entropy(logits.float(), self.labels[:count]) * LOSS_SCALE
+            return labels_loss(logits.float(), self.labels[:count]) * LOSS_SCALE
         finally:
             current.restore()
 

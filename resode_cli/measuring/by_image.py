@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from ..data import Batch, ImageData, batches
 from ..errors import ResodeError
 from ..network.repeat import in_eval_mode
+from .class_figures import ClassFigures
+from .multi_label import LabelResults
 
 
 @dataclass(frozen=True)
@@ -63,30 +65,6 @@ class ImageResults:
         return [ClassFigures(*counts) for counts in zip(own, named, right, strict=True)]
 
 
-@dataclass(frozen=True)
-class ClassFigures:
-    """images: of the class; predicted: that were taken for it; right: both. Fractions are None where there is none."""
-
-    images: int
-    predicted: int
-    right: int
-
-    @property
-    def precision(self) -> float | None:
-        """Of what is taken for the class, the share that is of it."""
-        return self.right / self.predicted if self.predicted else None
-
-    @property
-    def recall(self) -> float | None:
-        """Of the class, the share that is taken for it."""
-        return self.right / self.images if self.images else None
-
-    @property
-    def f1(self) -> float | None:
-        """The harmonic mean of precision and recall."""
-        return 2 * self.right / (self.images + self.predicted) if self.images + self.predicted else None
-
-
 def evaluate_images(
     model: nn.Module,
     data: ImageData,
@@ -95,8 +73,11 @@ def evaluate_images(
     workers: int | str = 0,
     device: torch.device | str = "cpu",
     on_batch: Callable[[int], None] = lambda images: None,
-) -> ImageResults:
-    """Every image's prediction, in eval mode. Raises ResodeError where no image could be read."""
+) -> ImageResults | LabelResults:
+    """Every image's prediction, in eval mode; of images with several labels, `LabelResults`.
+
+    Raises ResodeError where no image could be read.
+    """
     found: list[tuple[Tensor, ...]] = []
     done = classes = 0
     with in_eval_mode(model), torch.no_grad():
@@ -109,12 +90,20 @@ def evaluate_images(
                 on_batch(done)
     if not found:
         raise ResodeError("no image could be read")
+    if data.multi_label:
+        return LabelResults(*(torch.cat(parts) for parts in zip(*found, strict=True)))
     return ImageResults(classes, *(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
 def _figures(logits: Tensor, labels: Tensor) -> list[Tensor]:
-    """Label, prediction, its probability, loss and whether the label is among five, of each image."""
+    """Label, prediction, its probability, loss and whether the label is among five, of each image.
+
+    Of images with several labels: these, the probabilities of all, and the loss.
+    """
     labels = labels.to(logits.device)
+    if labels.ndim == 2:
+        losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1)
+        return [t.cpu() for t in (labels.bool(), logits.sigmoid(), losses)]
     likeliest = logits.topk(min(5, logits.shape[1]), dim=1).indices
     probabilities = logits.softmax(1).gather(1, likeliest[:, :1]).flatten()
     losses = F.cross_entropy(logits, labels, reduction="none")

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..gradients.check_grad import check_gradients
 from ..network.model import OdeResNet
 from ..ode import SCHEMES, Adjoint
-from .evaluate import Evaluation
+from .evaluate import Evaluation, Measured
 
 GRADIENT_METHODS = (Adjoint("multistep"), Adjoint("pc"), Adjoint("pc", corrections=1), Adjoint("euler"))
 GRADIENT_IMAGES = 32
@@ -43,7 +43,7 @@ def network_figures(
     images: Tensor,
     reference: Tensor,
     *,
-    evaluation: Evaluation | None = None,
+    evaluation: Measured | None = None,
     gradients: bool = False,
     on_method: Callable[[str], None] = lambda name: None,
 ) -> NetworkFigures:
@@ -61,7 +61,7 @@ def network_figures(
             errors[method.name] = {stage: e if math.isfinite(e) else math.inf for stage, e in found.items()}
     return NetworkFigures(
         name,
-        None if evaluation is None else evaluation.top1,
+        evaluation.top1 if isinstance(evaluation, Evaluation) else None,
         (logits.argmax(1) == reference.argmax(1)).double().mean().item(),
         distance.mean().item(),
         len(images),

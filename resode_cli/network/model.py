@@ -26,6 +26,7 @@ class ModelInfo:
     """What a model file says besides tensors and stages.
 
     left_out: blocks of the source that look like residual steps and are none, one of each kind, and why.
+    multi_label: whether an image may have any number of the classes, by the sigmoid of each logit, in place of one.
     """
 
     source: SourceSpec
@@ -34,6 +35,7 @@ class ModelInfo:
     class_names: tuple[str, ...] | None = None
     history: tuple[dict[str, object], ...] = field(default_factory=tuple)
     left_out: tuple[str, ...] = ()
+    multi_label: bool = False
 
     def with_command(self, command: str, **settings: object) -> ModelInfo:
         """The same, with one more command in the history."""
@@ -71,9 +73,10 @@ class OdeResNet(nn.Module):
         """Add a command to the model's history."""
         self.info = self.info.with_command(command, **settings)
 
-    def name_classes(self, names: Sequence[str]) -> None:
-        """Say what its classes are called."""
-        self.info = self.info.with_classes(names)
+    def name_classes(self, names: Sequence[str], *, multi_label: bool | None = None) -> None:
+        """Say what its classes are called; and whether an image may have several, where that is not as it was."""
+        info = self.info if multi_label is None else replace(self.info, multi_label=multi_label)
+        self.info = info.with_classes(names)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.channels_last:

@@ -130,12 +130,15 @@ def _accuracy(model: OdeResNet) -> str:
     history = model.info.history
     for place in reversed(range(len(history))):
         found = history[place].get("measured")
-        if not isinstance(found, dict) or not isinstance(found.get("top1"), float):
+        names = ("top1", "map")
+        main = next((n for n in names if isinstance(found, dict) and isinstance(found.get(n), float)), None)
+        if not isinstance(found, dict) or main is None:
             continue
         since = join(list(dict.fromkeys(str(later["command"]) for later in history[place + 1 :])))
         where = one_line(f"{_public(history[place].get('data'))}, {found.get('split')}")
         return (
-            f"Top-1 {found['top1']:.2%} on {found.get('images')} images ({where}), as `{history[place]['command']}`"
+            f"{'Top-1' if main == 'top1' else 'Mean average precision'} {found[main]:.2%} on {found.get('images')}"
+            f" images ({where}), as `{history[place]['command']}`"
             " measured it to choose this model among those of its run."
             + (f" Not measured since: {since} came after." if since else "")
         )

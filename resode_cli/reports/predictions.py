@@ -38,16 +38,19 @@ def prediction_table(predictions: Sequence[Prediction], *, rows: int | None = No
         for label, probability in zip(prediction.classes, prediction.probabilities, strict=True):
             table.add_row(name, one_line(label), f"{probability:.2%}")
             name = ""
+        if not prediction.classes:
+            table.add_row(name, "–", "–")
     return table
 
 
 def predictions_csv(predictions: Sequence[Prediction]) -> str:
-    """A row for each image: its path, then class and probability by rank."""
+    """A row for each image: its path, then class and probability by rank; empty cells where it has fewer classes."""
     top = max((len(prediction.classes) for prediction in predictions), default=0)
     header = ["path", *(f"{what}_{rank}" for rank in range(1, top + 1) for what in ("class", "probability"))]
     rows: list[list[Any]] = [
         [p.path, *(cell for pair in zip(p.classes, p.probabilities, strict=True) for cell in pair)] for p in predictions
     ]
+    rows = [[*row, *[""] * (len(header) - len(row))] for row in rows]
     # Python before 3.13 quotes no carriage return by itself, and a reader takes one for the end of a row.
     returns = any(isinstance(cell, str) and "\r" in cell for row in rows for cell in row)
     text = io.StringIO()
@@ -57,12 +60,13 @@ def predictions_csv(predictions: Sequence[Prediction]) -> str:
 
 
 def predictions_json(
-    predictions: Sequence[Prediction], unreadable: Sequence[Prediction], *, named: bool
+    predictions: Sequence[Prediction], unreadable: Sequence[Prediction], *, named: bool, several: bool
 ) -> dict[str, Any]:
-    """named: whether the classes are the model's own names."""
+    """named: whether the classes are the model's own names. several: whether an image may have any number of them."""
     return {
         "images": len(predictions),
         "class_names": named,
+        "multi_label": several,
         "predictions": [
             {"path": p.path, "classes": list(p.classes), "probabilities": list(p.probabilities)} for p in predictions
         ],

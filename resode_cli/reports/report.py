@@ -20,7 +20,7 @@ from .tables import plain_table
 
 if TYPE_CHECKING:
     from ..gradients.gradient_errors import GradientReport, StageGradient, SweepRow
-    from ..measuring.evaluate import Evaluation
+    from ..measuring.evaluate import Measured
     from ..network.model import OdeResNet
     from ..training.results import FinetuneResult
 
@@ -105,24 +105,33 @@ def verification_line(verified: Mapping[str, Any]) -> str:
     return f"the function has changed ({where} {difference}); nothing is known of its accuracy"
 
 
-def evaluation_line(evaluation: Evaluation) -> str:
-    line = (
-        f"top-1 {evaluation.top1:.2%}, top-5 {evaluation.top5:.2%}, loss {evaluation.loss:.4f}"
-        f" on {counted(evaluation.images, 'image')}"
-    )
+# What figures of an evaluation are called.
+CALLED = {"top1": "top-1", "top5": "top-5", "map": "mAP", "exact_match": "exact match"}
+CALLED |= {"micro_f1": "micro-F1", "macro_f1": "macro-F1", "loss": "loss"}
+
+
+def _figures(evaluation: Measured) -> dict[str, str]:
+    """By what they are called."""
+    own = evaluation.figures.items()
+    return {CALLED[name]: f"{value:.4f}" if name == "loss" else f"{value:.2%}" for name, value in own}
+
+
+def evaluation_line(evaluation: Measured) -> str:
+    figures = ", ".join(f"{name} {value}" for name, value in _figures(evaluation).items())
+    line = f"{figures} on {counted(evaluation.images, 'image')}"
     return line + (f" ({len(evaluation.skipped)} corrupt files skipped)" if evaluation.skipped else "")
 
 
-def evaluation_table(found: Mapping[str, Evaluation], data: str) -> Table:
+def evaluation_table(found: Mapping[str, Measured], data: str) -> Table:
     """Evaluations by split, and how many corrupt files each left out where one did."""
     table = plain_table(f"{data}, by split")
     table.add_column("split", no_wrap=True)
     skipped = any(evaluation.skipped for evaluation in found.values())
-    for column in ("images", "top-1", "top-5", "loss", *(["skipped"] if skipped else [])):
+    for column in ("images", *_figures(next(iter(found.values()))), *(["skipped"] if skipped else [])):
         table.add_column(column, justify="right", no_wrap=True)
     for split, own in found.items():
-        cells = [f"{own.images:,}", f"{own.top1:.2%}", f"{own.top5:.2%}", f"{own.loss:.4f}"]
-        table.add_row(split, *cells, *([f"{len(own.skipped):,}"] if skipped else []))
+        more = [f"{len(own.skipped):,}"] if skipped else []
+        table.add_row(split, f"{own.images:,}", *_figures(own).values(), *more)
     return table
 
 
@@ -131,9 +140,8 @@ def adjoints_line(adjoints: Mapping[str, str]) -> str:
     return "adjoints: " + "; ".join(f"{part} {label}" for part, label in adjoints.items())
 
 
-def evaluation_json(evaluation: Evaluation) -> dict[str, Any]:
-    result = {name: getattr(evaluation, name) for name in ("top1", "top5", "loss", "images")}
-    return {**result, "skipped": list(evaluation.skipped)}
+def evaluation_json(evaluation: Measured) -> dict[str, Any]:
+    return {**evaluation.figures, "images": evaluation.images, "skipped": list(evaluation.skipped)}
 
 
 def gradient_table(report: GradientReport) -> Table:
@@ -219,7 +227,8 @@ def sweep_json(rows: Iterable[SweepRow]) -> list[dict[str, Any]]:
 
 
 def finetune_json(result: FinetuneResult) -> dict[str, Any]:
-    record = {k: v for k, v in vars(result).items() if k not in ("before", "after", "chosen")}
+    record = {k: v for k, v in vars(result).items() if k not in ("before", "after", "chosen", "main", "best_top1")}
+    record[f"best_{result.main}"] = result.best_top1
     for name in ("before", "after"):
         evaluation = getattr(result, name)
         record[name] = None if evaluation is None else evaluation_json(evaluation)

@@ -47,7 +47,7 @@ def replace_head(model: OdeResNet, classes: int) -> list[str]:
         model.net = with_submodule(model.net, path, layer)
         _say_classes(model.net, path, classes)
     spec = replace(info.source, arguments={**info.source.arguments, "num_classes": classes})
-    model.info = replace(info, source=spec, num_classes=classes, class_names=None)
+    model.info = replace(info, source=spec, num_classes=classes, class_names=None, multi_label=False)
     model.built = shapes_of(new)
     return paths
 

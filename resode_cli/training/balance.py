@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
@@ -19,19 +18,20 @@ from .settings import Settings
 def class_weights(data: ImageData, settings: Settings, say: Callable[[str], None]) -> Tensor | None:
     """w_k = n / (K n_k) (scikit-learn's 'balanced'), of which the mean over the n images is 1; None without weights.
 
-    n_k: images of class k; K: classes that have any. A class without images has weight 0. say: hears of the extremes.
+    n_k: images of class k; K: classes that have any. A class without images has weight 0. Of images with several
+    labels it is (n − n_k) / n_k, the weight of a label that is there against one that is not. say: hears of the
+    extremes.
     """
     if settings.class_weights != BALANCED:
         return None
-    counts = Counter(data.image_labels())
-    total = sum(counts.values())
-    weights = torch.zeros(len(data.class_names))
-    for label, count in counts.items():
-        weights[label] = total / (len(counts) * count)
-    ranked = counts.most_common()
+    counts = torch.tensor(data.label_counts(), dtype=torch.double)
+    there = counts > 0
+    own = (len(data) - counts) / counts if data.multi_label else len(data) / (there.sum() * counts)
+    weights = torch.where(there, own, 0.0).float()
+    ranked = counts.argsort(descending=True, stable=True)[: int(there.sum())].tolist()
     often, seldom = (
-        f"{number(weights[label].item())} ({shown(data.class_names[label])}, {counted(count, 'image')})"
-        for label, count in (ranked[0], ranked[-1])
+        f"{number(weights[label].item())} ({shown(data.class_names[label])}, {counted(int(counts[label]), 'image')})"
+        for label in (ranked[0], ranked[-1])
     )
     say(f"class weights from {often} to {seldom}")
     return weights

@@ -11,11 +11,12 @@ import torch
 from ..data import ImageData, batches
 from ..errors import ResodeError, UsageError
 from ..machine.atomic import atomic_path
-from ..measuring.evaluate import Evaluation, evaluate
+from ..measuring.evaluate import Measured, evaluate
 from ..network.model import OdeResNet
 from ..quantities import counted
 from . import run_folder
-from .contradictions import PLATEAU
+from .contradictions import PLATEAU, refuse_of_other_labels
+from .lengths import AUTO
 from .loop import Loop
 from .results import Progress
 from .saves import Saves
@@ -25,7 +26,8 @@ TOP = 5  # of --best-by top5
 
 
 def check_tells_apart(model: OdeResNet, settings: Settings) -> None:
-    """Raises UsageError for a figure that is the same for every model."""
+    """Raises UsageError for a figure that is the same for every model, or is not of such labels, and other settings."""
+    refuse_of_other_labels(settings, multi_label=model.info.multi_label)
     classes = model.info.num_classes
     if settings.best_by == "top5" and classes <= TOP:
         raise UsageError(f"--best-by top5: the five likeliest of {classes} classes are all of them, for every model")
@@ -84,8 +86,8 @@ class Evaluations:
     ) -> None:
         self.model, self.test, self.settings, self.device = model, test, settings, device
         self.progress, self.loop, self.saves, self.per_epoch = progress, loop, saves, per_epoch
-        self.before: Evaluation | None = None
-        self.after: Evaluation | None = None
+        self.before: Measured | None = None
+        self.after: Measured | None = None
 
     def begin(self) -> None:
         """Measure the model as it begins: the first of those among which the best is chosen."""
@@ -144,17 +146,18 @@ class Evaluations:
                 self.progress.waited += 1
             self._keep_among_the_best(step, score)
 
-    def _measured(self, found: Evaluation) -> dict[str, Any]:
+    def _measured(self, found: Measured) -> dict[str, Any]:
         """An evaluation, for a model's history."""
         assert self.test is not None
-        return {"split": self.test.split, **{n: getattr(found, n) for n in ("top1", "top5", "loss", "images")}}
+        return {"split": self.test.split, **found.figures, "images": found.images}
 
-    def _score(self, found: Evaluation) -> float:
+    def _score(self, found: Measured) -> float:
         """Larger is better."""
-        return -found.loss if self.settings.best_by == "loss" else float(getattr(found, self.settings.best_by))
+        by = found.MAIN if self.settings.best_by == AUTO else self.settings.best_by
+        return -found.loss if by == "loss" else found.figures[by]
 
-    def _note_best(self, found: Evaluation, score: float) -> None:
-        self.progress.best_score, self.progress.best_top1 = score, found.top1
+    def _note_best(self, found: Measured, score: float) -> None:
+        self.progress.best_score, self.progress.best_top1 = score, found.figures[found.MAIN]
         self.progress.best_step = self.progress.step
 
     def _keep_the_one_before(self) -> None:
@@ -180,7 +183,7 @@ class Evaluations:
                 if name not in kept:
                     (folder / name).unlink(missing_ok=True)
 
-    def _evaluate(self, test: ImageData) -> Evaluation:
+    def _evaluate(self, test: ImageData) -> Measured:
         size, workers = max(self.settings.images_per_batch, 100), self.settings.workers
         data = batches(test, size, workers=workers, device=self.device, processes=self.loop.processes)
         with self.saves.averaged():

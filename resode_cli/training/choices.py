@@ -9,7 +9,8 @@ from .contradictions import DECREASING, NO_AUG, PLATEAU, STANDARD_AUG
 
 AUG = (NO_AUG, STANDARD_AUG, "randaugment", "trivialaugment", "augmix")
 SCHEDULES = (*DECREASING, "step", PLATEAU, "constant")
-BEST_BY = ("top1", "top5", "loss")
+# auto: top1, or map where images have several labels
+BEST_BY = ("auto", "top1", "top5", "loss", "map", "micro_f1", "macro_f1")
 CLIP_MODES = ("norm", "value", "agc")
 AMP = ("none", "bf16", "fp16")
 WEIGHTS_DTYPE = ("bf16", "bf16-master")

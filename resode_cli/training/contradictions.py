@@ -23,6 +23,41 @@ def refuse_contradictions(settings: Settings) -> None:
             raise UsageError(told)
 
 
+OF_ONE = ("top1", "top5")  # figures of images that are of one class each
+OF_SEVERAL = ("map", "micro_f1", "macro_f1")
+
+
+def refuse_of_other_labels(settings: Settings, *, multi_label: bool) -> None:
+    """Raises UsageError for what has no meaning for images with several labels, or for those of one class each."""
+    s = settings
+    if not multi_label:
+        if s.best_by in OF_SEVERAL:
+            raise UsageError(f"--best-by {s.best_by} is of images with several labels; of one class each there is top1")
+        return
+    mixes = "--mixup" if s.mixup else "--cutmix"
+    for told in (
+        f"--best-by {s.best_by} is of images of one class each; of several labels there is map"
+        if s.best_by in OF_ONE
+        else "",
+        f"{mixes} mixes the labels of images of one class, and these have several: leave it out"
+        if s.mixup or s.cutmix
+        else "",
+        "--label-smoothing shares one label among all classes, and images have several: leave it out"
+        if s.label_smoothing
+        else "",
+        "--sampler balanced draws each class equally often, and images are of several; --class-weights balanced weighs"
+        " rare labels"
+        if s.sampler == BALANCED
+        else "",
+        "the logits of --teacher are learned as probabilities of one class, and images have several labels: --distill 0"
+        " leaves them out, for --teacher-states alone"
+        if s.teacher is not None and s.distill
+        else "",
+    ):
+        if told:
+            raise UsageError(told)
+
+
 def _of_what_is_trained(s: Settings) -> list[str]:
     probe = s.linear_probe
     return [

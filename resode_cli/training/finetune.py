@@ -265,6 +265,7 @@ class _Run:
             self.chosen,
             progress.best_step,
             ended,
+            "map" if self.model.info.multi_label else "top1",
         )
 
     def _train(self) -> str:
@@ -331,4 +332,6 @@ class _Run:
         speed, self.last_step_at = taken.images / (now - self.last_step_at), now
         step, epoch, peak = self.progress.step, (self.progress.step - 1) // self.per_epoch + 1, peak_bytes(self.device)
         lr = self.loop.learning_rate
-        return StepRecord(step, self.total, epoch, taken.loss, taken.accuracy, lr, speed, peak, taken.monitor)
+        known = taken.loss, taken.accuracy, lr, speed, peak, taken.monitor
+        accuracy_of = run_folder.LABEL_ACCURACY if self.model.info.multi_label else "top1"
+        return StepRecord(step, self.total, epoch, *known, accuracy_of)

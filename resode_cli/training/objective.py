@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from timm.loss import BinaryCrossEntropy
 from torch import Tensor, nn
 
@@ -19,7 +20,8 @@ from .teacher import Teacher, distillation_loss
 class Objective:
     """(1 − λ) L(z, labels) + λ D(z, z_teacher) + μ mean over stages of ‖x − t‖² / ‖t‖²
 
-    L: the cross-entropy, or with `settings.bce_loss` the mean over the classes of each one's binary cross-entropy,
+    L: the cross-entropy, or with `settings.bce_loss`, and of images with several labels always, the mean over the
+    classes of each one's binary cross-entropy,
     with labels of which all classes have a share of `settings.label_smoothing` alike, and with the weights of the
     classes if there are any (see `balance`). λ, D: `settings.distill` and the distillation loss at
     `settings.temperature`; x, t: outputs of a stage of the model and of the teacher; μ: `settings.teacher_states`.
@@ -36,7 +38,8 @@ class Objective:
         self.class_weights = class_weights
         self.teacher, self.settings = teacher, settings
         self.forward: Callable[[Tensor], Tensor] = model
-        self.binary = BinaryCrossEntropy(smoothing=settings.label_smoothing) if settings.bce_loss else None
+        of_one = settings.bce_loss and not model.info.multi_label
+        self.binary = BinaryCrossEntropy(smoothing=settings.label_smoothing) if of_one else None
         self.watched: dict[str, tuple[nn.Module, nn.Module]] = {}
         if teacher is not None and settings.teacher_states:
             theirs = teacher.net.stages if isinstance(teacher.net, OdeResNet) else {}
@@ -48,7 +51,10 @@ class Objective:
             self.watched = {name: (stage, theirs[name]) for name, stage in model.stages.items()}
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss and the model's logits. labels: classes (B,), or smoothed probabilities of them (B, K)."""
+        """The loss and the model's logits.
+
+        labels: classes (B,), or smoothed probabilities of them (B, K); of several labels an image 0 and 1 (B, K).
+        """
         if self.teacher is None:
             logits = self.forward(images)
             return self._from_labels(logits, labels), logits
@@ -66,6 +72,10 @@ class Objective:
 
     def _from_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
         """L. Probabilities of classes are smoothed already."""
+        if self.model.info.multi_label:
+            weights, targets = self.class_weights, labels.to(_exact(logits).dtype)
+            weights = None if weights is None else weights.to(targets)
+            return F.binary_cross_entropy_with_logits(_exact(logits), targets, pos_weight=weights)
         if self.binary is not None:
             loss: Tensor = self.binary(_exact(logits), labels)
             return loss

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..gradients.results import ChosenAdjoints
-from ..measuring.evaluate import Evaluation
+from ..measuring.evaluate import Measured
 from .run_folder import StepRecord
 
 NO_PATIENCE, OUT_OF_TIME = "patience", "time"  # what may end a run before its last step
@@ -23,14 +23,15 @@ NONE_YET = -1.0  # the accuracy of the best model, before there is one
 class FinetuneResult:
     """before, after: on the test split. best_top1, best_step: of the best model, at step 0 the one that it began with.
 
+    main: the figure that best_top1 is: 'top1', or of images with several labels 'map'.
     ended: what ended it, as `loop` and this file name it.
     adjoints: what each stage ended with. chosen: the last choice, if 'auto' was asked for in this session.
     """
 
     steps: int
     total_steps: int
-    before: Evaluation | None
-    after: Evaluation | None
+    before: Measured | None
+    after: Measured | None
     best_top1: float
     seconds: float
     peak_bytes: int
@@ -43,6 +44,7 @@ class FinetuneResult:
     chosen: ChosenAdjoints | None = None
     best_step: int = 0
     ended: str = "done"
+    main: str = "top1"
 
 
 @dataclass
@@ -51,7 +53,7 @@ class Progress:
 
     step: int = 0
     evaluated: int = 0  # the last step that was
-    best_top1: float = NONE_YET
+    best_top1: float = NONE_YET  # of images with several labels: mean average precision
     best_file: str | None = None  # its checksum
     best_step: int = 0
     best_score: float | None = None  # by what makes it the best; larger is better

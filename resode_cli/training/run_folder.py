@@ -23,7 +23,7 @@ from ..errors import ResodeError, ResodeWarning, UsageError, first_few
 from ..files import model_file
 from ..files.model_schema import HEUN_RENAMED
 from ..machine.atomic import atomic_path, clear_errors
-from ..measuring.evaluate import Evaluation
+from ..measuring.evaluate import Measured
 from ..network.model import OdeResNet
 from .optimizer_state import OptimizerState, Saved
 from .plateau import is_state
@@ -31,6 +31,9 @@ from .settings import Settings
 
 STATE, BEST, LAST, LOG = "state.safetensors", "best.safetensors", "last.safetensors", "log.csv"
 CONFIG = "config.toml"
+# What the log has in place of top1 where images have several labels: of evaluations, and last of training steps.
+LABEL_ACCURACY = "label_accuracy"
+OF_SEVERAL = ("map", "micro_f1", "macro_f1", "exact_match", LABEL_ACCURACY)
 FILES = (STATE, BEST, LAST, LOG, CONFIG)
 ALONE = (LOG, CONFIG)  # which are there from the start of a run, and are none by themselves
 _RUNNER_UP, _FIRST = re.compile(r"best-step-\d+\.safetensors"), re.compile(r"\.best\.safetensors\.[0-9a-f]{8}")
@@ -245,7 +248,7 @@ Figures = dict[str, dict[str, float | None]]  # by figure and stage
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One training step, for a progress display. Loss and accuracy are of this batch.
+    """One training step, for a progress display. Loss and accuracy are of this batch; accuracy_of: its column's name.
 
     monitor: drift, correction and contraction of every stage, None where there is none.
     """
@@ -259,6 +262,7 @@ class StepRecord:
     images_per_second: float
     peak_bytes: int
     monitor: Figures
+    accuracy_of: str = "top1"
 
     @property
     def columns(self) -> dict[str, float]:
@@ -269,7 +273,7 @@ class StepRecord:
             for name, v in values.items()
             if v is not None
         }
-        return {"loss": self.loss, "top1": self.accuracy, **figures}
+        return {"loss": self.loss, self.accuracy_of: self.accuracy, **figures}
 
 
 def is_whole(row: dict[str, str | None]) -> bool:
@@ -327,9 +331,9 @@ def log_path(folder: Path, run: str | None, *, replacing: bool) -> Path:
 class Log:
     """log.csv: a row of means over the last steps, and a row per evaluation.
 
-    Columns: split, step, epoch, loss, top1, lr, images_per_second, peak_bytes and the largest drift,
-    correction and contraction of each stage since the last row (see `ode.Monitor`). Fractions, bytes,
-    seconds; empty where there is nothing to say.
+    Columns: split, step, epoch, loss, top1 (of several labels an image: those of `OF_SEVERAL`), lr, images_per_second,
+    peak_bytes and the largest drift, correction and contraction of each stage since the last row (see `ode.Monitor`).
+    Fractions, bytes, seconds; empty where there is nothing to say.
     """
 
     def __init__(
@@ -340,13 +344,15 @@ class Log:
         keep_up_to: int,
         evaluated_up_to: int | None = None,
         on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+        multi_label: bool = False,
     ) -> None:
         """keep_up_to: of an existing log, keep the rows up to this step; 0 starts a new one. on_row: hears of each.
 
         evaluated_up_to: the same for rows of evaluations, of which that of the very step may be still to come.
         """
         self.path, self.on_row = path, on_row
-        self.fields = ["split", "step", "epoch", "loss", "top1", "lr", "images_per_second", "peak_bytes"]
+        accuracies = OF_SEVERAL if multi_label else ("top1",)
+        self.fields = ["split", "step", "epoch", "loss", *accuracies, "lr", "images_per_second", "peak_bytes"]
         self.figures = [f"{figure}_{name}" for figure in ("drift", "correction", "contraction") for name in stages]
         self.fields += self.figures
         evaluated = keep_up_to if evaluated_up_to is None else evaluated_up_to
@@ -371,7 +377,7 @@ class Log:
             "split": "train",
             "step": record.step,
             "epoch": record.epoch,
-            **{name: fmean(step[name] for step in window) for name in ("loss", "top1")},
+            **{name: fmean(step[name] for step in window) for name in ("loss", record.accuracy_of)},
             "lr": record.lr,
             "images_per_second": round(record.images_per_second, 1),
             "peak_bytes": record.peak_bytes,
@@ -381,15 +387,16 @@ class Log:
                 row[name] = max(values)
         self._write(row)
 
-    def test(self, step: int, epoch: int, evaluation: Evaluation) -> None:
-        self._write({"split": "test", "step": step, "epoch": epoch, "loss": evaluation.loss, "top1": evaluation.top1})
+    def test(self, step: int, epoch: int, evaluation: Measured) -> None:
+        figures = {name: value for name, value in evaluation.figures.items() if name in self.fields}
+        self._write({"split": "test", "step": step, "epoch": epoch, **figures})
 
 
 class NoLog(Log):
     """Of a process beside the one that writes the log."""
 
     def __init__(self) -> None:
-        self.path, self.on_row = Path(os.devnull), lambda row: None
+        self.path, self.fields, self.on_row = Path(os.devnull), [], lambda row: None
 
     def _write(self, row: dict[str, Any]) -> None:
         pass

@@ -80,9 +80,14 @@ class RunRecord:
         return "in progress" if self.running else "stopped"
 
     @property
-    def best_top1(self) -> float | None:
-        """Of the best model on the images that choose it, as the log and the state have it."""
-        logged = [row["top1"] for row in self.rows[TEST] if row["step"] > 0 and "top1" in row]
+    def main(self) -> str:
+        """The figure by which models are compared: 'top1', or of images with several labels 'map'."""
+        return "map" if any("map" in row for row in self.rows[TEST]) else "top1"
+
+    @property
+    def best(self) -> float | None:
+        """The main figure of the best model on the images that choose it, as the log and the state have it."""
+        logged = [row[self.main] for row in self.rows[TEST] if row["step"] > 0 and self.main in row]
         known = [value for value in (self.progress.get("best_top1"),) if value is not None and value >= 0]
         return max([*known, *logged], default=None)
 

@@ -60,6 +60,7 @@ class Saves:
             keep_up_to=keep_up_to,
             evaluated_up_to=max(self.progress.evaluated, keep_up_to - 1),
             on_row=self.callbacks.on_row,
+            multi_label=self.model.info.multi_label,
         )
         self.callbacks.on_begin(self.run, keep_up_to)
 

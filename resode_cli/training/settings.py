@@ -303,8 +303,9 @@ class Settings(Lengths):
     save_every: int = saving(100, "Steps between saves of the state.", range=COUNT)
     eval_every: int = saving(1, "Epochs between evaluations.", range=COUNT)
     best_by: str = saving(
-        "top1",
-        "What makes a model the best: its accuracy, top-5 accuracy or loss. The model as it began is one of them.",
+        AUTO,
+        "What makes a model the best: its accuracy, top-5 accuracy or loss; of several labels an image mean average"
+        " precision (map), micro_f1, macro_f1 or loss. 'auto': top1, or map. The model as it began is one of them.",
         choices=words.BEST_BY,
         resume="stays",
     )

@@ -35,6 +35,7 @@ MOST_SKIPPED = 10  # steps in a row
 class Taken:
     """A step: its images, their loss and accuracy, the gradient's largest entry, and the monitor's figures.
 
+    accuracy: fraction of images, or where these have several labels of all labels, that are right.
     steepest: 0 with fp16, whose gradients are scaled and may overflow; the scaler looks after them.
     """
 
@@ -70,6 +71,7 @@ class Steps:
         self.loop, self.guard, self.objective, self.average = loop, guard, objective, average
         self.say, self.advice, self.unfreezing = say, advice, unfreezing
         self.mixing = mixing_of(settings, model.info.num_classes)
+        self.several = model.info.multi_label
         self.in_a_row = 0  # steps skipped just now
         self.modes: list[tuple[nn.Module, bool]] = []  # in which modules train, once they have
 
@@ -126,7 +128,10 @@ class Steps:
     def _must_redo(self, found: Taken, images: Tensor, labels: Tensor) -> bool:
         first = slice(self.settings.images_per_batch)
         return self.guard.must_redo(
-            found.monitor["drift"], images[first], classes_of(labels[first]), self.progress.step + 1
+            found.monitor["drift"],
+            images[first],
+            labels[first] if self.several else classes_of(labels[first]),
+            self.progress.step + 1,
         )
 
     def _skip(self, found: Taken) -> None:
@@ -185,7 +190,8 @@ class Steps:
             loss, logits = self.objective(images, labels)
         weight = share * self.processes.count
         self.loop.backward(loss if weight == 1 else loss * weight)
-        right = (logits.argmax(1) == classes_of(labels)).float().mean()
+        given = (logits > 0) == labels.bool() if self.several else logits.argmax(1) == classes_of(labels)
+        right = given.float().mean()
         return loss.detach() * share, right * share, self.guard.figures()
 
 

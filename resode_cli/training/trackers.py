@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from ..errors import ResodeError, one_line
 from .results import Callbacks, FinetuneResult
+from .run_folder import OF_SEVERAL
 from .settings import Settings
 
 PROJECT = "resode"  # where the tracker's own variable of the environment names none
@@ -238,7 +239,7 @@ def scalars(row: Mapping[str, Any]) -> dict[str, float]:
     found = {}
     for name, value in row.items():
         figure, _, stage = name.partition("_")
-        if name in ("loss", "top1"):
+        if name in ("loss", "top1", *OF_SEVERAL):
             found[f"{row['split']}/{name}"] = float(value)
         elif figure in ("drift", "correction", "contraction") and stage:
             found[f"{figure}/{stage}"] = float(value)
@@ -249,7 +250,7 @@ def scalars(row: Mapping[str, Any]) -> dict[str, float]:
 
 def _summary(result: FinetuneResult) -> dict[str, float]:
     found: dict[str, float] = {
-        "best_top1": result.best_top1,
+        f"best_{result.main}": result.best_top1,
         "steps": result.steps,
         "seconds": result.seconds,
         "peak_bytes": result.peak_bytes,
@@ -257,7 +258,7 @@ def _summary(result: FinetuneResult) -> dict[str, float]:
     }
     for name, evaluation in (("before", result.before), ("after", result.after)):
         if evaluation is not None:
-            found |= {f"{name}_top1": evaluation.top1, f"{name}_loss": evaluation.loss}
+            found |= {f"{name}_{figure}": evaluation.figures[figure] for figure in (evaluation.MAIN, "loss")}
     return {f"summary/{name}": float(value) for name, value in found.items()}
 
 

@@ -97,7 +97,7 @@ def test_paths_may_be_absolute_or_as_windows_writes_them(write: Write, tmp_path:
         ("path,label\n", "has no rows below its header"),
         ("name,label\nall/a0.png,a\n", r"has no column of paths \(path, .*\); its columns are name, label"),
         (
-            "path,cat,dog\nall/a0.png,0,1\n",
+            "path,cat,dog\nall/a0.png,0,2\n",
             r"has no column of labels \(label, class, .*\); its columns are path, cat, dog",
         ),
         ("path,label\nall/a0.png,a\nall/a1.png,\nall/a2.png\n", r"2 rows without a label \(line 3, 4\); fill it in"),

@@ -11,7 +11,8 @@ from torch import nn
 
 from resode_cli.data import batches, open_data
 from resode_cli.errors import ResodeError
-from resode_cli.measuring.by_image import ClassFigures, ImageResults, evaluate_images
+from resode_cli.measuring.by_image import ImageResults, evaluate_images
+from resode_cli.measuring.class_figures import ClassFigures
 from resode_cli.measuring.evaluate import evaluate
 from resode_cli.network.parts import Preprocessing
 

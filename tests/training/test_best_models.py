@@ -235,7 +235,7 @@ def test_a_resumed_run_knows_its_best_model_again(here: Path, scored: Any, capsy
 
 def test_what_is_best_stays(here: Path, capsys: Any) -> None:
     assert main(run("-o", "run", "--resume", "--best-by", "loss", steps=4)) == 2
-    assert "--best-by loss: the run has top1, and keeps it" in capsys.readouterr().err
+    assert "--best-by loss: the run has auto, and keeps it" in capsys.readouterr().err
 
 
 def test_a_figure_that_is_the_same_for_all_models_is_refused(here: Path, capsys: Any) -> None:

@@ -30,7 +30,7 @@ def curve_sections(runs: Sequence[RunRecord], names: Sequence[str]) -> Markup:
         return section("Curves", paragraph("The log has no row yet.", class_="note"))
     parts = [
         plot("Loss", _both(runs, names, "loss")),
-        plot("Accuracy (top-1)", _both(runs, names, "top1"), show=percent),
+        *(plot(title, _both(runs, names, column), show=percent) for title, column in _accuracies(runs)),
         plot("Learning rate", _train(runs, names, "lr")),
         plot("Images per second", _train(runs, names, "images_per_second"), from_zero=True),
         _memory(runs, names),
@@ -39,6 +39,13 @@ def curve_sections(runs: Sequence[RunRecord], names: Sequence[str]) -> Markup:
     found = section("Curves", paragraph(means, class_="note"), figures(parts))
     stages = list(dict.fromkeys(stage for run in runs for stage in run.stages))
     return Markup(found + _monitor(runs, names, stages)) if stages else found
+
+
+def _accuracies(runs: Sequence[RunRecord]) -> list[tuple[str, str]]:
+    """Titles and columns of the figures by which models are compared, of one class an image and of several labels."""
+    there = {run.main for run in runs}
+    of_several = [("Mean average precision", "map"), ("Labels that are right", "label_accuracy")]
+    return ([("Accuracy (top-1)", "top1")] if "top1" in there else []) + (of_several if "map" in there else [])
 
 
 def _both(runs: Sequence[RunRecord], names: Sequence[str], column: str) -> list[Curve]:

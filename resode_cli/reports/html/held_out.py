@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from ...measuring.multi_label import THRESHOLD, LabelResults
 from ...quantities import counted
 from .curves import percent
 from .markup import Markup, element, folded, joined, paragraph, scrolling, section, table
 
 if TYPE_CHECKING:
-    from ...measuring.by_image import ClassFigures, ImageResults
+    from ...measuring.by_image import ImageResults
+    from ...measuring.class_figures import ClassFigures
 
 MOST_CLASSES = 30  # that a matrix is drawn for; of more, the commonest confusions are listed
 PAIRS = 40
@@ -25,12 +27,15 @@ SMALL = 64  # below, pixels are shown as they are
 
 @dataclass(frozen=True)
 class Mistake:
-    """A wrong prediction. picture: the image before any transform; None where it cannot be read now."""
+    """A wrong prediction. picture: the image before any transform; None where it cannot be read now.
+
+    probability: of the prediction; None where that says of several labels how probable each is.
+    """
 
     path: str
     label: str
     prediction: str
-    probability: float
+    probability: float | None
     loss: float
     picture: Image.Image | None
 
@@ -42,13 +47,14 @@ class HeldOut:
     model: str
     where: str
     class_names: Sequence[str]
-    results: ImageResults
+    results: ImageResults | LabelResults
     mistakes: Sequence[Mistake]
     notes: Sequence[str] = ()
 
     @property
     def summary(self) -> str:
-        return percent(self.results.top1)
+        results = self.results
+        return percent(results.evaluation.map if isinstance(results, LabelResults) else results.top1)
 
 
 def held_out_section(found: HeldOut | str, name: str) -> Markup:
@@ -57,6 +63,8 @@ def held_out_section(found: HeldOut | str, name: str) -> Markup:
     if isinstance(found, str):
         return section(title, paragraph(found, class_="note"))
     results = found.results
+    if isinstance(results, LabelResults):
+        return _of_labels(found, results, title)
     mean = results.losses.double().mean().item()
     told = (
         f"The {found.model} model on {counted(len(results), 'image')} of {found.where}: top-1 {percent(results.top1)},"
@@ -71,6 +79,25 @@ def held_out_section(found: HeldOut | str, name: str) -> Markup:
         _matrix(results, found.class_names) if small else _pairs(results, found.class_names),
         element("h3", "By class"),
         _by_class(results.by_class(), found.class_names),
+        *([element("h3", "Worst mistakes"), _mistakes(found.mistakes)] if found.mistakes else []),
+    )
+
+
+def _of_labels(found: HeldOut, results: LabelResults, title: str) -> Markup:
+    """Of images with several labels, which no matrix of confusions is of."""
+    figures = results.evaluation
+    told = (
+        f"The {found.model} model on {counted(len(results), 'image')} of {found.where}: mean average precision"
+        f" {percent(figures.map)}; with the labels whose probability is {percent(THRESHOLD)} at least: micro-F1"
+        f" {percent(figures.micro_f1)}, macro-F1 {percent(figures.macro_f1)}, all labels of an image right"
+        f" {percent(figures.exact_match)}; loss {figures.loss:.4f}."
+    )
+    return section(
+        title,
+        paragraph(told),
+        *(paragraph(note, class_="note") for note in found.notes),
+        element("h3", "By class"),
+        _by_class(results.by_class(), found.class_names, results.average_precisions),
         *([element("h3", "Worst mistakes"), _mistakes(found.mistakes)] if found.mistakes else []),
     )
 
@@ -111,12 +138,16 @@ def _pairs(results: ImageResults, names: Sequence[str]) -> Markup:
     return table(caption, ["class", "taken for", "images", "of the class"], rows, words=2)
 
 
-def _by_class(figures: Sequence[ClassFigures], names: Sequence[str]) -> Markup:
-    header = ["class", "images", "precision", "recall", "F1"]
+def _by_class(
+    figures: Sequence[ClassFigures], names: Sequence[str], precisions: Sequence[float | None] | None = None
+) -> Markup:
+    """precisions: the average precision of each class, where there is one."""
+    header = ["class", "images", "precision", "recall", "F1", *([] if precisions is None else ["average precision"])]
     told = []
-    for own, name in zip(figures, names, strict=True):
+    for place, (own, name) in enumerate(zip(figures, names, strict=True)):
         if own.images or own.predicted:
-            shares = ("–" if v is None else percent(v) for v in (own.precision, own.recall, own.f1))
+            more = [] if precisions is None else [precisions[place]]
+            shares = ("–" if v is None else percent(v) for v in (own.precision, own.recall, own.f1, *more))
             told.append((own.f1, [name, f"{own.images:,}", *shares]))
     rows = [row for _, row in told]
     caption = (
@@ -136,7 +167,7 @@ def _mistakes(mistakes: Sequence[Mistake]) -> Markup:
 def _mistake(found: Mistake) -> Markup:
     told = [
         ("is", found.label),
-        ("taken for", f"{found.prediction}, {percent(found.probability)}"),
+        ("taken for", found.prediction + ("" if found.probability is None else f", {percent(found.probability)}")),
         ("loss", f"{found.loss:.3f}"),
     ]
     return element(

@@ -6,8 +6,9 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ...errors import one_line
+from ...errors import join, one_line
 from ...quantities import number, size
+from ..report import CALLED
 from .curves import percent
 from .markup import Markup, element, folded, joined, paragraph, section, table
 
@@ -19,13 +20,14 @@ NONE = "–"
 
 def overview(runs: Sequence[RunRecord], names: Sequence[str], on_images: Sequence[str]) -> Markup:
     """A row of final figures for each run. on_images: what its model was worth on the images looked at."""
+    main = join(list(dict.fromkeys(CALLED[run.main] for run in runs)), "or")
     header = [
         "run",
         "state",
         "steps",
-        "top-1 before",
-        "best top-1",
-        "last top-1",
+        f"{main} before",
+        f"best {main}",
+        f"last {main}",
         "last loss",
         "images/s",
         "peak memory",
@@ -38,13 +40,13 @@ def overview(runs: Sequence[RunRecord], names: Sequence[str], on_images: Sequenc
         speed, peak = run.images_per_second, run.peak_bytes
         rows.append(
             [
-                *(name, run.standing, steps, _top1(before), NONE if run.best_top1 is None else percent(run.best_top1)),
-                *(_top1(last), NONE if last is None or "loss" not in last else f"{last['loss']:.4f}"),
+                *(name, run.standing, steps, _main(before, run.main), NONE if run.best is None else percent(run.best)),
+                *(_main(last, run.main), NONE if last is None or "loss" not in last else f"{last['loss']:.4f}"),
                 *(NONE if speed is None else f"{speed:,.0f}", NONE if peak is None else size(peak)),
             ]
         )
     if any(on_images):
-        header.append("top-1 below")
+        header.append(f"{main} below")
         rows = [[*row, figure or NONE] for row, figure in zip(rows, on_images, strict=True)]
     skipped = [
         f"{name} skipped {run.progress['skipped']} steps, whose loss or gradient was no number."
@@ -86,8 +88,8 @@ def _asked(run: RunRecord) -> dict[str, Any]:
     return {**more, **found}
 
 
-def _top1(row: Mapping[str, float] | None) -> str:
-    return NONE if row is None or "top1" not in row else percent(row["top1"])
+def _main(row: Mapping[str, float] | None, main: str) -> str:
+    return NONE if row is None or main not in row else percent(row[main])
 
 
 def _shown(value: Any) -> str:

@@ -1,0 +1,123 @@
+"""Images with several labels: what a table says of them, and which are held out.
+
+Two forms are read: a column whose cells hold labels with a separator between them (cat|dog, or cat;dog), and a column
+for each class, of 0 and 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from math import ceil
+from typing import TYPE_CHECKING
+
+from ..errors import ResodeError, first_few
+from ..quantities import counted
+from .classes import NEW_HEAD, spelled
+from .images import shown
+
+if TYPE_CHECKING:
+    from .holding_out import Division
+
+SEPARATORS = ("|", ";")
+_YES, _NO = {"1", "1.0"}, {"0", "0.0"}
+LabelSet = tuple[int, ...]  # the classes of an image, ascending
+
+
+@dataclass(frozen=True)
+class TableLabels:
+    """What each row of a table is of. several: an image may have any number of labels; else it has one.
+
+    notes: what to say of how they were read.
+    """
+
+    rows: Sequence[tuple[str, ...]]
+    several: bool
+    notes: tuple[str, ...] = ()
+
+
+def read_labels(
+    where: str, rows: Sequence[Mapping[str, str]], column: str | None, others: Sequence[str], several: bool | None
+) -> TableLabels | None:
+    """The labels of a table's rows, by a column of labels, or else by columns of 0 and 1; None where it has neither.
+
+    others: the columns that are neither of paths nor of splits. several: whether images have several labels; None: they
+    have where a cell holds a separator, or where a row of the columns of 0 and 1 has not exactly one 1.
+    Raises ResodeError for labels of the other kind.
+    """
+    found = _of_columns(where, rows, others, several) if column is None else _of_column(where, rows, column, several)
+    if found is None:
+        return None
+    if found.several and several is False:
+        raise ResodeError(f"{where}: images have several labels, and the model gives an image one class; {NEW_HEAD}")
+    without = sum(not labels for labels in found.rows)
+    note = f"{where}: {without} of {counted(len(found.rows), 'row')} have no label" if found.several and without else ""
+    return TableLabels(found.rows, found.several, (*found.notes, *([note] if note else [])))
+
+
+def _of_column(where: str, rows: Sequence[Mapping[str, str]], column: str, several: bool | None) -> TableLabels:
+    cells = [row[column].strip() for row in rows]
+    there = [separator for separator in SEPARATORS if any(separator in cell for cell in cells)]
+    if len(there) > 1:
+        raise ResodeError(f"{where}: labels are separated by | in some rows and by ; in others; write one of them")
+    if not there:
+        return TableLabels([(spelled(cell),) if cell else () for cell in cells], bool(several))
+    note = f"{where}: images have several labels, separated by {there[0]}"
+    return TableLabels([_parts(cell.split(there[0])) for cell in cells], True, (note,))
+
+
+def _of_columns(
+    where: str, rows: Sequence[Mapping[str, str]], others: Sequence[str], several: bool | None
+) -> TableLabels | None:
+    names = [name for name in others if all(row[name].strip() in _YES | _NO for row in rows)]
+    if len(names) < 2:
+        return None
+    labels = [_parts(name for name in names if row[name].strip() in _YES) for row in rows]
+    one_each = all(len(own) == 1 for own in labels)
+    what = "every image is of one class" if one_each and not several else "images have several labels"
+    left = [shown(name) for name in others if name not in names]
+    alone = f"; left alone: {first_few(left)}" if left else ""
+    note = f"{where}: {what}, by {len(names)} columns of 0 and 1{alone}"
+    return TableLabels(labels, bool(several) or not one_each, (note,))
+
+
+def _parts(names: Iterable[str]) -> tuple[str, ...]:
+    """Each once, in an order that says nothing."""
+    return tuple(sorted({spelled(name.strip()) for name in names} - {""}))
+
+
+def held_out_sets(division: Division, keys: Sequence[str], sets: Sequence[LabelSet]) -> list[bool]:
+    """Whether each image is held out: of every class the share, to within what several labels of one image allow.
+
+    The classes are gone through from the rarest on, as in the iterative stratification of Sechidis et al. 2011. Of n
+    images ⌈share n⌉ are held out, fewer where one of them would be the last of some class to train on, and more where
+    images of rarer classes brought more along. Of the images without a label the share is held out too.
+    """
+    ranked = sorted(range(len(keys)), key=lambda place: division.rank(keys[place]))
+    of_class: dict[int, list[int]] = {}
+    for place in ranked:
+        for label in sets[place] or (-1,):
+            of_class.setdefault(label, []).append(place)
+    left = {label: len(places) for label, places in of_class.items()}  # to train on
+    chosen, seen = [False] * len(keys), [False] * len(keys)
+    share = Fraction(str(division.share))
+    for label in sorted(of_class, key=lambda label: (len(of_class[label]), label)):
+        places = of_class[label]
+        wanted = ceil(share * len(places)) - sum(chosen[place] for place in places)
+        for place in places:
+            own = sets[place] or (-1,)
+            if not seen[place] and wanted > 0 and all(left[each] > 1 for each in own):
+                chosen[place] = True
+                wanted -= 1
+                for each in own:
+                    left[each] -= 1
+            seen[place] = True
+    return chosen
+
+
+def distinct(sets: Sequence[LabelSet]) -> tuple[list[LabelSet], list[int]]:
+    """The sets that there are, and the place of each image's among them."""
+    found = list(dict.fromkeys(sets))
+    place = {own: i for i, own in enumerate(found)}
+    return found, [place[own] for own in sets]
