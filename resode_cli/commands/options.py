@@ -138,7 +138,8 @@ DATA_OPTION = typer.Option(
     "-d",
     help="'digits', a torchvision name (cifar10, …), a folder with one for each class (see --val-split), one with"
     " train and test (or val), a .csv or .tsv with columns path and label, and perhaps split (several labels: cat|dog,"
-    " or a 0/1 column for each class), or hf:NAME (hf:FOLDER) for a data set of Hugging Face.",
+    " or a 0/1 column for each class), WebDataset's .tar shards (a folder of them, or 'wds:train-{000..009}.tar'), or"
+    " hf:NAME (hf:FOLDER) for a data set of Hugging Face.",
     rich_help_panel=DATA,
 )
 DataOption = Annotated[str, DATA_OPTION]

@@ -6,9 +6,11 @@ Transparency is dropped and of an animation the first picture is taken, as torch
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 import warnings
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -42,8 +44,18 @@ def extensions() -> frozenset[str]:
 
 def read_image(path: str | Path) -> Image.Image:
     """The picture in a file, upright, as RGB. Raises UnreadableImage."""
+    return _explained(lambda: _open_regular(path))
+
+
+def image_of(content: bytes) -> Image.Image:
+    """The same of a file's content. Raises UnreadableImage."""
+    return _explained(lambda: io.BytesIO(content))
+
+
+def _explained(opened: Callable[[], BinaryIO]) -> Image.Image:
+    """The picture in a file that is opened here. Raises UnreadableImage, whatever went wrong."""
     try:
-        with warnings.catch_warnings(), _open_regular(path) as file:
+        with warnings.catch_warnings(), opened() as file:
             # Pillow warns of what is checked here, and of metadata that nothing reads.
             warnings.simplefilter("ignore")
             return _read(file)

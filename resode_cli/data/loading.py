@@ -144,9 +144,9 @@ class ImageData(Dataset[tuple[Tensor, Label] | Skipped]):
             within = {folder: os.path.relpath(folder, root) if root else folder for folder in folders}
         except ValueError:  # none, or some under / and some not
             within = {folder: folder for folder in folders}
-        for folder, name in names:
+        for index, (folder, name) in zip(self.indices, names, strict=True):
             try:
-                size = os.stat(os.path.join(folder, name)).st_size
+                size = self._size(index, os.path.join(folder, name))
             except (OSError, ValueError):
                 size = -1
             yield os.path.join(within[folder], name), size
@@ -161,8 +161,11 @@ class ImageData(Dataset[tuple[Tensor, Label] | Skipped]):
 
     def first_bytes(self, i: int, count: int) -> bytes:
         """The beginning of an image's file; nothing where it is no file, or cannot be read."""
+        index = self.indices[i]
         try:
-            with Path(self._file(self.indices[i])).open("rb") as file:
+            if hasattr(self.samples, "first_bytes"):  # images that are stored otherwise than each in a file
+                return bytes(self.samples.first_bytes(index, count))
+            with Path(self._file(index)).open("rb") as file:
                 return file.read(count)
         except (OSError, ValueError):
             return b""
@@ -236,6 +239,9 @@ class ImageData(Dataset[tuple[Tensor, Label] | Skipped]):
         label = torch.zeros(len(self.class_names))
         label[list(self.sets[number])] = 1
         return label
+
+    def _size(self, index: int, file: str) -> int:
+        return int(self.samples.stored(index)) if hasattr(self.samples, "stored") else os.stat(file).st_size
 
     def _file(self, index: int) -> str:
         return str(self.samples.samples[index][0]) if hasattr(self.samples, "samples") else f"image {index}"

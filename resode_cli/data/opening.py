@@ -18,6 +18,7 @@ from .hub import HUB, is_hub, open_hub, splits_of_hub
 from .images import shown
 from .loading import ImageData
 from .named import DIGITS, NAMES, NOT_FLIPPED, PREFIX, WITH_VAL, Part, labels_of, open_named
+from .shards import SHARDS, is_shards, open_shards, splits_of_shards
 from .tables import TABLES, is_table, open_table, splits_of_table
 from .transforms import Augmentation, transform
 
@@ -143,7 +144,9 @@ def labelled_splits(name: str, hold_out: HoldOut = HoldOut()) -> tuple[Split, ..
     """Every split of the data that has labels, in the order train, val, test; those that are held out with them."""
     folder, _ = _folder_of(name)
     found: set[Split]
-    if folder is not None:
+    if is_shards(name):
+        found = splits_of_shards(name, hold_out)
+    elif folder is not None:
         found = splits_of_table(folder, hold_out) if is_table(folder) else splits_of_folder(folder, hold_out)
     elif is_hub(name):
         found = splits_of_hub(name, hold_out)
@@ -172,6 +175,8 @@ def _find(
         )
     if is_hub(name):
         found = open_hub(name, split, labelled=labelled, hold_out=hold_out)
+    elif is_shards(name):
+        found = open_shards(name, split, labelled=labelled, hold_out=hold_out)
     elif folder is None:
         found = _open_named(name.removeprefix(PREFIX), split, root, hold_out)
     elif is_table(folder):
@@ -235,7 +240,7 @@ def _folder_of(name: str) -> tuple[Path | None, list[str]]:
     """
     if not name:
         raise UsageError("the name of the data is empty; pass a folder, or 'digits', or a name such as cifar10")
-    if is_hub(name):
+    if is_hub(name) or name.startswith(SHARDS):
         return None, []
     path = Path(name)
     if name in NAMES:
@@ -249,7 +254,7 @@ def _folder_of(name: str) -> tuple[Path | None, list[str]]:
         if name.removeprefix(PREFIX) not in NAMES[1:]:
             raise unknown("data set of torchvision", name.removeprefix(PREFIX), NAMES[1:])
         return None, []
-    if path.is_dir() or is_table(path):
+    if path.is_dir() or is_table(path) or is_shards(name):
         return path, []
     if path.is_file():
         raise UsageError(

@@ -38,7 +38,8 @@ class Objective:
         self.class_weights = class_weights
         self.teacher, self.settings = teacher, settings
         self.forward: Callable[[Tensor], Tensor] = model
-        of_one = settings.bce_loss and not model.info.multi_label
+        self.several = model.info.multi_label
+        of_one = settings.bce_loss and not self.several
         self.binary = BinaryCrossEntropy(smoothing=settings.label_smoothing) if of_one else None
         self.watched: dict[str, tuple[nn.Module, nn.Module]] = {}
         if teacher is not None and settings.teacher_states:
@@ -72,7 +73,7 @@ class Objective:
 
     def _from_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
         """L. Probabilities of classes are smoothed already."""
-        if self.model.info.multi_label:
+        if self.several:
             weights, targets = self.class_weights, labels.to(_exact(logits).dtype)
             weights = None if weights is None else weights.to(targets)
             return F.binary_cross_entropy_with_logits(_exact(logits), targets, pos_weight=weights)
