@@ -148,10 +148,10 @@ def finetune_command(
         loaded_checksum,
         resumed,
         unknown_contents,
-        with_stage_names,
     )
     from ..training.teacher import open_teacher
     from ..training.trackers import open_trackers
+    from ..training.trained import with_stage_names
     from .progress import training
     from .run_config import changed, config_text, keeping_config
 

@@ -22,7 +22,7 @@ from ..quantities import number, size
 
 if TYPE_CHECKING:
     from ..fitting.results import FitStep
-    from ..training.run_folder import StepRecord
+    from ..training.run_log import StepRecord
     from .output import Output
 
 LINE_EVERY = 20  # steps, where there is no terminal to draw a bar on

@@ -18,7 +18,8 @@ from ..errors import one_line
 from ..machine.atomic import atomic_path
 from ..recipe import setting_line
 from ..training.resuming import saved_files
-from ..training.run_folder import CONFIG, CONFIG_BEGINNING, LOG, is_own
+from ..training.run_folder import CONFIG, CONFIG_BEGINNING, is_own
+from ..training.run_log import LOG
 from ..training.settings import Settings
 from .options import MAY_BE_CODE, NOT_OF_A_RECIPE, is_code
 from .parameters import parameters_of

@@ -18,7 +18,7 @@ from ..machine.deterministic import deterministic
 from ..machine.locks import FolderLock, NoLock
 from ..machine.processes import ALONE, Processes
 from ..network.model import OdeResNet, check_finite
-from . import run_folder
+from . import run_folder, run_log
 from .averaging import Average, average_bytes
 from .balance import balanced_labels, class_weights
 from .best import Evaluations, check_evaluations, check_tells_apart
@@ -30,8 +30,8 @@ from .objective import Objective
 from .optimizer_state import OptimizerState
 from .parallel import Joint, settings_of_one
 from .results import NO_PATIENCE, OUT_OF_TIME, Callbacks, FinetuneResult, Progress, peak_bytes
-from .resuming import run_fingerprint, teacher_fingerprint, with_stage_names
-from .run_folder import StepRecord
+from .resuming import run_fingerprint, teacher_fingerprint
+from .run_log import StepRecord
 from .saves import NoSaves, Saves
 from .settings import Settings
 from .starting import choice_batch, prepare_to_train, switch_scheme, tell_of_shared_statistics
@@ -39,7 +39,7 @@ from .step import Steps, Taken
 from .synced_norm import synchronise
 from .teacher import Teacher
 from .trackers import Tracking
-from .trained import train_only
+from .trained import train_only, with_stage_names
 from .unfreezing import Unfreezing
 
 
@@ -333,5 +333,5 @@ class _Run:
         step, epoch, peak = self.progress.step, (self.progress.step - 1) // self.per_epoch + 1, peak_bytes(self.device)
         lr = self.loop.learning_rate
         known = taken.loss, taken.accuracy, lr, speed, peak, taken.monitor
-        accuracy_of = run_folder.LABEL_ACCURACY if self.model.info.multi_label else "top1"
+        accuracy_of = run_log.LABEL_ACCURACY if self.model.info.multi_label else "top1"
         return StepRecord(step, self.total, epoch, *known, accuracy_of)

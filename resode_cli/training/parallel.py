@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.graph import Node, get_gradient_edge
 from torch.nn.parallel import DistributedDataParallel
 
 from ..data import ImageData
@@ -74,13 +75,19 @@ class Joint:
     def renew(self) -> None:
         """Know which parameters are trained now."""
         self.checked, self.parallel = False, None
+        self.watched: list[tuple[nn.Parameter, Node]] = []
         if not self.processes.alone:
             # BatchNorm's statistics are synchronised, or averaged, elsewhere; gradients are not kept twice.
             buffers: dict[str, Any] = {NO_BUFFERS: False}
             self.parallel = DistributedDataParallel(self.model, gradient_as_bucket_view=True, **buffers)
+            # Where DistributedDataParallel hears of gradients; torch forgets it where weights have had another type.
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            self.watched = [(p, get_gradient_edge(p).node) for p in trained]
 
     def __call__(self, images: Tensor) -> Tensor:
         """The model's outputs."""
+        if self.parallel is not None and any(get_gradient_edge(p).node is not node for p, node in self.watched):
+            self.renew()
         found: Tensor = (self.parallel or self.model)(images)
         return found
 

@@ -13,7 +13,7 @@ import torch
 
 from ..gradients.results import ChosenAdjoints
 from ..measuring.evaluate import Measured
-from .run_folder import StepRecord
+from .run_log import StepRecord
 
 NO_PATIENCE, OUT_OF_TIME = "patience", "time"  # what may end a run before its last step
 NONE_YET = -1.0  # the accuracy of the best model, before there is one

@@ -16,9 +16,11 @@ from ..options import flag_of, option_of, parameter_of
 from ..sources.registry import SAVED, parse_source
 from .lengths import AUTO
 from .results import NONE_YET
-from .run_folder import ALONE, BEST, CONFIG, FILES, LOG, STATE, State, is_own, runner_up, runners_up, settle_first_model
+from .run_folder import ALONE, BEST, CONFIG, FILES, STATE, State, is_own, runner_up, runners_up, settle_first_model
+from .run_log import LOG
 from .settings import Settings
 from .teacher import Teacher
+from .trained import with_stage_names
 
 # By how many images data is known again, and how many bytes of each: of a large set, of some that are spread over it.
 LOOKED_INTO, LOOKED_AT = 2048, 2**16
@@ -70,15 +72,6 @@ def decided_before(chosen: Settings, before: Settings) -> Settings:
             batch_size=before.batch_size if whole else chosen.batch_size,
         )
     return chosen
-
-
-def with_stage_names(settings: Settings, model: OdeResNet) -> Settings:
-    """Stages that are given by their places (3), by their names (layer3). Raises UsageError for none of the model's.
-
-    So are those that adjoints are for, in the model's order.
-    """
-    stages = None if settings.stages is None else tuple(model.pick(settings.stages))
-    return replace(settings, stages=stages, adjoint=settings.adjoint_choice().with_names(model).text)
 
 
 def _shown(value: object) -> str:

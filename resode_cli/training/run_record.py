@@ -17,7 +17,8 @@ from ..files.model_schema import parse_metadata
 from ..machine.locks import is_written_to
 from ..network.model import ModelInfo
 from ..ode import Adjoint
-from .run_folder import BEST, CONFIG, LAST, LOG, STATE, is_own, is_whole, run_metadata
+from .run_folder import BEST, CONFIG, LAST, STATE, is_own, run_metadata
+from .run_log import LOG, is_whole
 from .settings import Settings
 
 TRAIN, TEST = "train", "test"

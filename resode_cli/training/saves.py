@@ -11,7 +11,7 @@ from ..data import ImageData
 from ..files import model_file
 from ..machine.locks import FolderLock
 from ..network.model import OdeResNet, check_finite
-from . import run_folder
+from . import run_folder, run_log
 from .averaging import Average
 from .bf16_weights import raised
 from .guard import Guard
@@ -53,8 +53,8 @@ class Saves:
         self.nothing_of = [] if resumed else saved_files(lock.folder)  # what a run before has left
 
     def open_log(self, stage_names: Sequence[str], *, keep_up_to: int) -> None:
-        path = run_folder.log_path(self.lock.ensure(), self.run, replacing=bool(self.nothing_of))
-        self.log = run_folder.Log(
+        path = run_log.log_path(self.lock.ensure(), self.run, replacing=bool(self.nothing_of))
+        self.log = run_log.Log(
             path,
             stage_names,
             keep_up_to=keep_up_to,
@@ -155,7 +155,7 @@ class Saves:
                 (folder / name).unlink(missing_ok=True)
         if self.nothing_of:
             self.nothing_of = []
-            self.log.path = self.log.path.replace(folder / run_folder.LOG)
+            self.log.path = self.log.path.replace(folder / run_log.LOG)
         run_folder.settle_first_model(
             folder, self.run, best_step=self.progress.best_step, keep_best=self.settings.keep_best
         )
@@ -168,7 +168,7 @@ class NoSaves(Saves):
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **{**settings, "resumed": True})
         self.writes = False
-        self.log = run_folder.NoLog()
+        self.log = run_log.NoLog()
 
     def open_log(self, stage_names: Sequence[str], *, keep_up_to: int) -> None:
         pass

@@ -18,9 +18,8 @@ from ..surgery.batch_norm import batch_norms
 from .bf16_weights import lower
 from .dropping import use_random_layers
 from .guard import Guard
-from .resuming import with_stage_names
 from .settings import Settings
-from .trained import freeze_norms_of_frozen_parts, train_only
+from .trained import freeze_norms_of_frozen_parts, train_only, with_stage_names
 
 COMPARED = CALIBRATED = 32  # images
 

@@ -15,7 +15,7 @@ from ..machine.processes import ALONE, lost_means_ended
 from ..network.model import OdeResNet
 from ..ode import RandomState, fixed_buffers
 from ..surgery.batch_norm import batch_norms
-from . import run_folder
+from . import run_log
 from .averaging import Average
 from .bf16_weights import raised
 from .guard import Figures, Guard, together
@@ -43,7 +43,7 @@ class Taken:
     loss: float
     accuracy: float
     steepest: float
-    monitor: run_folder.Figures
+    monitor: run_log.Figures
 
 
 class Steps:
@@ -112,7 +112,7 @@ class Steps:
             self.processes.mean_of(self._moving())
         if not math.isfinite(found.loss + found.steepest):
             self._skip(found)
-            nothing: run_folder.Figures = {name: dict.fromkeys(stages) for name, stages in found.monitor.items()}
+            nothing: run_log.Figures = {name: dict.fromkeys(stages) for name, stages in found.monitor.items()}
             return replace(found, monitor=nothing)
         self.in_a_row = 0
         if not self.loop.update():

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from ..errors import ResodeError, one_line
 from .results import Callbacks, FinetuneResult
-from .run_folder import OF_SEVERAL
+from .run_log import OF_SEVERAL
 from .settings import Settings
 
 PROJECT = "resode"  # where the tracker's own variable of the environment names none

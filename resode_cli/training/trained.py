@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -11,6 +12,15 @@ from ..errors import ResodeError, UsageError, first_few, unknown
 from ..network.head import head_parameters
 from ..network.model import OdeResNet
 from .settings import Settings
+
+
+def with_stage_names(settings: Settings, model: OdeResNet) -> Settings:
+    """Stages that are given by their places (3), by their names (layer3). Raises UsageError for none of the model's.
+
+    So are those that adjoints are for, in the model's order.
+    """
+    stages = None if settings.stages is None else tuple(model.pick(settings.stages))
+    return replace(settings, stages=stages, adjoint=settings.adjoint_choice().with_names(model).text)
 
 
 def fresh_head(model: OdeResNet) -> tuple[str, ...]:

@@ -34,7 +34,7 @@ from resode_cli.ode import Adjoint
 from resode_cli.training.finetune import finetune
 from resode_cli.training.optimization import create_optimizer
 from resode_cli.training.results import Callbacks
-from resode_cli.training.run_folder import StepRecord
+from resode_cli.training.run_log import StepRecord
 from resode_cli.training.settings import Settings
 
 EPOCHS = 3

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from resode_cli.errors import ResodeWarning
-from resode_cli.training.run_folder import Log
+from resode_cli.training.run_log import Log
 
 HEADER = "split,step,epoch,loss,top1,lr,images_per_second,peak_bytes\n"
 DAMAGED = {
