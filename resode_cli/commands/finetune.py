@@ -127,7 +127,7 @@ def finetune_command(
 ) -> None:
     """Train a model with a backward pass that need not store activations."""
     start()
-    from ..data import held_out_splits
+    from ..data import check_data_name, held_out_splits
     from ..machine.deterministic import set_cublas_workspace
     from ..network.model import as_device
     from ..reports.choice import choice_table
@@ -205,6 +205,7 @@ def finetune_command(
         loaded = state.model
     else:
         call = Call(str(data), test_images, reading)
+        check_data_name(call.data)  # before a SOURCE is fetched and converted
         loaded = open_start(
             str(model), origin, pretrained=pretrained, weights=weights, seed=settings.seed, output=output
         )

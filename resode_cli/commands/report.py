@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -36,6 +36,24 @@ if TYPE_CHECKING:
     from ..training.run_record import RunRecord
 
 FILE = "report.html"
+
+
+@dataclass(frozen=True)
+class Look:
+    """What is asked of the held-out images, of every run alike; None for what is the run's own.
+
+    mistakes: pictures of so many. workers: processes that read images.
+    """
+
+    data: str | None
+    split: str | None
+    reading: Reading
+    origin: Origin
+    given: Given
+    mistakes: int
+    batch_size: int
+    workers: int | str
+    device: str
 
 
 @takes(reading=Fields(Reading()), readers=Fields(Readers()), origin=Fields(Origin()))
@@ -98,12 +116,8 @@ def report_command(
     records = [read_run(folder) for folder in _chosen(runs, output)]
     path = _page_path(out, records, force=force)
     output.notes(note for record in records for note in record.notes)
-    found = [
-        _held_out(record, data, split, reading, origin, given, (mistakes, batch_size, readers.workers), device, output)
-        if predict
-        else ""
-        for record in records
-    ]
+    look = Look(data, split, reading, origin, given, mistakes, batch_size, readers.workers, device)
+    found = [_held_out(record, look, output) if predict else "" for record in records]
     text = page(records, found, now=datetime.now())
     with atomic_path(path, need=len(text)) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -144,17 +158,7 @@ def _page_path(out: Path | None, records: Sequence[RunRecord], *, force: bool) -
     return path
 
 
-def _held_out(
-    record: RunRecord,
-    data: str | None,
-    split: str | None,
-    reading: Reading,
-    origin: Origin,
-    given: Given,
-    amounts: tuple[int, int, int | str],
-    device: str,
-    output: Output,
-) -> HeldOut | str:
+def _held_out(record: RunRecord, look: Look, output: Output) -> HeldOut | str:
     """What the run's model makes of the images, or why that is not known.
 
     Raises ResodeError only for data that the user names: what a run used may be gone, and its curves are still there.
@@ -162,26 +166,16 @@ def _held_out(
     if record.model is None:
         return "No model is saved yet."
     try:
-        return _look(record, data, split, reading, origin, given, amounts, device, output)
+        return _seen(record, look, output)
     except ResodeError as error:
-        if "data" in given.flags or "split" in given.flags:
+        if "data" in look.given.flags or "split" in look.given.flags:
             raise
         said = f"{record.name}: the images are left out: {error}"
         output.note(one_line(said))
         return said
 
 
-def _look(
-    record: RunRecord,
-    data: str | None,
-    split: str | None,
-    reading: Reading,
-    origin: Origin,
-    given: Given,
-    amounts: tuple[int, int, int | str],
-    device: str,
-    output: Output,
-) -> HeldOut:
+def _seen(record: RunRecord, look: Look, output: Output) -> HeldOut:
     from ..data import held_out_splits
     from ..measuring.by_image import evaluate_images
     from ..network.model import as_device
@@ -190,29 +184,34 @@ def _look(
     from .progress import counting
 
     assert record.model is not None
-    most, batch_size, workers = amounts
+    reading, given = look.reading, look.given
     fingerprint = {} if record.run is None else record.run["fingerprint"]
-    call = resumed_call(fingerprint.get("call"), given.all, data, None, replace(reading, images=None))
+    call = resumed_call(fingerprint.get("call"), given.all, look.data, None, replace(reading, images=None))
     again, called = as_it_read(call.reading, given.all, fingerprint)
-    model = origin.load(record.model)
+    model = look.origin.load(record.model)
     chosen = held_out_splits(call.data, call.reading.hold_out(model))[0]
-    wanted = cast("Split", split or chosen)
+    wanted = cast("Split", look.split or chosen)
     count = reading.images if "images" in given.all else call.test_images if wanted == chosen else None
     images = again.open(call.data, model, wanted, images=count, **called)
     output.notes(images.notes)
-    where = as_device(device)
+    where = as_device(look.device)
     with counting(output, f"predicting for {record.name}", len(images)) as advance:
         results = evaluate_images(
-            model.to(where), images, batch_size=batch_size, workers=workers, device=where, on_batch=advance
+            model.to(where),
+            images,
+            batch_size=look.batch_size,
+            workers=look.workers,
+            device=where,
+            on_batch=advance,
         )
     output.notes([images.skipped_note()])
-    role = {True: ", which chose the best model", False: ""}[wanted == chosen and data is None]
+    role = {True: ", which chose the best model", False: ""}[wanted == chosen and look.data is None]
     return HeldOut(
         "best" if record.model.name == BEST else "last",
         f"{call.data}, {images.split}{role}",
         images.class_names,
         results,
-        _worst(images, results, most),
+        _worst(images, results, look.mistakes),
         [note for note in (*images.notes, images.skipped_note()) if note],
     )
 

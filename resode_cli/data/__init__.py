@@ -12,7 +12,15 @@ from .classes import check_classes
 from .holding_out import HoldOut, known_division
 from .loading import Batch, ImageData, Key, batches, read
 from .named import NAMES
-from .opening import DEFAULT_ROOT, as_labelled, held_out_splits, labelled_splits, open_data, open_labelled
+from .opening import (
+    DEFAULT_ROOT,
+    as_labelled,
+    check_data_name,
+    held_out_splits,
+    labelled_splits,
+    open_data,
+    open_labelled,
+)
 from .transforms import Augmentation, transform
 
 __all__ = [
@@ -26,6 +34,7 @@ __all__ = [
     "as_labelled",
     "batches",
     "check_classes",
+    "check_data_name",
     "held_out_splits",
     "known_division",
     "labelled_splits",

@@ -131,6 +131,11 @@ def as_labelled(data: ImageData, name: str, info: ModelInfo) -> ImageData:
     return data
 
 
+def check_data_name(name: str) -> None:
+    """Raises UsageError for a name that means no data; whether they can be read is seen when they are opened."""
+    _folder_of(name)
+
+
 def held_out_splits(name: str, hold_out: HoldOut = HoldOut()) -> tuple[Split, ...]:  # noqa: B008  it is frozen
     """The splits to measure a training run on: the one that chooses among its models, then any for the end alone.
 

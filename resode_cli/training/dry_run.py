@@ -23,7 +23,7 @@ from .loop import training_batches
 from .optimization import create_optimizer, create_scheduler, optimizer_slots
 from .parallel import settings_of_one
 from .settings import Settings
-from .starting import guard_at_start, make_ready, prepare_to_train
+from .starting import guard_at_start, make_ready, prepare_to_train, tell_of_warmup
 from .unfreezing import Unfreezing
 
 FLOAT = 4  # bytes of a number of an image
@@ -74,6 +74,7 @@ def dry_run(
     total = settings.steps(len(train))
     for said in check_evaluations(settings, settings.per_epoch(len(train)), total):
         on_message(said)
+    tell_of_warmup(settings, settings.steps(len(train)), on_message)
     check_tells_apart(model, settings)
     settings = settings_of_one(settings, processes, train)
     settings = make_ready(model, settings, train, device, on_message)

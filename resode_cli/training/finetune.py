@@ -34,7 +34,7 @@ from .resuming import run_fingerprint, teacher_fingerprint
 from .run_log import StepRecord
 from .saves import NoSaves, Saves
 from .settings import Settings
-from .starting import choice_batch, prepare_to_train, switch_scheme, tell_of_shared_statistics
+from .starting import choice_batch, prepare_to_train, switch_scheme, tell_of_shared_statistics, tell_of_warmup
 from .step import Steps, Taken
 from .synced_norm import synchronise
 from .teacher import Teacher
@@ -129,6 +129,7 @@ class _Run:
         )
         for said in check_evaluations(settings, None if test is None else self.per_epoch, self.total):
             callbacks.on_message(said)
+        tell_of_warmup(settings, self.total, callbacks.on_message)
         check_tells_apart(model, settings)
         check_finite(model, "the model holds NaN or infinity in {}: nothing can be trained from there")
         self.stage_names = [name for name, stage in model.stages.items() if stage.spec.depth]

@@ -78,7 +78,11 @@ class RunRecord:
         """Whether the run is over, in a few words."""
         if self.total is not None and self.step >= self.total:
             return "finished"
-        return "in progress" if self.running else "stopped"
+        if self.running:
+            return "in progress"
+        patience = self.settings.get("patience")
+        waited_enough = patience is not None and self.progress.get("waited", 0) >= patience
+        return "ended by --patience" if waited_enough else "stopped"
 
     @property
     def main(self) -> str:

@@ -103,6 +103,15 @@ def tell_of_shared_statistics(model: OdeResNet, settings: Settings, say: Callabl
         )
 
 
+def tell_of_warmup(settings: Settings, total: int, say: Callable[[str], None]) -> None:
+    """Say it where the warmup leaves no step to the schedule. total: steps of the run."""
+    if settings.warmup >= total:
+        say(
+            f"note: --warmup {settings.warmup} lasts to the end of the run, at step {total}: the learning rate"
+            f" never reaches --lr {settings.lr:g}"
+        )
+
+
 def _keeps_statistics(stage: OdeStage) -> bool:
     return any(True for block in stage.blocks for _ in batch_norms(block))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
@@ -50,8 +50,22 @@ def train_only(model: OdeResNet, settings: Settings, say: Callable[[str], None])
         trained -= _matching(pattern, _named(model))
     if not trained:
         raise UsageError(f"--freeze {','.join(settings.freeze or ())} leaves nothing to train")
+    if settings.stages is None:  # with them, it was said what is trained
+        _tell_of_frozen_head(model, trained, settings, say)
     for name, parameter in model.net.named_parameters():
         parameter.requires_grad_(name in trained)
+
+
+def _tell_of_frozen_head(
+    model: OdeResNet, trained: Collection[str], settings: Settings, say: Callable[[str], None]
+) -> None:
+    """Say it where weights that started at random, and stand behind all else, are to stay so."""
+    weights = {name: p for name, p in model.net.named_parameters() if p.ndim > 1}
+    if any(name in weights and name not in trained for name in fresh_head(model)):
+        say(
+            f"note: the head started at random, and --freeze {','.join(settings.freeze or ())} leaves it so: what is"
+            " trained has to make up for it"
+        )
 
 
 def _chosen(model: OdeResNet, settings: Settings, say: Callable[[str], None]) -> set[str]:

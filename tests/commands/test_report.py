@@ -172,6 +172,14 @@ def test_a_run_that_was_stopped(report: Run, run: Run, trained: str, monkeypatch
     assert "The best model on 12 images" in Path("r/report.html").read_text()
 
 
+def test_a_run_that_patience_ended_is_called_so(report: Run, run: Run, trained: str) -> None:
+    epochs = ("--max-steps", 9, "--epochs", 9, "--patience", 1, "--lr", 1e-9)
+    run("finetune", "m.safetensors", "--data", "digits", *SHORT, *epochs, "-o", "r")
+    (about,) = json.loads(report("r", "--json").stdout)["runs"]
+    assert about["standing"] == "ended by --patience" and about["step"] < about["total_steps"]
+    assert "ended by --patience" in Path("r/report.html").read_text()
+
+
 def test_damaged_files_are_named_and_the_rest_is_shown(report: Run, trained: str) -> None:
     (Path(trained) / "state.safetensors").write_bytes(b"none")
     said = report(trained)

@@ -26,6 +26,13 @@ def test_few_images_are_trained_on_for_long_enough(images: int, batch: int, step
     assert (settings.batch_size, settings.steps(images)) == (batch, steps)
 
 
+@pytest.mark.parametrize("data", ["nosuchfolder", "no/such", "ciphar10", "torchvision:nothing"])
+def test_data_that_are_none_are_named_before_a_source_is_converted(data: str, run: Run) -> None:
+    said = run("finetune", "cifar:resnet20", "--no-pretrained", "--data", data, code=2).stderr
+    assert "converted" not in said and "no pretrained weights" not in said
+    assert repr(data.removeprefix("torchvision:")) in said and not Path("runs").exists()
+
+
 def test_what_the_user_says_stays(capsys: pytest.CaptureFixture[str]) -> None:
     output = Output(json_mode=False)
     own = Settings(batch_size=100, epochs=1)

@@ -127,6 +127,16 @@ def test_contradictions_are_refused(settings: dict[str, Any], message: str) -> N
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(("warmup", "told"), [(3, True), (2, False)])
+@pytest.mark.parametrize("look", [[], ["--dry-run"]])
+def test_a_warmup_as_long_as_the_run_is_told_of(
+    warmup: int, told: bool, look: list[str], here: Path, capsys: Any
+) -> None:
+    assert main(run("-o", "new", "--warmup", str(warmup), *look)) == 0
+    said = f"--warmup {warmup} lasts to the end of the run, at step 3: the learning rate never reaches --lr 0.001"
+    assert (said in capsys.readouterr().err) is told
+
+
 @pytest.mark.parametrize("more", [["--opt-betas", "0.9,0.99"], ["--opt-eps", "1e-6"]])
 def test_an_optimizer_without_the_setting_is_named(more: list[str], here: Path, capsys: Any) -> None:
     assert main(run("-o", "new", *more)) == 2

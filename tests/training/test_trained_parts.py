@@ -63,6 +63,17 @@ def test_a_stage_alone_leaves_the_head_fresh_and_may(fresh: Path, make_folder: A
     assert fresh_head(model_file.load("own/last.safetensors", trust_source=True)) == ("linear.weight", "linear.bias")
 
 
+def test_a_fresh_head_that_is_frozen_is_told_of(fresh: Path, make_folder: Any, capsys: Any) -> None:
+    data = eight(make_folder)
+    for pattern in ("head", "linear.weight"):
+        assert main(run(*data, "--freeze", pattern, "-o", pattern, model="fresh.safetensors", steps=1)) == 0
+        assert f"the head started at random, and --freeze {pattern} leaves it so" in capsys.readouterr().err
+    for model, pattern in (("fresh", "linear.bias"), ("m", "head")):
+        more = data if model == "fresh" else []
+        assert main(run(*more, "--freeze", pattern, "-o", model, model=f"{model}.safetensors", steps=1)) == 0
+        assert "started at random" not in capsys.readouterr().err
+
+
 def test_weights_that_bring_their_head_have_none_that_is_fresh(here: Path) -> None:
     assert fresh_head(model_file.load("m.safetensors", trust_source=True)) == ()
 
