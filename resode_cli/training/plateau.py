@@ -61,10 +61,7 @@ class Plateau:
         if self.share == before:
             return None
         waited = counted(self.settings.plateau_evaluations, "evaluation")
-        return (
-            f"step {step}: the last {waited} brought nothing better, so the learning rate falls to"
-            f" {self.settings.lr * self.share:.3g}"
-        )
+        return f"step {step}: nothing better in {waited}, so the learning rate falls to {self.settings.lr * self.share:.3g}"
 
 
 def plateau_of(settings: Settings, state: dict[str, Any]) -> Plateau | None:

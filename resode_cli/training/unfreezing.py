@@ -51,6 +51,8 @@ class Unfreezing:
     def plan(self, step: int) -> list[str]:
         """What to say before the first step of a command, of which a run that goes on has taken some."""
         names, now = list(self.parts), self._count(step)
+        if step and now == len(names):
+            return []
         then = f", then one more every {counted(self.every, 'step')}: {', '.join(names[now:])}" if names[now:] else ""
         said = [f"{are(names[:now])} trained {'now' if step else 'alone at first'}{then}"]
         if never := names[self._count(self.total - 1) :]:

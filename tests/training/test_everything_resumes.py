@@ -20,7 +20,7 @@ EVERYTHING = (
     "--ema 0.9 --ema-warmup --mixup 0.4 --cutmix 1 --mixup-prob 0.8 --label-smoothing 0.1 --accumulate 2 --aug"
     " trivialaugment --random-erasing 0.3 --color-jitter 0.2 --clip-grad 0.1 --clip-mode agc --layer-decay 0.8"
     " --optimizer adamw --opt-betas 0.9,0.95 --schedule linear --warmup 3 --min-lr 1e-5 --keep-best 2 --best-by loss"
-    " --bn batch --freeze conv1 --save-every 3 --log-every 2 --batch-size 4"
+    " --bn batch --freeze conv1 --unfreeze-every 7 --save-every 3 --log-every 2 --batch-size 4"
 ).split()
 
 

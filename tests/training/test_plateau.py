@@ -77,7 +77,7 @@ def test_what_it_has_seen_goes_on_from_a_state_of_json() -> None:
 def test_a_run_falls_says_so_and_resumes_to_the_bit(here: Path, capsys: Any) -> None:
     more = [*SLOW, "--layer-decay", "0.5", "--save-every", "5"]
     assert main(run("-o", "whole", *more, steps=24)) == 0
-    assert "brought nothing better, so the learning rate falls to 0.002" in capsys.readouterr().err
+    assert "nothing better in 2 evaluations, so the learning rate falls to 0.002" in capsys.readouterr().err
     found = rates("whole")
     assert found[0] == 0.004 and found[-1] <= 0.002 and found == sorted(found, reverse=True)
     # At evaluations: a shorter run is measured at its end, which anywhere else would be one more.
