@@ -60,8 +60,8 @@ class Plateau:
         self.state.update(best=self.counter.best, waited=self.counter.num_bad_epochs, share=self.share)
         if self.share == before:
             return None
-        waited = counted(self.settings.plateau_evaluations, "evaluation")
-        return f"step {step}: nothing better in {waited}, so the learning rate falls to {self.settings.lr * self.share:.3g}"
+        waited, rate = counted(self.settings.plateau_evaluations, "evaluation"), self.settings.lr * self.share
+        return f"step {step}: nothing better in {waited}, so the learning rate falls to {rate:.3g}"
 
 
 def plateau_of(settings: Settings, state: dict[str, Any]) -> Plateau | None:
