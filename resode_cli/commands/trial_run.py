@@ -62,7 +62,7 @@ def show_dry_run(
     if found.predicted_bytes > found.free_bytes:
         raise ResodeError(
             f"a step would take {size(found.predicted_bytes)}, and {size(found.free_bytes)} are free; use --adjoint"
-            " auto, a smaller --batch-size, or --micro-batches"
+            " auto, a smaller --batch-size ('auto' finds one), or --accumulate auto"
         )
 
 

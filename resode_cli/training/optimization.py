@@ -43,8 +43,8 @@ def check_steps_part_by_part(settings: Settings) -> None:
     """Raises UsageError for an optimizer that needs all gradients together, where they are to be stepped in parts."""
     if settings.weights_dtype == BF16 and not steps_part_by_part(lambda net: _timms_optimizer(net, settings)):
         raise UsageError(
-            f"--weights-dtype bf16 steps some of the weights at a time, and the optimizer {settings.optimizer} looks at"
-            " all of them together; use --weights-dtype bf16-master, or another optimizer"
+            f"--weights-dtype bf16 steps some of the weights at a time, and the optimizer {settings.optimizer} needs"
+            " all of them at once; use --weights-dtype bf16-master, or another optimizer"
         )
 
 

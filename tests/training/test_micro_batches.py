@@ -155,7 +155,10 @@ def test_a_dry_run_fails_where_a_step_would_not_fit(model, tmp_path, monkeypatch
     monkeypatch.setattr("resode_cli.training.dry_run.free_bytes", lambda device: 1000)
     run = ["finetune", "m.safetensors", "--trust-source", "--data", "digits", "-o", "out", "-b", "16"]
     assert main([*run, "--dry-run", "--adjoint", "backprop"]) == 1
-    assert "are free; use --adjoint auto, a smaller --batch-size, or --micro-batches" in capsys.readouterr().err
+    assert (
+        "are free; use --adjoint auto, a smaller --batch-size ('auto' finds one), or --accumulate auto"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_network_that_cannot_be_simulated_is_told_so(model, tmp_path):
