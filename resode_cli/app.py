@@ -18,6 +18,7 @@ from . import __version__
 from .commands import (
     bench,
     check_grad,
+    completion,
     convert,
     deepen,
     demo,
@@ -132,6 +133,8 @@ def _root(
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1, 2 for usage; 130, 143 or 129 for a signal that ended it."""
+    if completion.asked():
+        return completion.answer(lambda: app([], prog_name="resode", standalone_mode=False))
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]

@@ -12,6 +12,7 @@ from ..errors import UsageError, unknown
 from ..options import ADJOINT_SETTINGS
 from ..quantities import COUNT, SEED
 from ..training.settings import Settings
+from .completion import adjoints
 from .options import (
     BatchSizeOption,
     DeviceOption,
@@ -58,6 +59,7 @@ def bench_command(
         str,
         typer.Option(
             "--adjoint",
+            autocompletion=adjoints,
             help="Methods, comma-separated, each with settings of its own if need be: multistep,pc:anchors=10."
             " Plain backprop and torch.utils.checkpoint are always measured too.",
         ),

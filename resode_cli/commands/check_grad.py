@@ -14,6 +14,7 @@ from ..options import ADJOINT_SETTINGS
 from ..quantities import COUNT, NOT_NEGATIVE
 from ..training.settings import Settings
 from ..training.written import budget_bytes
+from .completion import adjoints
 from .options import (
     DATA,
     DeviceOption,
@@ -51,6 +52,7 @@ def check_grad_command(
         str,
         typer.Option(
             "--adjoint",
+            autocompletion=adjoints,
             help="Methods, comma-separated: auto, backprop, checkpoint, multistep, pc, euler, heun, heunnet, midpoint,"
             " rk4; with settings of their own as in pc:anchors=10,checkpoint:snapshots=12.",
         ),

@@ -9,6 +9,7 @@ import typer
 
 from ..errors import UsageError
 from ..quantities import COUNT, CROPS, FINITE, POSITIVE, SEED
+from .completion import sources
 from .options import ForceOption, HorizonOption, JsonOption, OutputOption, RecipeOption, check_safetensors, number
 from .output import Output, start
 from .working_folder import output_for, remember, source_name
@@ -22,6 +23,7 @@ def convert_command(
         str,
         typer.Argument(
             metavar="SOURCE",
+            autocompletion=sources,
             help="timm:NAME, torchvision:NAME, cifar:resnet20|32|44|56|110|1202 or FILE.py:FUNCTION.",
         ),
     ],

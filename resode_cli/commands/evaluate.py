@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import unknown
+from .completion import splits
 from .options import (
     BatchSizeOption,
     DataOption,
@@ -39,6 +40,7 @@ def eval_command(
             "--split",
             help="'test' (val where there is no labelled one), 'val' (also valid, validation, dev) or 'train'; 'all':"
             " every one that the data have.",
+            autocompletion=splits,
         ),
     ] = "test",
     reading: Reading,

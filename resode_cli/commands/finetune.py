@@ -36,6 +36,7 @@ from .parameters import Fields, Given, takes
 from .resizing import Resizing
 from .start_of_run import (
     Call,
+    StartArgument,
     as_it_read,
     is_source,
     open_start,
@@ -60,13 +61,7 @@ from .working_folder import (
 def finetune_command(
     *,
     ctx: typer.Context,
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODEL|SOURCE",
-            help="Model file, or a SOURCE as `resode convert` takes it (timm:resnet50). With --resume: a run's folder.",
-        ),
-    ] = None,
+    model: StartArgument = None,
     data: Annotated[str | None, DATA_OPTION] = None,
     out: Annotated[
         Path | None,

@@ -15,6 +15,8 @@ from ..errors import UsageError, join
 from ..options import flag_of, option, workers_option
 from ..quantities import COUNT, COUNT_OR_NONE, LONGEST_STAGE, SHARES, Range
 from ..recipe import choose, read_recipe
+from .completion import data as complete_data
+from .completion import devices, models, recipes, stages
 from .output import Output
 
 if TYPE_CHECKING:
@@ -113,7 +115,9 @@ def number(*flags: str, range: Range, help: str, group: str | None = None) -> An
 DATA, MACHINE = "Data", "Machine"  # headings in a command's help
 
 # Typer reads annotations at run time and needs the names they use.
-ModelArgument = Annotated[Path, typer.Argument(help="Model file, as written by `resode convert`.")]
+ModelArgument = Annotated[
+    Path, typer.Argument(help="Model file, as written by `resode convert`.", autocompletion=models)
+]
 OutputOption = Annotated[
     Path | None,
     typer.Option(
@@ -131,6 +135,7 @@ RecipeOption = Annotated[
         help="TOML file with defaults for these options, or the name of one that comes with resode (`resode recipes`).",
         is_eager=True,
         callback=fill_from_recipe,
+        autocompletion=recipes,
     ),
 ]
 DATA_OPTION = typer.Option(
@@ -141,16 +146,22 @@ DATA_OPTION = typer.Option(
     " or a 0/1 column for each class), WebDataset's .tar shards (a folder of them, or 'wds:train-{000..009}.tar'), or"
     " hf:NAME (hf:FOLDER) for a data set of Hugging Face.",
     rich_help_panel=DATA,
+    autocompletion=complete_data,
 )
 DataOption = Annotated[str, DATA_OPTION]
 BatchSizeOption = Annotated[int, number("--batch-size", "-b", range=COUNT, help="Images per batch.", group=DATA)]
 DeviceOption = Annotated[
-    str, typer.Option("--device", help="'auto', 'cpu', 'cuda', 'cuda:1', …", rich_help_panel=MACHINE)
+    str,
+    typer.Option(
+        "--device", help="'auto', 'cpu', 'cuda', 'cuda:1', …", rich_help_panel=MACHINE, autocompletion=devices
+    ),
 ]
 StageOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--stage", help="Stages, by name (layer3) or place (3), comma-separated or given again. Default: all."
+        "--stage",
+        help="Stages, by name (layer3) or place (3), comma-separated or given again. Default: all.",
+        autocompletion=stages,
     ),
 ]
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 from ..options import Option, check_option, flag_of, option_of, parameter_of
+from .completion import BY_PARAMETER
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,8 @@ def _of_setting(defaults: Any, setting: Field[Any]) -> inspect.Parameter:
     words: dict[str, Any] = (
         {"metavar": f"[{'|'.join(found.choices)}]", "autocompletion": _completion(found)} if found.choices else {}
     )
+    if not words and (complete := BY_PARAMETER.get(parameter_of(setting))) is not None:
+        words = {"autocompletion": complete}
     declared = typer.Option(*flags, help=_help(found), rich_help_panel=found.group, **words)
     return _parameter(parameter_of(setting), Annotated[kind, declared], default)
 

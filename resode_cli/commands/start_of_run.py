@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from ..errors import UsageError, join
+from .completion import models_or_sources
 from .options import Origin, Reading
 from .output import Output
 
@@ -17,6 +20,14 @@ if TYPE_CHECKING:
     from ..training.settings import Settings
 
 
+StartArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL|SOURCE",
+        help="Model file, or a SOURCE as `resode convert` takes it (timm:resnet50). With --resume: a run's folder.",
+        autocompletion=models_or_sources,
+    ),
+]
 SEVERAL = "images have several labels: each is learned by its own binary cross-entropy, and mAP is measured"
 
 
