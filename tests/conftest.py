@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import os
@@ -12,6 +13,7 @@ import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -143,13 +145,35 @@ def randomise() -> Callable[[nn.Module], nn.Module]:
     return apply
 
 
+_converted: dict[tuple[object, ...], tuple[OdeResNet, torch.Tensor]] = {}
+
+
+def _once(make: Callable[[], OdeResNet], source: SourceSpec, *key: object) -> OdeResNet:
+    """What `make` converts, which is a copy where it has been made before from the same random numbers.
+
+    Most tests begin with one of a few networks, and to convert one takes ten times as long as to copy it.
+    """
+    key = (*key, torch.get_rng_state().numpy().tobytes())
+    if key not in _converted:
+        _converted[key] = make(), torch.get_rng_state()
+    model, random_state = _converted[key]
+    torch.set_rng_state(random_state)
+    own = copy.deepcopy(model)
+    own.info = replace(own.info, source=replace(own.info.source, name=source.name))
+    return own
+
+
 @pytest.fixture
 def pico(tmp_path: Path) -> OdeResNet:
     """A user's own network for 8×8 images in `pre` form, small enough to train in a test: 2, 1 and 1 steps."""
     (tmp_path / "net.py").write_text(PICO_NET)
     torch.manual_seed(0)
     source = SourceSpec("file", f"{tmp_path / 'net.py'}:small")
-    return convert(Source(source, CifarResNet(2, widths=(4, 8, 8)), PICO_PREPROCESSING), form="pre")[0]
+
+    def make() -> OdeResNet:
+        return convert(Source(source, CifarResNet(2, widths=(4, 8, 8)), PICO_PREPROCESSING), form="pre")[0]
+
+    return _once(make, source, "pico")
 
 
 @pytest.fixture
@@ -171,10 +195,13 @@ def build_tiny(tiny_file: Path, randomise) -> Callable[..., OdeResNet]:
     """Convert a tiny network from the user's file; arguments are those of `convert`."""
 
     def build(function: str = "make", **arguments) -> OdeResNet:
-        preprocessing = PreprocessingChoice(size=TINY_SIZE, crop_fraction=1.0)
-        source = open_source(f"{tiny_file}:{function}", pretrained=False, preprocessing=preprocessing)
-        randomise(source.net)
-        return convert(source, **arguments)[0]
+        def make() -> OdeResNet:
+            preprocessing = PreprocessingChoice(size=TINY_SIZE, crop_fraction=1.0)
+            source = open_source(f"{tiny_file}:{function}", pretrained=False, preprocessing=preprocessing)
+            randomise(source.net)
+            return convert(source, **arguments)[0]
+
+        return _once(make, SourceSpec("file", f"{tiny_file}:{function}"), function, *sorted(arguments.items()))
 
     return build
 

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import timm
 import torch
 import torchvision
-from timm.models import senet
+from timm.models import byobnet, senet
 from torch import nn
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """steps: of each stage. size: of its images. random: arguments of its random layers."""
+    """steps: of each stage. size: of its images. random: arguments of its random layers.
+
+    short: arguments for fewer blocks than the library's, where those are many of one class.
+    """
 
     name: str
     steps: tuple[int, ...]
     size: int = 64
     random: dict[str, float] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
+    short: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return "-".join([self.name, *map(str, self.arguments.values())])
@@ -33,9 +37,15 @@ class Architecture:
         make: Callable[..., nn.Module] = torchvision.models.get_model if library == "torchvision" else timm.create_model
         if name == "legacy_senet154":  # with fewer blocks than its 50, which would take a minute
             return senet.SENet(senet.SEBottleneck, (1, 3, 1, 1), 64, 16, inplanes=128, input_3x3=True, num_classes=10)
-        return make(name, num_classes=10, **self.arguments, **arguments)
+        return make(name, num_classes=10, **self.arguments, **self.short, **arguments)
 
 
+def few_blocks(name: str) -> dict[str, Any]:
+    """At most two blocks in each stage of a network that timm lists as blocks, and one in a stage of one."""
+    return {"blocks": tuple(replace(stage, d=min(stage.d, 2)) for stage in byobnet.model_cfgs[name].blocks)}
+
+
+LAYERS = {"layers": (3, 2, 2, 2)}
 DROP = {"drop_path_rate": 0.3}
 DROP_BLOCK = {"drop_path_rate": 0.3, "drop_block_rate": 0.1}
 CORE = [
@@ -45,12 +55,12 @@ CORE = [
         Architecture("timm:resnet18", (2, 1, 1, 1), arguments={"act_layer": act})
         for act in ("silu", "gelu", "gelu_tanh", "hard_swish", "leaky_relu", "mish")
     ),
-    Architecture("timm:res2net50_14w_8s", (2, 3, 5, 2), random=DROP),
+    Architecture("timm:res2net50_14w_8s", (2, 1, 1, 1), random=DROP, short=LAYERS),
     Architecture("timm:resnest26d", (1, 1, 1, 1), random=DROP),
     Architecture("timm:skresnet18", (2, 1, 1, 1), random=DROP),
-    Architecture("timm:skresnet50", (2, 3, 5, 2), random=DROP),
+    Architecture("timm:skresnet50", (2, 1, 1, 1), random=DROP, short=LAYERS),
     Architecture("timm:resnetv2_18", (2, 1, 1, 1), random=DROP),
-    Architecture("timm:resnetv2_50", (2, 3, 5, 2), random=DROP),
+    Architecture("timm:resnetv2_50", (2, 1, 1, 1), random=DROP, short=LAYERS),
     Architecture("timm:resnetv2_50x1_bit", (2, 3, 5, 2), random=DROP),
     Architecture("timm:legacy_seresnet18", (2, 1, 1, 1)),
     Architecture("timm:legacy_seresnet50", (2, 3, 5, 2)),
@@ -58,22 +68,22 @@ CORE = [
     Architecture("timm:legacy_senet154", (0, 2, 0, 0)),
     Architecture("timm:regnetx_002", (0, 0, 3, 6), random=DROP),
     Architecture("timm:regnety_002", (0, 0, 3, 6), random=DROP),
-    Architecture("timm:regnety_040_sgn", (1, 5, 11, 1), random=DROP),
+    Architecture("timm:regnety_040_sgn", (0, 1, 3, 1), random=DROP, short={"depth": 9, "wa": 90.0}),
     Architecture("timm:regnetz_005", (0, 3, 8, 6), random=DROP),
-    Architecture("timm:gernet_s", (0, 2, 6, 1, 0), random=DROP),
+    Architecture("timm:gernet_s", (0, 1, 1, 1, 0), random=DROP, short=few_blocks("gernet_s")),
     Architecture("timm:resnet32ts", (1, 2, 2, 1), random=DROP),
     Architecture("timm:gcresnext26ts", (1, 1, 1, 1), random=DROP),
     Architecture("timm:bat_resnext26ts", (1, 1, 1, 1), size=256),
-    Architecture("timm:regnetz_b16", (1, 5, 11, 1), random=DROP),
-    Architecture("timm:regnetz_b16_evos", (1, 5, 11, 1), random=DROP),
-    Architecture("timm:resnet50_clip", (2, 3, 5, 2), random=DROP),
+    Architecture("timm:regnetz_b16", (1, 1, 1, 1), random=DROP, short=few_blocks("regnetz_b16")),
+    Architecture("timm:regnetz_b16_evos", (1, 1, 1, 1), random=DROP, short=few_blocks("regnetz_b16_evos")),
+    Architecture("timm:resnet50_clip", (1, 1, 1, 1), random=DROP, short=few_blocks("resnet50_clip")),
     Architecture("timm:botnet26t_256", (1, 1, 1, 1), size=256),
     Architecture("timm:halonet26t", (1, 1, 1, 1), size=256),
     Architecture("timm:lambda_resnet26t", (1, 1, 1, 1), random=DROP),
-    Architecture("timm:tresnet_m", (3, 3, 10, 2), random=DROP),
-    Architecture("timm:nf_regnet_b0", (0, 2, 5, 5), random=DROP),
+    Architecture("timm:tresnet_m", (2, 1, 2, 1), random=DROP, short={"layers": (2, 2, 3, 2)}),
+    Architecture("timm:nf_regnet_b0", (0, 2, 1, 1), random=DROP, short={"depths": (1, 3, 2, 2)}),
     Architecture("timm:nf_ecaresnet26", (1, 1, 1, 1), random=DROP),
-    Architecture("timm:eca_nfnet_l0", (0, 1, 5, 2), random=DROP),
+    Architecture("timm:eca_nfnet_l0", (0, 1, 2, 1), random=DROP, short={"depths": (1, 2, 3, 2)}),
     Architecture("torchvision:resnet18", (2, 1, 1, 1)),
     Architecture("torchvision:resnet50", (2, 3, 5, 2)),
     Architecture("torchvision:regnet_x_400mf", (0, 1, 6, 11)),
