@@ -9,10 +9,12 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Annotated, Any
 
 import typer
 import typer.core
+import typer.main
 
 from . import __version__
 from .commands import (
@@ -131,6 +133,12 @@ def _root(
     pass
 
 
+@cache
+def _commands() -> Any:
+    """Every command with its options, once for a process: Python that calls `main` again need not wait for them."""
+    return typer.main.get_command(app)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1, 2 for usage; 130, 143 or 129 for a signal that ended it."""
     if completion.asked():
@@ -153,7 +161,7 @@ def _run(arguments: list[str], *, debug: bool) -> int:
             stream.reconfigure(errors="backslashreplace")  # a terminal that knows ASCII alone shows what it can
     try:
         with _warnings_in_a_line():
-            result = app(arguments, prog_name="resode", standalone_mode=False)
+            result = _commands().main(arguments, prog_name="resode", standalone_mode=False)
         return _ended(result if isinstance(result, int) else 0, "")
     except ResodeError as error:
         failure, code = error, error.exit_code

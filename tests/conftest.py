@@ -163,17 +163,29 @@ def _once(make: Callable[[], OdeResNet], source: SourceSpec, *key: object) -> Od
     return own
 
 
+@pytest.fixture(scope="session")
+def make_pico() -> Callable[[Path], OdeResNet]:
+    """A user's own network for 8×8 images in `pre` form, small enough to train in a test: 2, 1 and 1 steps.
+
+    Its source file is written to the folder.
+    """
+
+    def make(folder: Path) -> OdeResNet:
+        (folder / "net.py").write_text(PICO_NET)
+        torch.manual_seed(0)
+        source = SourceSpec("file", f"{folder / 'net.py'}:small")
+
+        def built() -> OdeResNet:
+            return convert(Source(source, CifarResNet(2, widths=(4, 8, 8)), PICO_PREPROCESSING), form="pre")[0]
+
+        return _once(built, source, "pico")
+
+    return make
+
+
 @pytest.fixture
-def pico(tmp_path: Path) -> OdeResNet:
-    """A user's own network for 8×8 images in `pre` form, small enough to train in a test: 2, 1 and 1 steps."""
-    (tmp_path / "net.py").write_text(PICO_NET)
-    torch.manual_seed(0)
-    source = SourceSpec("file", f"{tmp_path / 'net.py'}:small")
-
-    def make() -> OdeResNet:
-        return convert(Source(source, CifarResNet(2, widths=(4, 8, 8)), PICO_PREPROCESSING), form="pre")[0]
-
-    return _once(make, source, "pico")
+def pico(make_pico: Callable[[Path], OdeResNet], tmp_path: Path) -> OdeResNet:
+    return make_pico(tmp_path)
 
 
 @pytest.fixture

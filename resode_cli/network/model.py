@@ -239,9 +239,10 @@ class OdeResNet(nn.Module):
         They differ only where a container became several stages: each then holds some of the
         children under their own names, one level further down.
         """
-        for name, path in self.paths.items():
-            container = self.stages[name].spec.container
-            if path != container and key.startswith(path + "."):
+        for path in self.paths.values():
+            if not key.startswith(path + ".") or not isinstance(stage := self.net.get_submodule(path), OdeStage):
+                continue
+            if (container := stage.spec.container) != path:
                 return f"{container}.{key[len(path) + 1 :]}".lstrip(".")
         return key
 

@@ -61,7 +61,18 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     return command
 
 
+@pytest.fixture(scope="session")
+def converted() -> dict[str, bytes]:
+    """What `convert` has written, which is the same in every folder."""
+    return {}
+
+
 @pytest.fixture
-def model(run: Run) -> str:
-    run("convert", "net.py:small", "--no-pretrained", "--input-size", 8, "-o", "m.safetensors")
-    return "m.safetensors"
+def model(run: Run, converted: dict[str, bytes]) -> str:
+    name = "m.safetensors"
+    if name in converted:
+        Path(name).write_bytes(converted[name])
+    else:
+        run("convert", "net.py:small", "--no-pretrained", "--input-size", 8, "-o", name)
+        converted[name] = Path(name).read_bytes()
+    return name
