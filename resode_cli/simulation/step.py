@@ -25,6 +25,8 @@ from .ledger import CPU, CUDA, Ledger
 from .recall import Call, Key
 
 REST = "rest"
+# What operations returned, in any simulation of this process: it follows from the kinds of their arguments alone.
+_calls: dict[Key, Call] = {}
 
 
 @dataclass
@@ -85,7 +87,7 @@ class Simulation:
     def __init__(self, model: OdeResNet, device: str, *, channels_last: bool = False) -> None:
         self.device, self.machine = device, CUDA if device == "cuda" else CPU
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.calls: dict[Key, Call] = {}
+        self.calls = _calls
         self.looked = False
         self.channels_last = channels_last or model.channels_last
         self.model = self._copied(model)
