@@ -35,6 +35,8 @@ FAST = FitSettings(
     phases=ALL, steps=12, refine_steps=4, images=48, batch_size=12, lr=3e-3, logits_lr=3e-3, augment=False
 )
 
+BRIEF = replace(FAST, steps=3, refine_steps=2)  # where it is not asked what a fit achieves
+
 
 @pytest.fixture
 def pictures(make_folder, tiny: OdeResNet) -> FitData:
@@ -121,7 +123,7 @@ def test_a_phase_that_makes_things_worse_is_undone(pair, pictures: FitData):
 def test_the_teacher_does_not_move(pair, pictures: FitData):
     student, teacher = pair
     before = state(teacher.net)
-    run(student, teacher, pictures)
+    run(student, teacher, pictures, BRIEF)
     assert same(state(teacher.net), before)
 
 
@@ -153,7 +155,7 @@ def test_a_tied_network_is_fitted_at_its_own_depth(tiny: OdeResNet, pictures: Fi
     teacher = own_teacher(tiny, "tiny")
     for name, stage in tiny.stages.items():
         tiny.replace_stage(name, tie(stage))
-    result = run(tiny, teacher, pictures, replace(FAST, steps=40, phases=("blocks", "logits")))
+    result = run(tiny, teacher, pictures, replace(FAST, steps=30, phases=("blocks", "logits")))
     assert result.phases[-1].after.distillation < 0.7 * result.phases[0].before.distillation
     assert {len(stage.blocks) for stage in tiny.stages.values()} == {1}
 
@@ -163,7 +165,7 @@ def test_penalties_pull_where_they_say(build_tiny, pictures: FitData):
     for name, weights in (("plain", {}), ("bent", {"smooth": 3.0, "contract": 3.0})):
         student = copy.deepcopy(start)
         teacher = own_teacher(student, "tiny")
-        run(student_of(student), teacher, pictures, replace(FAST, steps=40, phases=("logits",), states=0.0, **weights))
+        run(student_of(student), teacher, pictures, replace(FAST, steps=24, phases=("logits",), states=0.0, **weights))
         x = torch.rand(4, 4, 16, 16, generator=torch.Generator().manual_seed(0))
         torch.manual_seed(0)
         stage = student.stages["layer1"]
@@ -178,9 +180,9 @@ def test_penalties_pull_where_they_say(build_tiny, pictures: FitData):
 def test_labels_are_not_looked_at(pair, pictures: FitData):
     student, teacher = pair
     other = copy.deepcopy(student)
-    run(student, teacher, pictures)
+    run(student, teacher, pictures, BRIEF)
     shuffled = FitData(_Relabelled(pictures.train), _Relabelled(pictures.plain))  # type: ignore[arg-type]
-    run(other, teacher, shuffled)
+    run(other, teacher, shuffled, BRIEF)
     assert same(state(student), state(other))
 
 
@@ -207,7 +209,7 @@ def test_the_seed_decides(build_tiny, pictures: FitData):
     for seed in (0, 0, 1):
         model = copy.deepcopy(start)
         teacher = own_teacher(model, "tiny")
-        run(student_of(model), teacher, pictures, replace(FAST, seed=seed))
+        run(student_of(model), teacher, pictures, replace(BRIEF, seed=seed))
         states.append(state(model))
     assert same(states[0], states[1]) and not same(states[0], states[2])
 
@@ -230,13 +232,13 @@ def test_every_phase_runs_at_its_depth_after_a_prediction(pair, pictures: FitDat
             handed.append({stage.spec.depth for stage in model.stages.values()}),
         ),
     )
-    settings = replace(FAST, phases=("blocks", "logits", "refine"))
+    settings = BRIEF
     coarse = {name: 2 * stage.spec.depth for name, stage in student.stages.items()}
     result = run(
         student, teacher, pictures, settings, coarse=coarse, depths=dict.fromkeys(coarse, 9), callbacks=callbacks
     )
     assert [phase.depths for phase in phases] == [coarse, coarse, dict.fromkeys(coarse, 9)]
-    assert [phase.steps for phase in result.phases] == [12, 12, 4] == [cost.steps for cost in costs]
+    assert [phase.steps for phase in result.phases] == [3, 3, 2] == [cost.steps for cost in costs]
     assert handed == [{9}] * 3, "what is handed on for saving has the final depth"
     assert all(cost.seconds > 0 and cost.bytes > 0 for cost in costs)
     # Blocks let go of each run's graph; end to end, all of it is kept.
@@ -266,7 +268,7 @@ def test_no_steps_of_refine_leave_it_out(pair, pictures: FitData):
         student,
         teacher,
         pictures,
-        replace(FAST, refine_steps=0),
+        replace(BRIEF, refine_steps=0),
         depths=dict.fromkeys(student.stages, 6),
         callbacks=FitCallbacks(on_costs=costs.extend),
     )
@@ -302,7 +304,7 @@ def test_statistics_are_kept_or_re_estimated_as_asked(build_tiny, pictures: FitD
         for name, stage in model.stages.items():
             model.replace_stage(name, tie(stage))
         callbacks = FitCallbacks(on_message=messages.append)
-        run(student_of(model), teacher, pictures, replace(FAST, phases=("blocks",), bn=bn), callbacks=callbacks)
+        run(student_of(model), teacher, pictures, replace(BRIEF, phases=("blocks",), bn=bn), callbacks=callbacks)
         return model.stages["layer1"].blocks[0].bn1.running_mean.clone()
 
     messages: list[str] = []
@@ -317,14 +319,14 @@ def test_exact_checkpoints_take_over_where_memory_is_short(pair, pictures: FitDa
     student, teacher = pair
     costs: list[PhaseCost] = []
     monkeypatch.setattr("resode_cli.fitting.fit.free_bytes", lambda device: 1)
-    run(student, teacher, pictures, callbacks=FitCallbacks(on_costs=costs.extend))
+    run(student, teacher, pictures, BRIEF, callbacks=FitCallbacks(on_costs=costs.extend))
     assert {cost.adjoint for cost in costs} == {"checkpoint"}
     assert {stage.adjoint.method for stage in student.stages.values()} == {"checkpoint"}
 
 
 def test_a_fitted_file_gives_the_same_logits(pair, pictures: FitData, images, tmp_path: Path):
     student, teacher = pair
-    run(student, teacher, pictures, depths=dict.fromkeys(student.stages, 6), depth_weights="linear")
+    run(student, teacher, pictures, BRIEF, depths=dict.fromkeys(student.stages, 6), depth_weights="linear")
     model_file.save(student, tmp_path / "fitted.safetensors")
     loaded = model_file.load(tmp_path / "fitted.safetensors")
     with torch.no_grad():
@@ -340,7 +342,7 @@ def test_states_and_logits_have_rates_of_their_own(pair, pictures: FitData, monk
         return create_optimizer(model, training)
 
     monkeypatch.setattr("resode_cli.training.loop.create_optimizer", watched)
-    run(student, teacher, pictures, replace(FAST, logits_lr=1e-3))
+    run(student, teacher, pictures, replace(BRIEF, logits_lr=1e-3))
     assert rates == pytest.approx([FAST.lr, 1e-3, 1e-3])
 
 

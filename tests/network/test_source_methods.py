@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 
 import pytest
 import timm
@@ -25,11 +26,19 @@ def images() -> torch.Tensor:
     return torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
 
 
+@cache
 def pair(name: str, **arguments: object) -> tuple[nn.Module, OdeResNet]:
-    """A network and the same converted."""
+    """A network and the same converted, for tests that change neither."""
     net = timm.create_model(name, num_classes=5, **arguments)
     size = int(arguments.get("img_size", SIZE))  # type: ignore[call-overload]
     return copy.deepcopy(net).eval(), convert(net, example=images()[..., :size, :size])[0]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def let_go():
+    """They take much memory together."""
+    yield
+    pair.cache_clear()
 
 
 @pytest.mark.parametrize("name", [*NAMES, "legacy_xception"])
@@ -62,7 +71,7 @@ def test_layer_decay_is_refused_where_names_no_longer_tell_layers_apart():
 
 @pytest.mark.parametrize("name", ["resnet18", "resnetv2_18", "gernet_s", "vit_tiny_patch16_224"])
 def test_the_sources_gradient_checkpointing_has_the_same_gradients(name: str):
-    source, model = pair(name, **({"img_size": SIZE} if name.startswith("vit") else {}))
+    source, model = copy.deepcopy(pair(name, **({"img_size": SIZE} if name.startswith("vit") else {})))
     for net in (source, model.net):
         net.train().set_grad_checkpointing(True)
     for net in (source, model):
@@ -73,7 +82,7 @@ def test_the_sources_gradient_checkpointing_has_the_same_gradients(name: str):
 
 
 def test_gradient_checkpointing_inside_a_stage_is_refused_not_ignored():
-    _, model = pair("regnety_002")
+    _, model = copy.deepcopy(pair("regnety_002"))
     model.net.set_grad_checkpointing(False)
     with pytest.raises(ResodeError, match=r"stage s1 checkpoints by its adjoint: use_adjoint\(Adjoint\('checkpoint'\)"):
         model.net.set_grad_checkpointing(True)
