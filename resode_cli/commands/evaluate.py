@@ -55,7 +55,7 @@ def eval_command(
     """Top-1 and top-5 accuracy and cross-entropy of a model."""
     start()
     from ..data import batches, labelled_splits
-    from ..data.folders import SPLIT_FOLDERS
+    from ..data.splits import MEANT
     from ..measuring.evaluate import evaluate
     from ..network.model import as_device
     from ..quantities import finite
@@ -63,7 +63,7 @@ def eval_command(
     from .progress import counting
 
     output = Output(json_mode=json)
-    meant = {name: each for each, names in SPLIT_FOLDERS.items() for name in names}.get(split.lower())
+    meant = MEANT.get(split.lower())
     if meant is None and split.lower() != ALL:
         raise unknown("split", split, ["test", "val", "train", ALL])
     loaded = origin.load(model)

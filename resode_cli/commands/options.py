@@ -21,7 +21,7 @@ from .output import Output
 
 if TYPE_CHECKING:
     from ..data import HoldOut, ImageData
-    from ..data.folders import Split
+    from ..data.splits import Split
     from ..network.model import OdeResNet
     from .parameters import Given
 

@@ -31,7 +31,7 @@ from .start_of_run import as_it_read, resumed_call
 from .working_folder import NAME, recall, without_remembered
 
 if TYPE_CHECKING:
-    from ..data.folders import Split
+    from ..data.splits import Split
     from ..reports.html.held_out import HeldOut
     from ..training.run_record import RunRecord
 

@@ -1,7 +1,7 @@
 """Images and labels: folders with splits, the embedded digits, and torchvision's data sets.
 
-folders: which folder holds which split · holding_out: which images are held out where no split is ·
-tables: images that a CSV lists · listing: which files are images · classes: whose order of classes holds ·
+splits: what they are called · folders: which folder holds which split · holding_out: which images are held out where
+no split is · tables: images that a CSV lists · listing: which files are images · classes: whose order holds ·
 class_map: other names for classes · label_sets: images with several labels · images: from a file to RGB ·
 transforms: from there to an input · shards: .tar files as WebDataset writes them · named: data sets with a name ·
 hub: those of Hugging Face · opening: from a name and a split to images for a model · loading: what a model is fed, in

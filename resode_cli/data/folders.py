@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from PIL import Image
 
@@ -19,13 +19,7 @@ from .holding_out import Division, HoldOut, part_of, splits_made
 from .images import extensions, read_image, shown
 from .label_sets import LabelSet
 from .listing import Walk, entries, extension, hidden, is_folder, leads_up
-
-Split = Literal["train", "val", "test"]
-SPLIT_FOLDERS: dict[Split, tuple[str, ...]] = {
-    "train": ("train", "training"),
-    "val": ("val", "validation", "valid", "dev"),
-    "test": ("test", "testing"),
-}
+from .splits import SPLIT_FOLDERS, Split
 
 
 class ImageFiles:

@@ -15,13 +15,13 @@ from typing import Any
 from PIL import Image
 
 from ..errors import ResodeError, first_few, join
-from .folders import SPLIT_FOLDERS, Found, Split
+from .folders import Found
 from .holding_out import Division, HoldOut, part_of, splits_made
 from .images import shown
 from .named import Part
+from .splits import MEANT, Split
 
 HUB = "hf:"
-_MEANT = {name: split for split, names in SPLIT_FOLDERS.items() for name in names}
 
 
 class HubImages:
@@ -134,7 +134,7 @@ def _splits(name: str, loaded: Any) -> tuple[dict[Split, Any], list[str]]:
     found: dict[Split, Any] = {}
     left = []
     for own in loaded:
-        meant = _MEANT.get(str(own).lower())
+        meant = MEANT.get(str(own).lower())
         if meant is None or meant in found:
             left.append(shown(str(own)))
         else:

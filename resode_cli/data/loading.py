@@ -22,10 +22,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..errors import ResodeError, first_few
 from ..machine.processes import ALONE, Processes
-from .folders import Split
 from .holding_out import Division
 from .images import UnreadableImage, shown, to_rgb
 from .named import labels_of
+from .splits import Split
 from .workers import loader_arguments, read_in_workers, worker_count
 
 Key = tuple[int, int]  # an epoch, and the place of an image in the data

@@ -15,7 +15,7 @@ from safetensors.torch import load as load_safetensors
 from torchvision import datasets
 
 from ..errors import ResodeError
-from .folders import Split
+from .splits import Split
 
 N_TRAIN_DIGITS = 1437
 DIGITS = "digits"

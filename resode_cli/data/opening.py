@@ -12,13 +12,14 @@ from ..network.model import ModelInfo
 from ..network.parts import Preprocessing
 from .class_map import ClassMap, known_names
 from .classes import NEW_HEAD, assumed_note, check_classes, order_note, places, spelled, without_images
-from .folders import SPLIT_FOLDERS, Found, Split, has_splits, open_folder, open_unlabelled, splits_of_folder
+from .folders import Found, has_splits, open_folder, open_unlabelled, splits_of_folder
 from .holding_out import HoldOut, known_division, part_of
 from .hub import HUB, is_hub, open_hub, splits_of_hub
 from .images import shown
 from .loading import ImageData
 from .named import DIGITS, NAMES, NOT_FLIPPED, PREFIX, WITH_VAL, Part, labels_of, open_named
 from .shards import SHARDS, is_shards, open_shards, splits_of_shards
+from .splits import SPLIT_FOLDERS, Split
 from .tables import TABLES, is_table, open_table, splits_of_table
 from .transforms import Augmentation, transform
 

@@ -23,14 +23,14 @@ from PIL import Image
 from ..errors import ResodeError, UsageError, first_few, join
 from .class_map import ClassMap, read_class_map
 from .classes import in_order, spelled
-from .folders import SPLIT_FOLDERS, Found, Split, class_folders
+from .folders import Found, class_folders
 from .holding_out import Division, HoldOut, part_of, splits_made
 from .images import extensions, image_of, shown
 from .listing import hidden
+from .splits import MEANT, Split
 
 SHARDS = "wds:"
 CLASSES = ("classes.txt", "classes.json")
-_MEANT = {name: split for split, names in SPLIT_FOLDERS.items() for name in names}
 _LONGEST_CLASS = 1000  # bytes of a .cls
 _MOST_CLASSES = 1_000_000
 _KNOWN = 16384  # shards whose index is remembered
@@ -184,7 +184,7 @@ def _split_of(path: str) -> Split | None:
     """By the first word of a shard's name that means a split, or else by its folder's name."""
     stem = os.path.basename(path).rpartition(".")[0].lower()
     words = [*re.findall(r"[a-z]+", stem), os.path.basename(os.path.dirname(path)).lower()]
-    return next((_MEANT[word] for word in words if word in _MEANT), None)
+    return next((MEANT[word] for word in words if word in MEANT), None)
 
 
 def _paths(name: str) -> list[str]:
@@ -208,7 +208,7 @@ def _paths(name: str) -> list[str]:
 
 def _in_folder(folder: Path) -> list[str]:
     """The shards in a folder, or in folders of it that are named after splits."""
-    inside = [folder, *(folder / name for name in _MEANT)]
+    inside = [folder, *(folder / name for name in MEANT)]
     each = [sorted(str(p) for p in f.glob("*.tar") if not hidden(p.name) and p.is_file()) for f in inside]
     return each[0] or [path for paths in each[1:] for path in paths]
 
@@ -348,7 +348,7 @@ def _classes(
 def _names(of_split: dict[Split | None, list[str]]) -> ClassMap | None:
     """What classes are called, by a file beside the shards, or in the folder above those of splits."""
     folders = dict.fromkeys(os.path.dirname(path) for paths in of_split.values() for path in paths)
-    above = dict.fromkeys(os.path.dirname(f) for f in folders if os.path.basename(f).lower() in _MEANT)
+    above = dict.fromkeys(os.path.dirname(f) for f in folders if os.path.basename(f).lower() in MEANT)
     found = [os.path.join(f, name) for f in (*folders, *above) for name in CLASSES]
     path = next((path for path in found if os.path.isfile(path)), None)
     try:

@@ -12,10 +12,11 @@ from typing import Literal
 from ..errors import ResodeError, first_few
 from ..quantities import counted
 from .classes import in_order, joined, order_note
-from .folders import SPLIT_FOLDERS, Found, ImageFiles, Split
+from .folders import Found, ImageFiles
 from .holding_out import Division, HoldOut, part_of, splits_made
 from .images import shown
 from .label_sets import LabelSet, TableLabels, distinct, read_labels
+from .splits import MEANT, Split
 
 TABLES = (".csv", ".tsv")
 # In the order in which they are looked for, whatever their case; spaces and hyphens are read as underscores.
@@ -25,7 +26,6 @@ LABELS = (
     *("labels", "classes", "tags", "targets", "categories", "finding_labels"),
 )
 SPLITS = ("split", "subset", "set", "partition")
-_MEANT = {name: split for split, names in SPLIT_FOLDERS.items() for name in names}
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def read_table(path: Path, *, labelled: bool, skip_missing: bool, several: bool 
         for what, there, needed in (("path", key, True), ("label", own, needs), ("split", split, of_splits)):
             if needed and not there:
                 empty.setdefault(what, []).append(number)
-        meant: Split | Literal[""] = _MEANT.get(split.lower(), "")
+        meant: Split | Literal[""] = MEANT.get(split.lower(), "")
         if split and not meant:
             raise ResodeError(f"{shown(path)}, line {number}: {shown(split)!r} is no split: write train, val or test")
         rows.append(Row(_file(path, key), key.replace("\\", "/"), own, meant, number))
