@@ -200,7 +200,8 @@ def finetune_command(
         loaded = state.model
     else:
         call = Call(str(data), test_images, reading)
-        check_data_name(call.data)  # before a SOURCE is fetched and converted
+        if source is not None:
+            check_data_name(call.data)  # before that is fetched and converted
         loaded = open_start(
             str(model), origin, pretrained=pretrained, weights=weights, seed=settings.seed, output=output
         )
