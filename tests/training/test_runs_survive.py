@@ -200,7 +200,7 @@ def test_a_folder_that_is_moved_away_is_made_anew(tmp_path: Path) -> None:
     assert "was moved or deleted" in said[0]
 
 
-def test_several_processes_are_refused(here: Path, monkeypatch: Any, capsys: Any) -> None:
+def test_processes_that_nobody_numbered_are_refused(here: Path, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(run("-o", "new")) == 2
     assert "WORLD_SIZE is 2" in capsys.readouterr().err and not Path("new").exists()

@@ -1,12 +1,12 @@
 """A CIFAR-10 ResNet fine-tuned by timm's own training loop, to set beside `resode finetune`. A program, not a test.
 
-    python tests/training/timm_loop.py resnet20 WEIGHTS.th FOLDER [--images 25600] [--batch-size 128] [--lr 0.01] [--seed 0]
+    python tests/training/timm_loop.py resnet20 WEIGHTS.th FOLDER --model MODEL.safetensors [--images 12800] [--seed 0]
 
 Dataset, loader, optimizer, scheduler and metric are timm's, and so is the loop, as its train.py has it: one epoch, the
 learning rate set before each step. Network, weights, images, augmentation (crops of padded images, mirrored ones),
 batch, optimizer, schedule and BatchNorm are those of
 
-    resode finetune MODEL --data FOLDER --images 25600 --batch-size 128 --lr 0.01 --bn batch --seed 0
+    resode finetune MODEL --data FOLDER --images 12800 --batch-size 128 --epochs 1 --lr 0.01 --bn batch --seed 0
 
 The order of images and the draws of the augmentation are not.
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.data import create_dataset, create_loader
@@ -46,7 +47,7 @@ def main() -> None:
     parser.add_argument("weights", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", type=Path, required=True, help="The network's model file, which says which images.")
-    parser.add_argument("--images", type=int, default=25600)
+    parser.add_argument("--images", type=int, default=12800)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=0.01)
     parser.add_argument("--seed", type=int, default=0)
@@ -62,7 +63,7 @@ def main() -> None:
     chosen = [places[Path(taken.file_of(i)).resolve()] for i in range(len(taken))]
     held_out = create_dataset("", root=str(given.folder / "test"))
 
-    def loader(data: object, *, training: bool) -> object:
+    def loader(data: Any, *, training: bool) -> Any:
         return create_loader(
             data, input_size=(3, 32, 32), batch_size=given.batch_size, is_training=training, use_prefetcher=False,
             mean=MEAN, std=STD, num_workers=0, persistent_workers=False, crop_pct=1.0,
@@ -99,7 +100,7 @@ def main() -> None:
 
 
 @torch.no_grad()
-def evaluated(net: nn.Module, test: object) -> float:
+def evaluated(net: nn.Module, test: Any) -> float:
     net.eval()
     top1 = AverageMeter()
     for images, labels in test:
