@@ -9,7 +9,7 @@ from typing import Any
 import timm
 import torch
 import torchvision
-from timm.models import byobnet, senet
+from timm.models import byobnet, cspnet, senet
 from torch import nn
 
 
@@ -17,7 +17,7 @@ from torch import nn
 class Architecture:
     """steps: of each stage. size: of its images. random: arguments of its random layers.
 
-    short: arguments for fewer blocks than the library's, where those are many of one class.
+    short: arguments for fewer blocks than the library's, where those are many of one class, or for smaller images.
     """
 
     name: str
@@ -40,8 +40,13 @@ class Architecture:
         return make(name, num_classes=10, **self.arguments, **self.short, **arguments)
 
 
+def cross_stages(name: str, depths: tuple[int, ...]) -> dict[str, Any]:
+    """So many blocks in the stages of a cross-stage partial network."""
+    return {"stages": replace(cspnet.model_cfgs[name].stages, depth=depths)}
+
+
 def few_blocks(name: str) -> dict[str, Any]:
-    """At most two blocks in each stage of a network that timm lists as blocks, and one in a stage of one."""
+    """At most two blocks in each stage of a network that timm lists by its blocks."""
     return {"blocks": tuple(replace(stage, d=min(stage.d, 2)) for stage in byobnet.model_cfgs[name].blocks)}
 
 
@@ -77,7 +82,7 @@ CORE = [
     Architecture("timm:regnetz_b16", (1, 1, 1, 1), random=DROP, short=few_blocks("regnetz_b16")),
     Architecture("timm:regnetz_b16_evos", (1, 1, 1, 1), random=DROP, short=few_blocks("regnetz_b16_evos")),
     Architecture("timm:resnet50_clip", (1, 1, 1, 1), random=DROP, short=few_blocks("resnet50_clip")),
-    Architecture("timm:botnet26t_256", (1, 1, 1, 1), size=256),
+    Architecture("timm:botnet26t_256", (1, 1, 1, 1), size=128, short={"img_size": 128}),
     Architecture("timm:halonet26t", (1, 1, 1, 1), size=256),
     Architecture("timm:lambda_resnet26t", (1, 1, 1, 1), random=DROP),
     Architecture("timm:tresnet_m", (2, 1, 2, 1), random=DROP, short={"layers": (2, 2, 3, 2)}),
@@ -92,19 +97,19 @@ CORE = [
 LONG = ("timm:bat_resnext26ts", "timm:botnet26t_256", "timm:halonet26t")
 OTHERS = [
     Architecture("timm:hrnet_w18_small", (2,) * 9),
-    Architecture("timm:cspresnet50", (3, 3, 5, 2), random=DROP),
+    Architecture("timm:cspresnet50", (2, 2, 3, 2), random=DROP, short=cross_stages("cspresnet50", (2, 2, 3, 2))),
     Architecture("timm:darknet17", (1, 1, 1, 1, 1), random=DROP),
     Architecture("timm:cs3darknet_s", (1, 3, 4, 1), random=DROP),
-    Architecture("timm:cs3edgenet_x", (3, 7, 11, 3), random=DROP),
+    Architecture("timm:cs3edgenet_x", (1, 2, 3, 2), random=DROP, short=cross_stages("cs3edgenet_x", (1, 2, 3, 2))),
     Architecture("timm:legacy_xception", (8,)),
     Architecture("timm:xception41", (8,), random=DROP),
-    Architecture("timm:inception_resnet_v2", (10, 20, 9, 1), size=128),
+    Architecture("timm:inception_resnet_v2", (10, 20, 9, 1), size=96),
     Architecture("timm:ese_vovnet39b", (0, 0, 1, 1), random=DROP),
     Architecture("timm:hgnet_tiny", (0, 0, 1, 0), random=DROP),
     Architecture("timm:mobilevit_xxs", (1, 2, 2, 4, 3)),
-    Architecture("timm:vit_tiny_r_s16_p8_224", (12,), size=224),
+    Architecture("timm:vit_tiny_r_s16_p8_224", (4,), short={"img_size": 64, "depth": 4}),
     Architecture("timm:convnext_atto", (2, 2, 6, 2), random=DROP),
-    Architecture("timm:vit_tiny_patch16_224", (12,), size=224, random=DROP),
+    Architecture("timm:vit_tiny_patch16_224", (4,), random=DROP, short={"img_size": 64, "depth": 4}),
     Architecture("timm:fastvit_t8", (2, 2, 4, 2), random=DROP),
-    Architecture("timm:eva02_tiny_patch14_224", (12,), size=224),
+    Architecture("timm:eva02_tiny_patch14_224", (4,), size=56, short={"img_size": 56, "depth": 4}),
 ]
