@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -189,25 +190,22 @@ def test_an_existing_output_is_kept_without_force(run: Run, model: str, tmp_path
     assert (tmp_path / model).read_bytes() != before
 
 
-@pytest.mark.parametrize("source", [pytest.param("timm:resnet18", marks=pytest.mark.slow), "torchvision:resnet18"])
-def test_without_network_pretrained_weights_are_a_clear_error(run: Run, source: str, tmp_path: Path) -> None:
+def test_without_network_weights_of_torchvision_are_a_clear_error(run: Run, tmp_path: Path, monkeypatch: Any) -> None:
     # torchvision downloads to this folder, so an earlier download on this machine is not found.
-    os.environ["TORCH_HOME"] = str(tmp_path / "empty")
-    os.environ["HF_HOME"] = str(tmp_path / "empty")
-    os.environ["https_proxy"] = "http://127.0.0.1:9"
-    try:
-        code = "import sys; from resode_cli.app import main; sys.exit(main(sys.argv[1:]))"
-        result = subprocess.run(
-            [sys.executable, "-c", code, "convert", source, "-o", "x.safetensors"],
-            cwd=tmp_path,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    finally:
-        for name in ("TORCH_HOME", "HF_HOME", "https_proxy"):
-            del os.environ[name]
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    result = run("convert", "torchvision:resnet18", "-o", "x.safetensors", code=1)
+    assert "cannot be fetched" in error(result)
+    assert "--no-pretrained" in result.stderr and not (tmp_path / "x.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_without_network_weights_of_timm_are_a_clear_error(tmp_path: Path) -> None:
+    offline = {"HF_HOME": str(tmp_path / "empty"), "https_proxy": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "resode_cli", "convert", "timm:resnet18", "-o", "x.safetensors"]
+    # These are read where the hub's library is imported.
+    environment = {**os.environ, **offline}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 1 and "cannot be fetched" in error(result)
     assert "--no-pretrained" in result.stderr and not (tmp_path / "x.safetensors").exists()
 

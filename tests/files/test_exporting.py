@@ -56,7 +56,7 @@ FAMILIES = {
     "timm:cs3darknet_s": 32,
     "timm:legacy_xception": 32,
     "timm:xception41": 32,
-    "timm:inception_resnet_v2": 128,
+    "timm:inception_resnet_v2": 96,
     "timm:ese_vovnet39b": 32,
     "timm:hgnet_tiny": 32,
     "timm:mobilevit_xxs": 32,
@@ -159,8 +159,8 @@ def deepened_and_tied(randomise) -> OdeResNet:
 
 MODELS = {
     "resnet18": lambda randomise: converted("timm:resnet18", randomise),
-    "resnetv2_50": lambda randomise: converted("timm:resnetv2_50", randomise),
-    "regnety_004": lambda randomise: converted("timm:regnety_004", randomise),
+    "resnetv2_18": lambda randomise: converted("timm:resnetv2_18", randomise),
+    "regnety_002": lambda randomise: converted("timm:regnety_002", randomise),
     "deepened and tied": deepened_and_tied,
 }
 
