@@ -135,7 +135,7 @@ def bench_command(
         input_size=None if input_size is None else parse_size(input_size),
         shape=shape,
         batch_size=batch_size,
-        bn=backward.bn,
+        bn=backward.statistics,
         amp=backward.amp,
         channels_last=backward.channels_last,
         compiled=backward.compile,

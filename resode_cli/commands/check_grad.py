@@ -141,7 +141,7 @@ def check_grad_command(
                     tolerance=backward.grad_tol,
                     budget=budget,
                     methods=choice.methods,
-                    batch_norm=backward.bn,
+                    batch_norm=backward.statistics,
                     on_stage=lambda stage, tried: status.update(escape(f"calibrating {stage}: {tried}")),
                 )
             except CannotSimulate as reason:
@@ -157,7 +157,7 @@ def check_grad_command(
             loaded,
             measured,
             methods=methods,
-            batch_norm=backward.bn,
+            batch_norm=backward.statistics,
             data=what,
             on_method=lambda method: status.update(escape(f"measuring {method}")),
         )
@@ -168,7 +168,7 @@ def check_grad_command(
                 measured,
                 depths=depths,
                 methods=fixed,
-                batch_norm=backward.bn,
+                batch_norm=backward.statistics,
                 on_depth=lambda depth, method: status.update(escape(f"measuring {method} at {depth} steps")),
             )
     output.show(gradient_table(report))
