@@ -11,6 +11,7 @@ from rich.markup import escape
 from ..errors import UsageError, unknown
 from ..options import ADJOINT_SETTINGS
 from ..quantities import COUNT, SEED
+from ..training.choices import of_one_process
 from ..training.settings import Settings
 from .completion import adjoints
 from .options import (
@@ -135,7 +136,7 @@ def bench_command(
         input_size=None if input_size is None else parse_size(input_size),
         shape=shape,
         batch_size=batch_size,
-        bn=backward.statistics,
+        bn=of_one_process(backward.bn),
         amp=backward.amp,
         channels_last=backward.channels_last,
         compiled=backward.compile,

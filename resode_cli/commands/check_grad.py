@@ -12,6 +12,7 @@ from rich.markup import escape
 from ..errors import ResodeError, UsageError
 from ..options import ADJOINT_SETTINGS
 from ..quantities import COUNT, NOT_NEGATIVE
+from ..training.choices import of_one_process
 from ..training.settings import Settings
 from ..training.written import budget_bytes
 from .completion import adjoints
@@ -141,7 +142,7 @@ def check_grad_command(
                     tolerance=backward.grad_tol,
                     budget=budget,
                     methods=choice.methods,
-                    batch_norm=backward.statistics,
+                    batch_norm=of_one_process(backward.bn),
                     on_stage=lambda stage, tried: status.update(escape(f"calibrating {stage}: {tried}")),
                 )
             except CannotSimulate as reason:
@@ -157,7 +158,7 @@ def check_grad_command(
             loaded,
             measured,
             methods=methods,
-            batch_norm=backward.statistics,
+            batch_norm=of_one_process(backward.bn),
             data=what,
             on_method=lambda method: status.update(escape(f"measuring {method}")),
         )
@@ -168,7 +169,7 @@ def check_grad_command(
                 measured,
                 depths=depths,
                 methods=fixed,
-                batch_norm=backward.statistics,
+                batch_norm=of_one_process(backward.bn),
                 on_depth=lambda depth, method: status.update(escape(f"measuring {method} at {depth} steps")),
             )
     output.show(gradient_table(report))

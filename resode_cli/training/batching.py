@@ -108,7 +108,7 @@ class Search:
     def _smallest(self) -> int:
         """Images of a batch: one has no other to be mixed with, and no statistics where its state is one pixel."""
         mixes = self.settings.mixup or self.settings.cutmix
-        return 2 if self.settings.statistics == "batch" or mixes else 1
+        return 2 if self.settings.bn != "frozen" or mixes else 1
 
     def _at(self, settings: Settings) -> Fits | None:
         """The step by these settings, where it fits."""

@@ -29,3 +29,8 @@ regularisation = partial(option, group="Regularisation")
 teaching = partial(option, group="Teacher")
 saving = partial(option, group="Saving and logging")
 machine = partial(option, group="Machine")
+
+
+def of_one_process(bn: str) -> str:
+    """How BatchNorm normalises where one process has the whole batch: 'sync' is 'batch' there."""
+    return "batch" if bn == "sync" else bn

@@ -357,11 +357,6 @@ class Settings(Lengths):
         return self.amp if self.weights_dtype is None else "bf16"
 
     @property
-    def statistics(self) -> str:
-        """Those of BatchNorm in one process: 'frozen', or 'batch', as which 'sync' is."""
-        return "frozen" if self.bn == "frozen" else "batch"
-
-    @property
     def betas(self) -> tuple[float, ...] | None:
         """Those of the optimizer; None for its own."""
         return None if self.opt_betas is None else parse_betas(self.opt_betas)

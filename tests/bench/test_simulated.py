@@ -38,8 +38,9 @@ def test_slices_are_for_networks_that_mix_no_images(here, capsys):
     sliced = ["--simulate", "cpu", "--adjoint", "checkpoint:slices=4"]
     assert main([*here, *sliced, "--bn", "frozen"]) == 0
     assert "nothing was run" in capsys.readouterr().out
-    assert main([*here, *sliced, "--bn", "batch"]) == 1
-    assert "cannot be run in slices" in capsys.readouterr().err
+    for mode in ("batch", "sync"):
+        assert main([*here, *sliced, "--bn", mode]) == 1
+        assert "cannot be run in slices" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
