@@ -55,7 +55,7 @@ def numbered(make_folder: Make, tmp_path: Path) -> Path:
     [
         (["eval"], ["top1"]),
         (["untie", "-o", "x.safetensors"], ["before", "top1"]),
-        (["deepen", "--blocks", "4", "-o", "x.safetensors"], ["before", "top1"]),
+        (["deepen", "--blocks", "4", "--fit-steps", "1", "-o", "x.safetensors"], ["before", "top1"]),
         (["recalibrate", "--images", "12", "-o", "x.safetensors"], ["after", "top1"]),
         (["finetune", "-o", "run", *TRAINING], ["before", "top1"]),
     ],
