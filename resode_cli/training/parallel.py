@@ -1,4 +1,9 @@
-"""A run of several processes: what each of them takes of it, and how their gradients become one."""
+"""A run of several processes: what each of them takes of it, and how their gradients become one.
+
+Every process holds all parameters; they are not sharded (FSDP). Of 216 networks of timm's convolutional families the
+largest, regnety_2560, takes 16 bytes times 1.28 billion parameters with gradients and Adam's averages, 19.1 GiB; what
+does not fit are activations, and each evaluation of a block by an adjoint would gather its shards again.
+"""
 
 from __future__ import annotations
 
