@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -77,7 +78,7 @@ def find_lr(
     on_choice: Callable[[ChosenAdjoints], None] = lambda chosen: None,
     on_step: Callable[[int], None] = lambda step: None,
 ) -> FoundRates:
-    """Train as the run of these settings would, but with rates from 1e-7 to 10, and put the weights back.
+    """Train a copy of the model as the run of these settings would, but with rates from 1e-7 to 10.
 
     The test ends where the loss diverges. With --unfreeze-every it trains all that the run will in the end.
     steps: of the test, so many at most. on_step: hears of each that was taken. Raises UsageError for too few.
@@ -86,7 +87,8 @@ def find_lr(
         raise UsageError(f"--max-steps {steps}: --find-lr needs {LEAST_STEPS} steps or more for a curve")
     rates = torch.logspace(math.log10(LOWEST), math.log10(HIGHEST), steps, dtype=torch.float64).tolist()
     settings = replace(settings, on_nonfinite="skip")  # what ends a run ends the test
-    with unchanged(model, device), deterministic(settings.deterministic, device):
+    model = copy.deepcopy(model)
+    with same_draws(device), deterministic(settings.deterministic, device):
         settings = make_ready(model, settings, train, device, on_message)
         progress = Progress()
         loop = Loop(model, settings, device, progress, total=steps, should_stop=lambda: False, deferred=nullcontext)
@@ -179,18 +181,10 @@ def read_off(rates: Sequence[float], losses: Sequence[float], ended: str) -> Fou
 
 
 @contextmanager
-def unchanged(model: OdeResNet, device: torch.device) -> Iterator[None]:
-    """After the block the model has its weights, buffers and adjoints, and the generators stand, as before it."""
-    random, adjoints, info = RandomState.now(device), model.adjoints, model.info
-    trained = [p.requires_grad for p in model.parameters()]
-    kept = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+def same_draws(device: torch.device) -> Iterator[None]:
+    """After the block the generators stand as before it."""
+    random = RandomState.now(device)
     try:
         yield
     finally:
-        model.load_state_dict(kept)
-        model.use_adjoint(adjoints)
-        model.info = info
-        for parameter, before in zip(model.parameters(), trained, strict=True):
-            parameter.requires_grad_(before)
-            parameter.grad = None
         random.restore()

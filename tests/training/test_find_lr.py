@@ -76,6 +76,8 @@ def test_it_ends_where_the_loss_diverges() -> None:
             "warmup": 7,
             "clip_grad": 1.0,
         },
+        {"weights_dtype": "bf16"},
+        {"adjoint": "heun", "weights_dtype": "bf16-master", "channels_last": True},
     ],
 )
 def test_nothing_is_left_of_the_steps(more: dict[str, Any], here: Path, monkeypatch: Any) -> None:
@@ -96,6 +98,8 @@ def test_nothing_is_left_of_the_steps(more: dict[str, Any], here: Path, monkeypa
     settings = Settings(**{"batch_size": 8, "adjoint": "backprop", "freeze": ("linear.bias",), **more})
     found = find_lr(model, images, settings, CPU, steps=20)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert {stage.spec.scheme for stage in model.stages.values()} == {"euler"}
     assert {a.method for a in model.adjoints.values()} <= {"pc", "checkpoint"} and model.info.history == history
     assert torch.equal(torch.get_rng_state(), random)
     assert [n for n, p in model.net.named_parameters() if not p.requires_grad] == ["conv1.weight"]
