@@ -10,7 +10,7 @@ batches · selection: which images the names mean that a user gives.
 
 from .classes import check_classes
 from .holding_out import HoldOut, known_division
-from .loading import Batch, ImageData, Key, batches, read
+from .loading import Batch, ImageData, Key, batches, ending, read
 from .named import NAMES
 from .opening import (
     DEFAULT_ROOT,
@@ -35,6 +35,7 @@ __all__ = [
     "batches",
     "check_classes",
     "check_data_name",
+    "ending",
     "held_out_splits",
     "known_division",
     "labelled_splits",

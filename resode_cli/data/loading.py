@@ -306,6 +306,16 @@ def read(
         yield data.received(batch)
 
 
+@contextmanager
+def ending(data: Iterable[Batch]) -> Iterator[None]:
+    """Batches that are read end with the block, by whatever that ends: workers that are left to be found end late."""
+    try:
+        yield
+    finally:
+        if isinstance(data, Generator):
+            data.close()
+
+
 def _collate(items: Sequence[tuple[Tensor, Label] | Skipped | ResodeError]) -> Batch:
     good = [item for item in items if isinstance(item, tuple)]
     skipped = {item.file: item.reason for item in items if isinstance(item, Skipped)}

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data import Batch
+from ..data import Batch, ending
 from ..errors import ResodeError
 from ..machine.processes import ALONE, Processes
 from ..machine.signals import Stopped
@@ -70,7 +70,7 @@ def evaluate(
     probabilities: list[Tensor] = []  # of each label, where images have several
     sets: list[Tensor] = []
     skipped: list[str] = []
-    with in_eval_mode(model), torch.no_grad():
+    with in_eval_mode(model), torch.no_grad(), ending(data):
         for batch in data:
             gone, logits, labels = _of_whole_batch(model, batch, device, processes, should_stop)
             skipped += gone
