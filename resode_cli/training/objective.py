@@ -11,6 +11,7 @@ from timm.loss import BinaryCrossEntropy
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..machine.processes import ALONE, Processes
 from ..network.model import OdeResNet
 from .balance import cross_entropy
 from .settings import Settings
@@ -28,14 +29,21 @@ class Objective:
     Without a teacher, L.
 
     forward: what gives the logits; the model, or what exchanges its gradients with other processes.
+    processes: of whose images ‖t‖² is, so that the mean of what all of them find is what one would find.
 
     Raises UsageError for μ > 0 with a teacher that has other stages.
     """
 
     def __init__(
-        self, model: OdeResNet, teacher: Teacher | None, settings: Settings, class_weights: Tensor | None = None
+        self,
+        model: OdeResNet,
+        teacher: Teacher | None,
+        settings: Settings,
+        class_weights: Tensor | None = None,
+        *,
+        processes: Processes = ALONE,
     ) -> None:
-        self.class_weights = class_weights
+        self.class_weights, self.processes = class_weights, processes
         self.teacher, self.settings = teacher, settings
         self.forward: Callable[[Tensor], Tensor] = model
         self.several = model.info.multi_label
@@ -67,9 +75,18 @@ class Objective:
         if weight < 1:
             loss = loss + (1 - weight) * self._from_labels(logits, labels)
         if outputs:
-            terms = [(x.float() - t.float()).square().sum() / t.float().square().sum() for t, x in outputs.values()]
-            loss = loss + self.settings.teacher_states * torch.stack(terms).mean()
+            apart = torch.stack([(x.float() - t.float()).square().sum() for t, x in outputs.values()])
+            sizes = torch.stack([t.float().square().sum() for t, _ in outputs.values()])
+            loss = loss + self.settings.teacher_states * (apart / self._of_all(sizes, len(images))).mean()
         return loss, logits
+
+    def _of_all(self, sums: Tensor, images: int) -> Tensor:
+        """So much of the sums over all processes' images as falls to this many."""
+        if self.processes.alone:
+            return sums
+        count = sums.new_full((1,), images)
+        self.processes.mean_of([sums, count])
+        return sums * (images / count)
 
     def _from_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
         """L. Probabilities of classes are smoothed already."""
