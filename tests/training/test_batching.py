@@ -77,6 +77,13 @@ def test_the_planner_is_asked_where_it_chooses(pico: OdeResNet) -> None:
     assert f"24 images a step in {apart.step.micro_batches} micro-batches" in apart.line
 
 
+@pytest.mark.parametrize("bn", ["batch", "sync"])
+def test_statistics_of_a_batch_are_of_two_images_at_least(bn: str, pico: OdeResNet) -> None:
+    given = Settings(adjoint="backprop", memory_budget="20KiB", bn=bn, batch_size="auto")
+    with pytest.raises(OverBudgetError, match="down to 2 images"):
+        search(pico, given).largest_batch()
+
+
 def test_a_search_leaves_model_and_generators_as_they_are(pico: OdeResNet) -> None:
     before = {name: value.clone() for name, value in pico.state_dict().items()}
     adjoints, modes = pico.adjoints, [module.training for module in pico.modules()]
