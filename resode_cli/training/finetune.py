@@ -115,7 +115,8 @@ class _Run:
         self.progress = Progress()
         self.last_step_at = 0.0
         weights = class_weights(train, settings, callbacks.on_message)
-        objective = Objective(model, None if teacher is None else teacher.to(device), settings, weights)
+        own = None if teacher is None else teacher.to(device)
+        objective = Objective(model, own, settings, weights, processes=processes)
         fingerprint = (
             {
                 **run_fingerprint(train, test, settings),

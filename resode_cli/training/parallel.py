@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..data import ImageData
 from ..errors import ResodeError, UsageError, first_few
-from ..machine.processes import Processes
+from ..machine.processes import Processes, lost_means_ended
 from ..network.model import OdeResNet
 from .settings import Settings
 
@@ -43,12 +43,17 @@ def settings_of_one(settings: Settings, processes: Processes, train: ImageData) 
     if settings.images_per_batch % count:
         raise UsageError(
             f"--batch-size {settings.images_per_batch} is the whole batch, and {count} processes cannot have equal"
-            f" parts of it; give a multiple of {count}"
+            f" parts of it; give a multiple of {count}, or start a number of processes that divides it"
         )
     if settings.micro_batches * count > settings.images_per_batch:
         raise UsageError(
             f"--micro-batches {settings.micro_batches}: each of {count} processes has"
             f" {settings.images_per_batch // count} images of a batch"
+        )
+    if (settings.mixup or settings.cutmix) and settings.step_images == count:
+        raise UsageError(
+            f"{'--mixup' if settings.mixup else '--cutmix'} mixes the images that a process has of a step, which is"
+            f" one; give a larger --batch-size than {settings.images_per_batch}"
         )
     if len(train) < count:
         raise UsageError(f"{len(train)} images for {count} processes: start fewer")
@@ -84,7 +89,8 @@ class Joint:
         if not self.processes.alone:
             # BatchNorm's statistics are synchronised, or averaged, elsewhere; gradients are not kept twice.
             buffers: dict[str, Any] = {NO_BUFFERS: False}
-            self.parallel = DistributedDataParallel(self.model, gradient_as_bucket_view=True, **buffers)
+            with lost_means_ended():
+                self.parallel = DistributedDataParallel(self.model, gradient_as_bucket_view=True, **buffers)
             # Where DistributedDataParallel hears of gradients; torch forgets it where weights have had another type.
             trained = [p for p in self.model.parameters() if p.requires_grad]
             self.watched = [(p, get_gradient_edge(p).node) for p in trained]
@@ -107,9 +113,11 @@ class Joint:
         self.checked = True
         idle = [name for name, p in self.model.net.named_parameters() if p.requires_grad and p.grad is None]
         if idle:
-            raise ResodeError(
-                f"{first_few(idle)} have no part in the loss, which several processes cannot train with; add --freeze"
-                f" {','.join(idle[:3])}"
+            raise self.processes.alike(
+                ResodeError(
+                    f"{first_few(idle)} have no part in the loss, which several processes cannot train with; add"
+                    f" --freeze {','.join(idle[:3])}"
+                )
             )
 
     def seed(self, seed: int, step: int) -> None:

@@ -27,8 +27,9 @@ from resode_cli.training.results import Callbacks, FinetuneResult
 from resode_cli.training.run_folder import load_state
 from resode_cli.training.settings import Settings
 from resode_cli.training.synced_norm import synchronise
+from resode_cli.training.teacher import open_teacher
 
-MODEL, DATA, CORRUPT = "tied.safetensors", "digits", "corrupt"
+MODEL, TEACHER, DATA, CORRUPT = "tied.safetensors", "taught.safetensors", "digits", "corrupt"
 STEPS = 4
 BASE = Settings(
     adjoint="checkpoint", max_steps=STEPS, batch_size=8, lr=0.05, schedule="constant", log_every=1, workers=0
@@ -48,6 +49,7 @@ SAME = {
     "unfreezing": replace(BASE, unfreeze_every=1, bn="sync"),
     "one stage": replace(BASE, stages=("layer2",), bn="sync"),
     "skipping": replace(BASE, workers=1),
+    "taught": replace(BASE, teacher=TEACHER, distill=0.3, teacher_states=0.5),
 }
 # Those in which parts of a batch know nothing of each other, or rounding decides.
 OTHERS = {
@@ -83,11 +85,15 @@ def train(
     state = load_state(to, trust_source=True) if resume else None
     model = model_file.load(folder / MODEL, trust_source=True) if state is None else state.model
     test = open_labelled(DATA, model.info, "test", images=11)
+    teacher = None
+    if settings.teacher is not None:
+        teacher = open_teacher(str(folder / settings.teacher), model, trust_source=True)
     result = finetune(
         model,
         data or train_data(folder, name),
         test,
         out=to,
+        teacher=teacher,
         settings=settings,
         resume=state,
         processes=processes,

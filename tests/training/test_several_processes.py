@@ -20,7 +20,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
-from several_runs import BASE, CORRUPT, MODEL, NORMS, OTHERS, SAME, STEPS, norm_case, normalised, train, train_data
+from several_runs import (
+    BASE,
+    CORRUPT,
+    MODEL,
+    NORMS,
+    OTHERS,
+    SAME,
+    STEPS,
+    TEACHER,
+    norm_case,
+    normalised,
+    train,
+    train_data,
+)
 
 from resode_cli.app import main
 from resode_cli.errors import UsageError
@@ -55,6 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         made = ["convert", "net.py:small", "--no-pretrained", "--input-size", "8", "--num-classes", "10"]
         assert main([*made, "--form", "pre", "-o", "m.safetensors"]) == 0
         assert main(["tie", "m.safetensors", "--trust-source", "-o", MODEL]) == 0
+        assert main([*made, "--seed", "1", "-o", TEACHER]) == 0
     numbers = torch.Generator().manual_seed(0)
     for label in range(10):
         (path / CORRUPT / "train" / str(label)).mkdir(parents=True)
@@ -228,6 +242,7 @@ def test_shares_follow_each_other_and_are_even(items: int, count: int) -> None:
         ({"micro_batches": 8}, "each of 2 processes has 4 images"),
         ({"bn": "sync", "compile": True}, "--compile"),
         ({"bn": "sync", "batch_size": 64}, "fewer than one"),
+        ({"batch_size": 2, "cutmix": 0.5}, "--cutmix mixes the images that a process has of a step, which is one"),
     ],
 )
 def test_what_processes_cannot_do_together_is_refused(folder: Path, change: dict[str, Any], said: str) -> None:
