@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from ..machine.locks import FolderLock, NoLock
-from ..machine.processes import begin_together, join, refuse_several, several
+from ..machine.processes import join, meet, refuse_several, several
 from ..machine.signals import exit_code
 from ..quantities import COUNT
 from ..training.settings import Settings
@@ -256,7 +256,7 @@ def finetune_command(
         )
         return
     settings_of_one(settings, processes, train)  # or say now why not
-    begin_together()
+    meet()
     config = config_text(ctx, settings, call, resumes=out if resume else None)
     if processes.leads:
         remember(output, run=out, data=data, **({} if source is None else {"source": source}))
@@ -290,6 +290,8 @@ def finetune_command(
             call=call.record(),
             processes=processes,
         )
+    for split in (train, test):
+        split.skipped = {name: why for own in processes.exchanged(split.skipped) for name, why in own.items()}
     if processes.leads:
         tell_of_end(result, lock.folder, settings, output)
         document = finetune_json(result)

@@ -52,8 +52,10 @@ def show_dry_run(
     split = f" in {found.micro_batches} micro-batches" if found.micro_batches > 1 else ""
     beside = f", a teacher, averages and waiting images {size(found.beside)}" if found.beside else ""
     times = f"{found.accumulate} times " if found.accumulate > 1 else ""
+    each = "" if processes.alone else f" in each of {processes.count} processes"
     output.show(
-        f"dry run: {counted(found.steps, 'step')} of {times}{counted(found.batch_size, 'image')}{split}, predicted peak"
+        f"dry run: {counted(found.steps, 'step')} of {times}{counted(found.batch_size, 'image')}{split}{each},"
+        f" predicted peak"
         f" {size(found.predicted_bytes)} (weights {size(found.weights)}, gradients {size(found.gradients)}, optimizer"
         f" {size(found.optimizer)}, activations {size(found.activations)}{beside}, and a reserve);"
         f" {size(found.free_bytes)} are free; nothing was written"

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
 MEETING = 0.05  # seconds between two looks for the others
+LATEST = 600.0  # seconds after the first of them that the last may start
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")
@@ -99,6 +100,10 @@ class Processes:
             for tensor, mean in zip(tensors, torch.split_with_sizes(flat / self.count, sizes), strict=True):
                 tensor.copy_(mean.view_as(tensor))
 
+    def alike(self, error: ResodeError) -> ResodeError:
+        """An error that every process meets, as each has the same numbers: said by the first one alone."""
+        return error if self.leads else EndedElsewhere(str(error))
+
     def decided(self, decide: Callable[[], Value]) -> Value:
         """What the first process decides, or its error. The value of every process but the first is a copy."""
         if self.alone:
@@ -147,13 +152,16 @@ def lost_means_ended() -> Iterator[None]:
         if isinstance(error, ResodeError) or not _is_lost(error):
             raise
         raise EndedElsewhere(
-            "another process of this run has ended, so this one cannot go on; see what it said, and go on with --resume"
+            "another process of this run has ended, so this one cannot go on; see what it said. --resume goes on from"
+            " what is saved"
         ) from error
 
 
 def _is_lost(error: RuntimeError) -> bool:
+    import torch.distributed as dist
+
     text = str(error).lower()
-    return type(error).__name__ == "DistBackendError" or any(
+    return isinstance(error, dist.DistError) or any(
         word in text for word in ("gloo", "nccl", "connection closed", "connection reset")
     )
 
@@ -188,16 +196,22 @@ def join(device: str) -> tuple[Processes, str]:
             f"WORLD_SIZE is {several()}, and {', '.join(missing)} is not set; start with `torchrun --nproc-per-node"
             f" {several()} -m resode_cli finetune …`, or unset WORLD_SIZE"
         )
-    place, here, beside = (int(os.environ[name]) for name in names[:3])
+    found = _numbered()
     import torch
     import torch.distributed as dist
 
-    found = Processes(place, several(), here, beside)
-    device = _own_device(device, found)
+    try:
+        device = _own_device(device, found)
+    except UsageError as error:  # which the first process of each machine says
+        if not found.here:
+            raise
+        _now, _ready = found, True
+        raise EndedElsewhere(str(error)) from error
     on_gpu = device.startswith("cuda")
     if on_gpu:
         torch.cuda.set_device(device)
-    store = _met(found)
+    with lost_means_ended():
+        store = _met(found)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
         store=store,
@@ -210,18 +224,38 @@ def join(device: str) -> tuple[Processes, str]:
     return found, device
 
 
+def _numbered() -> Processes:
+    """Which of the processes this one is, as the environment says. Raises UsageError for what cannot be."""
+    given = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+    place, here, beside = (int(text) if text.isdigit() else -1 for text in given.values())
+    if not (0 <= place < several() and 0 <= here < beside <= several()):
+        said = ", ".join(f"{name} {text}" for name, text in given.items())
+        raise UsageError(f"{said} is no place among the {several()} processes of WORLD_SIZE; start with torchrun")
+    return Processes(place, several(), here, beside)
+
+
 def _met(processes: Processes) -> Store:
     """What the processes share to find each other, once all are there.
 
     A signal ends this wait, which it does not where torch waits: another process may have been stopped as it started.
+    Raises ResodeError where one does not come.
     """
+    import torch.distributed as dist
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
-    shared, _, _ = next(rendezvous("env://"))  # type: ignore[no-untyped-call]
+    late = f"the {processes.count} processes of this run have not all started within {LATEST / 60:g} minutes"
+    try:  # without torchrun, torch waits here
+        shared, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=LATEST)))  # type: ignore[no-untyped-call]
+    except dist.DistError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ResodeError(f"{late}, or do not find each other at {where}") from error
     store = PrefixStore("resode", shared)
     store.set(f"here {processes.place}", "1")
+    until = time.monotonic() + LATEST
     while not store.check([f"here {place}" for place in range(processes.count)]):
+        if time.monotonic() > until:
+            raise ResodeError(late)
         time.sleep(MEETING)
     return store
 
@@ -245,9 +279,18 @@ def _own_device(device: str, processes: Processes) -> str:
     return f"cuda:{processes.here}"
 
 
+def meet() -> None:
+    """Wait until every process has come so far in its preparations. Raises an error in all of them where one failed."""
+    _meet(last=False)
+
+
 def begin_together() -> None:
-    """Wait until every process has prepared what it needs. Raises an error in all of them where one of them failed."""
-    failures = _prepared(None)
+    """The same where all is prepared: from here on each process speaks for itself."""
+    _meet(last=True)
+
+
+def _meet(*, last: bool) -> None:
+    failures = _prepared(None, last=last)
     if any(failures):
         raise EndedElsewhere(_first_failure(failures))
 
@@ -265,19 +308,24 @@ def what_to_say(failure: str, *, elsewhere: bool = False) -> str:
             return failure
         return f"process {_now.place} of {_now.count}: {failure}" if failure and not elsewhere else ""
     try:
-        failures = _prepared(failure)
+        failures = _prepared(failure, last=True)
     except EndedElsewhere as error:
         failures = [failure or str(error)]
     return _first_failure(failures) if _now.leads else ""
 
 
-def _prepared(failure: str | None) -> list[str]:
-    """What went wrong in each process before all of them began; empty for nothing."""
+def _prepared(failure: str | None, *, last: bool) -> list[str]:
+    """What went wrong in each process before all of them began; empty for nothing.
+
+    last: nothing is exchanged after it. Nor is it once anything went wrong, of which all know then.
+    """
     global _ready
     if _now.alone or _ready:
         return []
     _ready = True
-    return _now.exchanged(failure or "")
+    failures = _now.exchanged(failure or "")
+    _ready = last or any(failures)
+    return failures
 
 
 def _first_failure(failures: Sequence[str]) -> str:

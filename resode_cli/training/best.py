@@ -127,9 +127,8 @@ class Evaluations:
             self.saves.move_log()
             self.saves.log.test(step, (step - 1) // self.per_epoch + 1, self.after)
             if not math.isfinite(self.after.loss):
-                raise ResodeError(
-                    f"after step {step} the loss on the test images is {self.after.loss}{self.saves.advice()}"
-                )
+                failure = f"after step {step} the loss on the test images is {self.after.loss}{self.saves.advice()}"
+                raise self.loop.processes.alike(ResodeError(failure))
             score = self._score(self.after)
             if (
                 self.loop.plateau is not None

@@ -24,6 +24,7 @@ from .optimization import create_optimizer, create_scheduler, optimizer_slots
 from .parallel import settings_of_one
 from .settings import Settings
 from .starting import guard_at_start, make_ready, prepare_to_train, tell_of_warmup
+from .synced_norm import check_synchronises
 from .unfreezing import Unfreezing
 
 FLOAT = 4  # bytes of a number of an image
@@ -76,6 +77,8 @@ def dry_run(
         on_message(said)
     tell_of_warmup(settings, settings.steps(len(train)), on_message)
     check_tells_apart(model, settings)
+    if settings.bn == "sync" and not processes.alone:
+        check_synchronises(model)
     settings = settings_of_one(settings, processes, train)
     settings = make_ready(model, settings, train, device, on_message)
     if settings.unfreeze_every is not None:  # the plan is for all that will be trained

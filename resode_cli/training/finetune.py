@@ -16,7 +16,7 @@ from ..data import ImageData
 from ..gradients.results import ChosenAdjoints
 from ..machine.deterministic import deterministic
 from ..machine.locks import FolderLock, NoLock
-from ..machine.processes import ALONE, Processes
+from ..machine.processes import ALONE, Processes, begin_together
 from ..network.model import OdeResNet, check_finite
 from . import run_folder, run_log
 from .averaging import Average, average_bytes
@@ -36,7 +36,7 @@ from .saves import NoSaves, Saves
 from .settings import Settings
 from .starting import choice_batch, prepare_to_train, switch_scheme, tell_of_shared_statistics, tell_of_warmup
 from .step import Steps, Taken
-from .synced_norm import synchronise
+from .synced_norm import check_synchronises, synchronise
 from .teacher import Teacher
 from .trackers import Tracking
 from .trained import train_only, with_stage_names
@@ -137,13 +137,16 @@ class _Run:
         use_random_layers(model, settings)
         train_only(model, settings, self.callbacks.on_message)
         unfreezing = None if settings.unfreeze_every is None else Unfreezing(model, settings, self.total)
+        if settings.bn == "sync" and not processes.alone:
+            check_synchronises(model)
+        begin_together()
         if resume is None:
             torch.manual_seed(settings.seed)
             data = test if test is not None else train
             tell_of_shared_statistics(model, settings, self.callbacks.on_message)
             self.progress.switched = switch_scheme(model, settings, data, device, self.callbacks.on_message)
         else:
-            self.progress = Progress(**resume.progress)
+            self.progress = Progress(**processes.decided(lambda: resume.progress))  # the first one knows the files
         if settings.bn == "sync" and not processes.alone:
             synchronise(model)
         if settings.channels_last:

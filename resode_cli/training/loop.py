@@ -14,7 +14,7 @@ from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 
 from ..data import Batch, ImageData, Key, read
-from ..errors import ResodeError
+from ..errors import ResodeError, first_few
 from ..machine.processes import ALONE, EndedElsewhere, Processes
 from ..machine.signals import Stopped
 from .balance import balanced_order
@@ -80,10 +80,15 @@ def training_batches(
     return read(data, keys(), workers=workers, device=device)
 
 
-def refuse_empty(batch: Batch) -> None:
-    """Raises ResodeError for a batch of which no image could be read."""
+def refuse_empty(batch: Batch, processes: Processes = ALONE) -> None:
+    """Raises ResodeError for a batch, or this process's part of one, of which no image could be read."""
     if len(batch.labels) == 0:
-        raise ResodeError(f"a whole batch of corrupt images: {next(iter(batch.skipped))} and others")
+        names = first_few(list(batch.skipped))
+        if processes.alone:
+            raise ResodeError(f"a whole batch of corrupt images: {names}")
+        raise ResodeError(
+            f"one process's whole part of a batch is corrupt images: {names}; remove them, or start fewer processes"
+        )
 
 
 class Loop:
@@ -170,7 +175,7 @@ class Loop:
             batch, failure = None, None
             try:
                 batch = next(stream)
-                refuse_empty(batch)
+                refuse_empty(batch, self.processes)
             except Exception as error:  # which is raised once the others know
                 failure = error
             images = 0 if batch is None else len(batch.labels)
@@ -211,7 +216,8 @@ class Loop:
         except RuntimeError as error:
             if "without overflow" not in str(error):
                 raise
-            raise ResodeError("a step of the optimizer is larger than its weights can hold; lower the rate") from error
+            too_large = ResodeError("a step of the optimizer is larger than its weights can hold; lower the rate")
+            raise self.processes.alike(too_large) from error
         self.scaler.update()
         return self.scaler.get_scale() >= scale
 

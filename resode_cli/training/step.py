@@ -141,7 +141,9 @@ class Steps:
         self.in_a_row += 1
         if self.settings.on_nonfinite == "stop" or self.in_a_row > MOST_SKIPPED:
             again = "" if self.in_a_row <= MOST_SKIPPED else f", as in the {MOST_SKIPPED} before"
-            raise ResodeError(f"{what} at step {step}{again}{self.advice()}, or --on-nonfinite skip")
+            raise self.processes.alike(
+                ResodeError(f"{what} at step {step}{again}{self.advice()}, or --on-nonfinite skip")
+            )
         self.progress.skipped += 1
         self.say(f"step {step} is skipped: {what}")
 

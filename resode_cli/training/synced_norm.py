@@ -36,20 +36,25 @@ def apart() -> Iterator[None]:
         _apart -= 1
 
 
-def synchronise(model: nn.Module) -> None:
-    """Let every BatchNorm in training normalise by the statistics of all processes' images.
-
-    Raises UsageError for a kind of BatchNorm that computes in a way of its own.
-    """
+def check_synchronises(model: nn.Module) -> None:
+    """Raises UsageError for a kind of BatchNorm that computes in a way of its own."""
     for name, module in model.named_modules():
-        if not isinstance(module, Norm):
-            continue
-        if type(module).forward not in (Norm.forward, BatchNormAct2d.forward):
+        if isinstance(module, Norm) and type(module).forward not in (Norm.forward, BatchNormAct2d.forward):
             raise UsageError(
                 f"--bn sync: {name or 'the network'} is a {type(module).__name__}, which computes in a way of its own;"
                 " take --bn batch or frozen"
             )
-        module.forward = types.MethodType(_forward, module)  # type: ignore[method-assign]
+
+
+def synchronise(model: nn.Module) -> None:
+    """Let every BatchNorm in training normalise by the statistics of all processes' images.
+
+    Raises UsageError where that cannot be.
+    """
+    check_synchronises(model)
+    for module in model.modules():
+        if isinstance(module, Norm):
+            module.forward = types.MethodType(_forward, module)  # type: ignore[method-assign]
 
 
 def _forward(self: Any, x: Tensor) -> Tensor:
