@@ -25,6 +25,7 @@ from ..data.workers import WorkerDied, WorkersStuck
 from ..errors import ResodeError
 from ..machine.memory import free_bytes
 from ..machine.signals import Stopped
+from ..network.labels_loss import same_labels
 from ..network.model import OdeResNet
 from ..ode import Adjoint, fixed_buffers, peak_kept_bytes
 from ..surgery.batch_norm import batch_norms, recalibrate
@@ -312,7 +313,7 @@ class _Fit:
         else:
             out = self.model(images)
         if phase in ("logits", "refine"):
-            terms.append(distillation_loss(out, logits, settings.temperature))
+            terms.append(self._distillation(out, logits))
             loss += terms[-1].item()
         penalised = self._penalty(targets, epoch_generator(self.seed, self.seen))
         if penalised is not None:
@@ -321,6 +322,10 @@ class _Fit:
         if terms:
             torch.autograd.backward(torch.stack(terms).sum())
         return loss, errors
+
+    def _distillation(self, out: Tensor, logits: Tensor) -> Tensor:
+        several = self.model.info.multi_label
+        return distillation_loss(out, logits, self.settings.temperature, several=several)
 
     def _targets(self, images: Tensor) -> tuple[dict[str, list[Tensor]], Tensor]:
         if self.source is None:
@@ -352,8 +357,8 @@ class _Fit:
             found = self._penalty(targets, torch.Generator().manual_seed(self.settings.seed))
             n = len(x)
             penalties += n * (found.item() if found is not None else 0.0)
-            distillation += n * distillation_loss(out, logits, self.settings.temperature).item()
-            agreed += int((out.argmax(1) == logits.argmax(1)).sum())
+            distillation += n * self._distillation(out, logits).item()
+            agreed += int(same_labels(out, logits, several=self.model.info.multi_label).sum())
             for name, errors in losses.losses.items():
                 squares[name] = squares.get(name, torch.zeros(())) + n * torch.stack(errors).cpu()
             images += n

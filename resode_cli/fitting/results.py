@@ -11,7 +11,8 @@ from ..network.model import OdeResNet
 
 @dataclass(frozen=True)
 class HeldOutErrors:
-    """On held-out images. distillation: the loss of `logits`; agreement: fraction of images with the teacher's top-1.
+    """On held-out images. distillation: the loss of `logits`; agreement: fraction of images with the
+    teacher's class, or set of labels.
 
     states: √e_k by stage, k = 0 … D; empty where the teacher's states are not known. penalty: weighted.
     """

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..gradients.check_grad import check_gradients
+from ..network.labels_loss import same_labels
 from ..network.model import OdeResNet
 from ..ode import SCHEMES, Adjoint
 from .evaluate import Evaluation, Measured
@@ -20,7 +21,8 @@ GRADIENT_IMAGES = 32
 
 @dataclass(frozen=True)
 class NetworkFigures:
-    """agreement: fraction of images with the reference's top-1. logit_distance: mean of ‖z − z'‖ / ‖z'‖ over images.
+    """agreement: fraction of images with the reference's class, or set of labels. logit_distance: mean of
+    ‖z − z'‖ / ‖z'‖ over images.
 
     evaluations: residual branches evaluated per image. gradient_errors: relative errors by method and stage, without
     anchors; empty if not asked for, infinite where a gradient is not finite.
@@ -47,14 +49,15 @@ def network_figures(
     gradients: bool = False,
     on_method: Callable[[str], None] = lambda name: None,
 ) -> NetworkFigures:
-    """Measure `model` on images (B, 3, H, W) against reference logits (B, K), whose top-1 serve as labels."""
+    """Measure `model` on images (B, 3, H, W) against reference logits (B, K), whose predictions serve as labels."""
     logits = logits_of(model, images)
     distance = (logits - reference).norm(dim=1) / reference.norm(dim=1).clamp_min(1e-12)
     stages = {name: stage for name, stage in model.stages.items() if stage.spec.depth}
     errors: dict[str, dict[str, float]] = {}
     if gradients and stages:
         few = images[:GRADIENT_IMAGES].to(next(model.parameters()).device)
-        labels = reference[:GRADIENT_IMAGES].argmax(1).to(few.device)
+        known = reference[:GRADIENT_IMAGES].to(few.device)
+        labels = (known >= 0).float() if model.info.multi_label else known.argmax(1)
         report = check_gradients(model, few, labels, methods=GRADIENT_METHODS, on_method=on_method)
         for method in report.methods:
             found = {row.stage: row.relative_error for row in method.stages if row.stage in stages}
@@ -62,7 +65,7 @@ def network_figures(
     return NetworkFigures(
         name,
         evaluation.top1 if isinstance(evaluation, Evaluation) else None,
-        (logits.argmax(1) == reference.argmax(1)).double().mean().item(),
+        same_labels(logits, reference, several=model.info.multi_label).double().mean().item(),
         distance.mean().item(),
         len(images),
         sum(p.numel() for p in model.parameters()),

@@ -56,7 +56,7 @@ def phase_line(result: PhaseResult) -> str:
         line += f", state error {number(math.sqrt(before.state_error))} → {number(math.sqrt(after.state_error))}"
     line += (
         f", distillation loss {number(before.distillation)} → {number(after.distillation)},"
-        f" top-1 agreement {before.agreement:.1%} → {after.agreement:.1%}"
+        f" agreement {before.agreement:.1%} → {after.agreement:.1%}"
     )
     return line + (f" ({ENDED[result.ended]})" if ENDED[result.ended] else "")
 
@@ -86,7 +86,7 @@ def figures_table(columns: Sequence[NetworkFigures], *, reference: str, noise: b
     if any(column.top1 is not None for column in columns):
         row("top-1", lambda c: "–" if c.top1 is None else f"{c.top1:.2%}")
     if not noise:
-        row("top-1 agreement", lambda c: f"{c.agreement:.1%}")
+        row("agreement", lambda c: f"{c.agreement:.1%}")
     row("distance of logits", lambda c: number(c.logit_distance))
     row("parameters", lambda c: f"{c.parameters:,}")
     row("steps", lambda c: _joined(c.steps.values()))

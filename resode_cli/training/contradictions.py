@@ -49,10 +49,6 @@ def refuse_of_other_labels(settings: Settings, *, multi_label: bool) -> None:
         " rare labels"
         if s.sampler == BALANCED
         else "",
-        "the logits of --teacher are learned as probabilities of one class, and images have several labels: --distill 0"
-        " leaves them out, for --teacher-states alone"
-        if s.teacher is not None and s.distill
-        else "",
     ):
         if told:
             raise UsageError(told)

@@ -71,7 +71,7 @@ class Objective:
             target = self.teacher.logits(images)
             logits = self.forward(images)
         weight = self.settings.distill
-        loss = weight * distillation_loss(logits, target, self.settings.temperature)
+        loss = weight * distillation_loss(logits, target, self.settings.temperature, several=self.several)
         if weight < 1:
             loss = loss + (1 - weight) * self._from_labels(logits, labels)
         if outputs:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..data import ImageData, batches
 from ..errors import join
 from ..gradients.results import ChosenAdjoints
+from ..network.labels_loss import same_labels
 from ..network.model import OdeResNet, autocast_dtype, check_finite, freeze_batch_norm
 from ..network.stage import OdeStage
 from ..surgery.batch_norm import batch_norms
@@ -143,7 +144,7 @@ def switch_scheme(
         after = model(images)
     switched = {
         "max_logit_difference": (before - after).abs().max().item(),
-        "top1_agreement": (before.argmax(1) == after.argmax(1)).double().mean().item(),
+        "top1_agreement": same_labels(before, after, several=model.info.multi_label).double().mean().item(),
     }
     methods = list(dict.fromkeys(others.values()))  # a method that is tied to a rule has its name
     everywhere = len(tied) == len(model.stages) and len(set(tied.values())) == 1

@@ -94,6 +94,7 @@ def open_teacher(given: str, model: OdeResNet, *, trust_source: bool = False) ->
         loaded = model_file.load(given, trust_source=trust_source)
         _check_channels(given, loaded.info.preprocessing, pre)
         teacher, classes = _frozen(loaded, given, pre, loaded.info.preprocessing), loaded.info.num_classes
+        several = loaded.info.multi_label
     else:
         if parse_source(given)[0] in ("cifar", "file"):
             raise UsageError(f"teacher {given} brings no weights; convert it with --weights and give the model file")
@@ -104,9 +105,12 @@ def open_teacher(given: str, model: OdeResNet, *, trust_source: bool = False) ->
             out = teacher.logits(torch.zeros(1, *pre.shape))
         if out.ndim != 2:
             raise ResodeError(f"teacher {given} returns {tuple(out.shape)} where logits (images, classes) are needed")
-        classes = out.shape[1]
+        classes, several = out.shape[1], False
     if bad := non_finite(teacher.net.state_dict()):
         raise ResodeError(f"teacher {given} holds NaN or infinity in {first_few(bad)}: nothing can be learned from it")
+    if several != model.info.multi_label:
+        kinds = ("one class", "any number of labels")
+        raise UsageError(f"teacher {given} gives an image {kinds[several]}, the model {kinds[not several]}")
     if classes != model.info.num_classes:
         raise UsageError(f"teacher {given} tells {classes} classes apart, the model {model.info.num_classes}")
     return teacher
@@ -124,11 +128,18 @@ def _frozen(net: nn.Module, name: str, student: Preprocessing, own: Preprocessin
     return Teacher(net.requires_grad_(False), name, student, own)
 
 
-def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+def distillation_loss(student: Tensor, teacher: Tensor, temperature: float, *, several: bool) -> Tensor:
     """τ² KL(softmax(z_teacher / τ) ‖ softmax(z_student / τ)), averaged over images (Hinton et al. 2015, section 2).
 
-    The factor keeps the size of the gradient whatever the temperature τ. Both (B, K).
+    The factor keeps the size of the gradient whatever the temperature τ. Both (B, K). several: an image may have any
+    number of labels; then each class has a divergence of its own, between the sigmoids of z / τ, and their mean counts:
+    a softmax would not see logits that all move alike, by which labels come and go.
     """
+    if several:
+        # A sigmoid is the softmax of z and 0.
+        both = (torch.stack([z.float(), torch.zeros_like(z.float())]) for z in (teacher, student))
+        p, q = (F.log_softmax(z / temperature, 0) for z in both)
+        return F.kl_div(q, p, reduction="sum", log_target=True) / q[0].numel() * temperature**2
     p = F.log_softmax(teacher.float() / temperature, 1)
     q = F.log_softmax(student.float() / temperature, 1)
     return F.kl_div(q, p, reduction="batchmean", log_target=True) * temperature**2

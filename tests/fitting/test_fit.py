@@ -403,3 +403,14 @@ def test_a_worker_that_dies_in_a_phase_loses_no_step_of_it(death, pair, pictures
     ((result, kept),) = ended
     assert (result.phase, result.steps, result.ended) == ("blocks", 5, "interrupted")
     assert result.after.state_error < result.before.state_error and not same(kept, before)
+
+
+def test_of_several_labels_a_fit_sees_that_all_logits_moved_alike(tiny: OdeResNet, pictures: FitData):
+    tiny.info = replace(tiny.info, multi_label=True)
+    teacher = own_teacher(copy.deepcopy(tiny), "tiny")
+    head = [layer for layer in tiny.net.modules() if isinstance(layer, torch.nn.Linear)][-1]
+    with torch.no_grad():
+        head.bias += 50
+    result = fit(tiny, teacher, pictures, settings=replace(BRIEF, phases=("logits",), steps=1), device=CPU)
+    before = result.phases[0].before
+    assert before.distillation > 1 and before.agreement < 1

@@ -34,17 +34,30 @@ def test_distillation_is_the_divergence_of_the_softened_classes():
     p, q = softmax(t / 3), softmax(z / 3)
     expected = 9 * (p * (p / q).log()).sum(1).mean()
     # The loss itself works in float32, whatever comes in.
-    assert distillation_loss(z, t, 3.0).item() == pytest.approx(expected.item(), rel=1e-6)
-    assert distillation_loss(z, z, 3.0).item() == pytest.approx(0, abs=1e-7)
+    assert distillation_loss(z, t, 3.0, several=False).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert distillation_loss(z, z, 3.0, several=False).item() == pytest.approx(0, abs=1e-7)
+
+
+def test_of_several_labels_distillation_is_the_mean_divergence_of_each_labels_own_chance():
+    generator = torch.Generator().manual_seed(0)
+    z, t = torch.randn(2, 6, 4, generator=generator).double().unbind(0)
+    p, q = torch.sigmoid(t / 3), torch.sigmoid(z / 3)
+    expected = 9 * (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean()
+    assert distillation_loss(z, t, 3.0, several=True).item() == pytest.approx(expected.item(), rel=1e-5)
+    # A softmax does not see that all logits move alike, and the labels that are given change by it.
+    assert distillation_loss(t + 5, t, 3.0, several=False).item() == pytest.approx(0, abs=1e-6)
+    assert distillation_loss(t + 5, t, 3.0, several=True).item() > 0.1
 
 
 def test_the_gradient_of_distillation_keeps_its_size_at_high_temperatures():
     z = torch.randn(6, 5, requires_grad=True)
     t = torch.randn(6, 5)
-    sizes = [torch.autograd.grad(distillation_loss(z, t, tau), z)[0].norm().item() for tau in (50.0, 100.0)]
+    sizes = [
+        torch.autograd.grad(distillation_loss(z, t, tau, several=False), z)[0].norm().item() for tau in (50.0, 100.0)
+    ]
     assert sizes[0] == pytest.approx(sizes[1], rel=0.05)
     # Far up, it is that of the logits' squared distance without their means, over twice the classes.
-    (found,) = torch.autograd.grad(distillation_loss(z, t, 100.0), z)
+    (found,) = torch.autograd.grad(distillation_loss(z, t, 100.0, several=False), z)
     difference = (z - t).detach()
     expected = (difference - difference.mean(1, keepdim=True)) / 5 / 6
     torch.testing.assert_close(found, expected, rtol=0.05, atol=2e-3)
@@ -166,7 +179,7 @@ def test_distillation_alone_brings_a_network_back_to_its_teacher(pico: OdeResNet
     (batch,) = data.batches(pictures, 96)
 
     def distance() -> float:
-        return distillation_loss(pico.eval()(batch.images), teacher.logits(batch.images), 2.0).item()
+        return distillation_loss(pico.eval()(batch.images), teacher.logits(batch.images), 2.0, several=False).item()
 
     before = distance()
     train(pico, teacher, tmp_path, replace(SETTINGS, teacher="pico", distill=1.0, teacher_states=0.0, max_steps=40))

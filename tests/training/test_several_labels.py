@@ -91,7 +91,10 @@ def test_a_run_that_goes_on_repeats_the_one_that_was_not_stopped(work: Path):
         (["--label-smoothing", "0.1"], "--label-smoothing shares one label among all classes"),
         (["--sampler", "balanced"], "--sampler balanced draws each class equally often"),
         (["--best-by", "top1"], "--best-by top1 is of images of one class each; of several labels there is map"),
-        (["--teacher", BEST], "--distill 0 leaves them out"),
+        (
+            ["--teacher", "m.safetensors", "--distill", "0.5"],
+            "gives an image one class, the model any number of labels",
+        ),
     ],
 )
 def test_what_means_nothing_for_several_labels_is_refused(flags: list[str], message: str, work: Path, capsys):
@@ -201,3 +204,12 @@ def test_a_head_for_labels_gives_way_to_one_for_classes_and_the_other_way_round(
     assert "multi_label" not in model_file.read_metadata(Path("new/best.safetensors"))
     assert main(run("-o", "again", *TABLE, "--new-head", model="new/best.safetensors")) == 0
     assert model_file.load("again/best.safetensors").info.multi_label
+
+
+def test_a_teacher_of_several_labels_teaches_each_labels_chance(work: Path, capsys: pytest.CaptureFixture[str]):
+    asked = ("--teacher", BEST, "--distill", "1", "--lr", "1e-9")
+    found = answer(capsys, *run("-o", "taught", "--data", "tags.csv", "--no-augment", *asked, model=BEST, steps=1))
+    assert found["after"]["map"] == pytest.approx(found["before"]["map"])
+    with open("taught/log.csv", newline="") as file:
+        (loss,) = (float(row["loss"]) for row in csv.DictReader(file) if row["split"] == "train")
+    assert loss == pytest.approx(0, abs=1e-3)  # in train mode, the BatchNorm of the student alone uses the batch
