@@ -7,7 +7,7 @@ for each class, of 0 and 1.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import ceil
 from typing import TYPE_CHECKING
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from .holding_out import Division
 
 SEPARATORS = ("|", ";")
-_YES, _NO = {"1", "1.0"}, {"0", "0.0"}
+_YES, _NO = {"1", "1.0", "true"}, {"0", "0.0", "false"}  # whatever their case
+_OR = " or ".join(SEPARATORS)
+_UNKNOWN = {"", "-1", "-1.0", "nan", "na", "?"}
 LabelSet = tuple[int, ...]  # the classes of an image, ascending
 
 
@@ -29,12 +31,13 @@ LabelSet = tuple[int, ...]  # the classes of an image, ascending
 class TableLabels:
     """What each row of a table is of. several: an image may have any number of labels; else it has one.
 
-    notes: what to say of how they were read.
+    notes: what to say of how they were read. classes: those that have a column, whether an image is of them or not.
     """
 
     rows: Sequence[tuple[str, ...]]
     several: bool
     notes: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
 
 
 def read_labels(
@@ -53,7 +56,7 @@ def read_labels(
         raise ResodeError(f"{where}: images have several labels, and the model gives an image one class; {NEW_HEAD}")
     without = sum(not labels for labels in found.rows)
     note = f"{where}: {without} of {counted(len(found.rows), 'row')} have no label" if found.several and without else ""
-    return TableLabels(found.rows, found.several, (*found.notes, *([note] if note else [])))
+    return replace(found, notes=(*found.notes, *([note] if note else [])))
 
 
 def _of_column(where: str, rows: Sequence[Mapping[str, str]], column: str, several: bool | None) -> TableLabels:
@@ -61,25 +64,53 @@ def _of_column(where: str, rows: Sequence[Mapping[str, str]], column: str, sever
     there = [separator for separator in SEPARATORS if any(separator in cell for cell in cells)]
     if len(there) > 1:
         raise ResodeError(f"{where}: labels are separated by | in some rows and by ; in others; write one of them")
+    if lists := [cell for cell in cells if cell.startswith("[") and cell.endswith("]")]:
+        raise ResodeError(f"{where}: labels are written as lists, {shown(lists[0])}; write them as in cat|dog")
     if not there:
-        return TableLabels([(spelled(cell),) if cell else () for cell in cells], bool(several))
+        notes = [] if (doubtful := _with_commas(cells)) is None else [f"{where}: {doubtful}"]
+        return TableLabels([(spelled(cell),) if cell else () for cell in cells], bool(several), tuple(notes))
     note = f"{where}: images have several labels, separated by {there[0]}"
     return TableLabels([_parts(cell.split(there[0])) for cell in cells], True, (note,))
+
+
+def _with_commas(cells: Sequence[str]) -> str | None:
+    """What to say of names with commas whose parts are classes too, or come again; None of 'tench, Tinca tinca'."""
+    whole = set(cells)
+    commas = sorted(cell for cell in whole if "," in cell)
+    parts = [{part.strip() for part in cell.split(",")} for cell in commas]
+    if commas and (len(set().union(*parts)) < sum(map(len, parts)) or set().union(*parts) & whole):
+        return f"{shown(commas[0])} is taken for one class; several labels of an image are separated by {_OR}"
+    return None
 
 
 def _of_columns(
     where: str, rows: Sequence[Mapping[str, str]], others: Sequence[str], several: bool | None
 ) -> TableLabels | None:
-    names = [name for name in others if all(row[name].strip() in _YES | _NO for row in rows)]
+    cells = {name: [row[name].strip().lower() for row in rows] for name in others}
+    names = [name for name in others if set(cells[name]) <= _YES | _NO]
+    unclear = [name for name in others if name not in names and _with_gaps(set(cells[name]))]
+    if unclear and len(names) + len(unclear) > 1:
+        name = unclear[0]
+        other = sorted(set(cells[name]) & _UNKNOWN)[0]
+        raise ResodeError(
+            f"{where}: the column {shown(name)} is of 0 and 1, but for {counted(cells[name].count(other), 'row')} with"
+            f" {f'{other!r} in it' if other else 'an empty cell'}; write 1 where an image has the label and 0"
+            " where not, or take the column out"
+        )
     if len(names) < 2:
         return None
-    labels = [_parts(name for name in names if row[name].strip() in _YES) for row in rows]
+    labels = [_parts(name for name in names if cells[name][place] in _YES) for place in range(len(rows))]
     one_each = all(len(own) == 1 for own in labels)
     what = "every image is of one class" if one_each and not several else "images have several labels"
-    left = [shown(name) for name in others if name not in names]
+    left = [shown(name) or "a column without a name" for name in others if name not in names]
     alone = f"; left alone: {first_few(left)}" if left else ""
     note = f"{where}: {what}, by {len(names)} columns of 0 and 1{alone}"
-    return TableLabels(labels, bool(several) or not one_each, (note,))
+    return TableLabels(labels, bool(several) or not one_each, (note,), _parts(names))
+
+
+def _with_gaps(cells: set[str]) -> bool:
+    """Whether a column would be of 0 and 1 but for cells that say nothing."""
+    return bool(cells & (_YES | _NO)) and cells <= _YES | _NO | _UNKNOWN
 
 
 def _parts(names: Iterable[str]) -> tuple[str, ...]:

@@ -44,12 +44,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of a table, each image once, and what to say of it. several: whether images have several labels."""
+    """The rows of a table, each image once, and what to say of it. several: whether images have several labels.
+
+    classes: those that have a column of their own.
+    """
 
     path: Path
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
     several: bool = False
+    classes: tuple[str, ...] = ()
 
     def division(self, hold_out: HoldOut) -> Division | None:
         """How val is made, where no row is of it."""
@@ -110,8 +114,8 @@ def open_table(
     rows = [row for row in table.rows if row.split == own]
     of_splits: dict[str, set[str]] = {}
     for row in table.rows if all_splits else rows:
-        of_splits.setdefault(row.split, set()).update(row.labels)
-    names = _classes(of_splits, where)
+        of_splits.setdefault(row.split, set(table.classes if all_splits else ())).update(row.labels)
+    names = _classes(of_splits, where, several=table.several)
     label_of = {name: label for label, name in enumerate(names)}
     sets = [tuple(sorted(label_of[name] for name in row.labels)) for row in rows]
     place = f"{where}, {split}"
@@ -140,9 +144,12 @@ def _only(sets: Sequence[LabelSet]) -> list[int]:
     return [own[0] if own else 0 for own in sets]
 
 
-def _classes(of_splits: Mapping[str, set[str]], where: str) -> list[str]:
-    """The classes of all splits, in order. A small val may lack a class that test has: each is held against train."""
-    for split in of_splits:
+def _classes(of_splits: Mapping[str, set[str]], where: str, *, several: bool) -> list[str]:
+    """The classes of all splits, in order. A small val may lack a class that test has: each is held against train.
+
+    several: where images have several labels, rare ones may well be in one split alone.
+    """
+    for split in () if several else of_splits:
         joined({name: of_splits[name] for name in dict.fromkeys(("train", split)) if name in of_splits}, where)
     return in_order({name for names in of_splits.values() for name in names})
 
@@ -190,7 +197,9 @@ def read_table(path: Path, *, labelled: bool, skip_missing: bool, several: bool 
             raise ResodeError(f"{said}; paths are relative to {folder}; --skip-corrupt leaves such rows out")
         notes.append(said)
     gone = {row.number for row in missing}
-    return Table(path, tuple(row for row in rows if row.number not in gone), tuple(notes), labels.several)
+    return Table(
+        path, tuple(row for row in rows if row.number not in gone), tuple(notes), labels.several, labels.classes
+    )
 
 
 def _cells(path: Path) -> Iterator[tuple[int, Mapping[str, str]]]:

@@ -76,6 +76,49 @@ def test_both_forms_say_the_same(text: str, write: Write):
     assert train.label_counts() == [counts[name] for name in train.class_names]
 
 
+def test_true_and_false_are_1_and_0(write: Write):
+    text = columns().replace(",1", ",True").replace(",0", ",FALSE")
+    assert opened(write(text)) == opened(write(columns()))
+
+
+def test_a_column_is_a_class_although_no_image_is_of_it(write: Write):
+    table = write(columns(names="cat,dog,never,owl"))
+    data = open_data(str(table), PLAIN, "train")
+    assert data.class_names == ("cat", "dog", "never", "owl") and data.label_counts()[2] == 0
+    assert any("has no images of never: it is not trained here" in note for note in data.notes)
+    known = open_data(str(table), PLAIN, "train", class_names=["cat", "dog", "owl"], multi_label=True)
+    assert known.class_names == ("cat", "dog", "owl")
+
+
+def test_rare_labels_may_be_in_one_split_alone(write: Write):
+    parts = ("train", "train", "val", "test")
+    own = ("cat|dog", "cat|rare", "cat|rarer", "dog|rarest")
+    lines = [f"{i}.png,{labels},{part}" for i, (labels, part) in enumerate(zip(own, parts, strict=True))]
+    table = write("\n".join(["path,labels,split", *lines]))
+    data = open_data(str(table), PLAIN, "train")
+    assert data.class_names == ("cat", "dog", "rare", "rarer", "rarest")
+    assert any("train has no images of rarer, rarest: they are not trained here" in note for note in data.notes)
+
+
+@pytest.mark.parametrize(
+    "own, said",
+    [
+        (["cat, dog", "cat"], True),
+        (["cat, dog", "dog, owl"], True),
+        (["tench, Tinca tinca", "goldfish, Carassius auratus", "cat"], False),
+    ],
+)
+def test_labels_with_commas_that_seem_to_be_several_are_named(own: list[str], said: bool, write: Write):
+    table = write("\n".join(["path,label", *(f'{i}.png,"{own[i % len(own)]}"' for i in range(10))]))
+    notes = open_data(str(table), PLAIN, "train").notes
+    assert any("is taken for one class; several labels of an image are separated by | or ;" in n for n in notes) == said
+
+
+def test_a_column_without_a_name_is_called_so(write: Write):
+    text = columns(more="width").replace("width", "", 1)
+    assert any("left alone: a column without a name" in n for n in open_data(str(write(text)), PLAIN, "train").notes)
+
+
 def test_columns_with_one_1_a_row_are_of_one_class_an_image_unless_a_model_gives_several(write: Write):
     table = write("path,a,b\n" + "".join(f"{i}.png,{i % 2},{1 - i % 2}.0\n" for i in range(10)))
     data = open_data(str(table), PLAIN, "train", val_split=0.2)
@@ -97,6 +140,11 @@ def test_columns_with_one_1_a_row_are_of_one_class_an_image_unless_a_model_gives
         ("path,label\n0.png,a\n1.png,", None, "1 row without a label (line 3)"),
         ("path,width\n0.png,8\n1.png,8", None, "has no column of labels"),
         ("path,flag\n0.png,0\n1.png,1", None, "has no column of labels"),
+        ("path,flag\n0.png,\n1.png,1", None, "has no column of labels"),
+        ("path,a,b\n0.png,0,1\n1.png,,1", None, "the column a is of 0 and 1"),
+        ("path,a,b\n0.png,0,1\n1.png,1,", None, "but for 1 row with an empty cell; write 1 where"),
+        ("path,a,b\n0.png,-1,1\n1.png,1,nan", None, "the column a is of 0 and 1, but for 1 row with '-1' in it"),
+        ("path,labels\n0.png,\"['a', 'b']\"\n1.png,['a']", None, "labels are written as lists, ['a', 'b']; write them"),
     ],
 )
 def test_what_says_no_labels_is_refused(text: str, several: bool | None, message: str, write: Write):
