@@ -37,6 +37,8 @@ _KNOWN = 16384  # shards whose index is remembered
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _NUMBERS = re.compile(r"(\d+)\.\.(\d+)")
 _MOST_SHARDS = 100_000
+_WRITE = "write wds:FOLDER, or 'wds:a-{000..009}.tar'"
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +120,14 @@ def open_shards(name: str, wanted: Split, *, labelled: bool, hold_out: HoldOut) 
     own: Split | None = split if divided is None else "train" if divided.of == "train" else None
     shards = {each: [_indexed(path) for path in paths] for each, paths in of_split.items()}
     members = [(shard.path, member) for shard in shards[own] for member in shard.images]
-    if not members:
-        raise ResodeError(f"{shown(name)}: its {own or 'train'} shards hold no images")
     left_out = sum((shard.left_out for shard in shards[own]), Counter())
+    what = ", ".join(f"{count} {kind}" for kind, count in left_out.most_common(5))
+    these = "shards" if own is None else f"{own} shards"
+    if not members:
+        hint = f", only {what}; images are called as in KEY.jpg, and a key ends at its first dot" if what else ""
+        raise ResodeError(f"{shown(name)}: its {these} hold no images{hint}")
     if left_out:
-        what = ", ".join(f"{count} {kind}" for kind, count in left_out.most_common(5))
-        notes.append(f"left out of the {own or 'train'} shards of {shown(name)}: {what}")
+        notes.append(f"left out of the {these} of {shown(name)}: {what}")
     names: Sequence[str] = ["unlabelled"]
     labels = [0] * len(members)
     everywhere = [member for each in shards.values() for shard in each for member in shard.images]
@@ -134,7 +138,8 @@ def open_shards(name: str, wanted: Split, *, labelled: bool, hold_out: HoldOut) 
         without = [f"{os.path.basename(path)}: {shown(m.key)}" for path, m in members if not m.label]
         raise ResodeError(
             f"{shown(name)}: {len(without)} of {len(members)} images have no class, a member KEY.cls beside them"
-            f" ({first_few(without)}); an archive of folders is for unpacking"
+            f" ({first_few(without)}){f'; what is there is not read: {what}' if what else ''}; an archive of folders is"
+            " for unpacking"
         )
     where = f"{shown(name)}, {split}"
     if divided is not None:
@@ -190,6 +195,8 @@ def _split_of(path: str) -> Split | None:
 def _paths(name: str) -> list[str]:
     """The shards that a name means, in order. Raises UsageError for none."""
     given = name.removeprefix(SHARDS)
+    if not given:
+        raise UsageError(f"data {shown(name)!r}: {_WRITE}")
     if os.path.isdir(given):
         found = _in_folder(Path(given))
     elif os.path.isfile(given):
@@ -202,14 +209,14 @@ def _paths(name: str) -> list[str]:
     if missing := [path for path in found if not os.path.isfile(path)]:
         raise UsageError(f"data {shown(name)!r}: there is no shard {first_few([shown(path) for path in missing])}")
     if not found:
-        raise UsageError(f"data {shown(name)!r}: there is no .tar file; write wds:FOLDER, or 'wds:a-{{000..009}}.tar'")
+        raise UsageError(f"data {shown(name)!r}: there is no .tar file; {_WRITE}")
     return list(dict.fromkeys(found))
 
 
 def _in_folder(folder: Path) -> list[str]:
     """The shards in a folder, or in folders of it that are named after splits."""
     inside = [folder, *(folder / name for name in MEANT)]
-    each = [sorted(str(p) for p in f.glob("*.tar") if not hidden(p.name) and p.is_file()) for f in inside]
+    each = [sorted(str(p) for p in f.glob("*.[tT][aA][rR]") if not hidden(p.name) and p.is_file()) for f in inside]
     return each[0] or [path for paths in each[1:] for path in paths]
 
 
@@ -306,8 +313,10 @@ def _members(path: str, size: int) -> Iterator[tarfile.TarInfo]:
                 if any(rest.read(tarfile.BLOCKSIZE)):
                     raise tarfile.ReadError(f"it ends, or is damaged, at byte {archive.offset:,}")  # type: ignore
     except (tarfile.TarError, ValueError, EOFError, RecursionError, OverflowError) as error:
-        compressed = " (a shard is an archive that is not compressed)" if "could not be opened" in str(error) else ""
-        raise ResodeError(f"{shown(path)} is no whole .tar file: {error}{compressed}") from error
+        with open(path, "rb") as file:
+            compressed = file.read(6).startswith(_COMPRESSED)
+        why = "it is compressed, as shards are not; unpack it once (gunzip, unxz, …)" if compressed else error
+        raise ResodeError(f"{shown(path)} is no whole .tar file: {why}") from error
 
 
 def _label(path: str, key: str, content: bytes) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
+import lzma
 import os
 import pickle
 import tarfile
@@ -186,7 +189,7 @@ def test_a_command_measures_on_shards(pico: OdeResNet, shards: Path, answer: Cal
     [
         ("wds:none-{0..2}.tar", "there is no shard none-0.tar, none-1.tar, none-2.tar"),
         ("wds:none*.tar", "there is no .tar file"),
-        ("wds:", "there is no shard"),
+        ("wds:", "write wds:FOLDER, or 'wds:a-{000..009}.tar'"),
         ("wds:a-{0..999999999}.tar", "more than 100000 shards"),
         ("wds:{0..9}{0..9}{0..9}{0..9}{0..9}{0..9}", "more than 100000 shards"),
     ],
@@ -264,13 +267,29 @@ def test_a_damaged_archive_is_one_line(kind: str, tmp_path: Path):
         ([("a.png", png(1)), ("a.cls", b"9" * 5000)], "a.cls is no number and no name of a class"),
         ([("a.png", png(1)), ("a.cls", b"99999999")], "a class has the number 99999999"),
         ([("a.png", png(1)), ("a.jpg", png(1)), ("a.cls", b"1")], "there are two images of the key a"),
-        ([("a.txt", b"x")], "shards hold no images"),
+        ([("a.txt", b"x")], "its shards hold no images, only 1 .txt; images are called as in KEY.jpg"),
+        ([("a.seg.png", png(1))], "no images, only 1 .seg.png; images are called as in KEY.jpg, and a key ends at its"),
+        ([], "its shards hold no images$"),
+        ([("a.png", png(1)), ("a.json", b"{}")], "what is there is not read: 1 .json"),
     ],
 )
 def test_what_is_no_image_with_a_class_is_refused(members: list[Member], message: str, tmp_path: Path):
     write(tmp_path / "a.tar", members)
     with pytest.raises(ResodeError, match=message):
         open_data(str(tmp_path), PLAIN, "train")
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+def test_a_compressed_archive_is_named_as_one(compress: Callable[[bytes], bytes], tmp_path: Path):
+    write(tmp_path / "a.tar", pairs(0, 4))
+    (tmp_path / "a.tar").write_bytes(compress((tmp_path / "a.tar").read_bytes()))
+    with pytest.raises(ResodeError, match="a.tar is no whole .tar file: it is compressed, as shards are not"):
+        open_data(str(tmp_path), PLAIN, "train")
+
+
+def test_the_case_of_a_shards_ending_says_nothing(shards: Path):
+    (shards / "train-001.tar").rename(shards / "train-001.TAR")
+    assert len(open_data(str(shards), PLAIN, "train")) == 9
 
 
 def test_an_image_that_cannot_be_read_is_named_by_its_shard(tmp_path: Path):
