@@ -8,7 +8,7 @@ batch, optimizer, schedule and BatchNorm are those of
 
     resode finetune MODEL --data FOLDER --images 12800 --batch-size 128 --epochs 1 --lr 0.01 --bn batch --seed 0
 
-The order of images and the draws of the augmentation are not.
+The order of images and the draws of the augmentation are not, unless --our-batches says so.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from torchvision import transforms
 from resode_cli.data import open_labelled
 from resode_cli.files import model_file
 from resode_cli.sources.cifar import build
+from resode_cli.training.loop import training_batches
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=0.01)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--our-batches", action="store_true", help="Those of finetune, instead of timm's loader.")
     given = parser.parse_args()
 
     torch.manual_seed(given.seed)
@@ -58,7 +60,7 @@ def main() -> None:
     whole = create_dataset("", root=str(given.folder / "train"))
     # The images that `resode finetune --images N` takes.
     info = model_file.load(given.model).info
-    taken = open_labelled(str(given.folder), info, "train", augment=True, seed=0, images=given.images)
+    taken = open_labelled(str(given.folder), info, "train", augment=True, seed=given.seed, images=given.images)
     places = {Path(whole.filename(i, absolute=True)).resolve(): i for i in range(len(whole))}
     chosen = [places[Path(taken.file_of(i)).resolve()] for i in range(len(taken))]
     held_out = create_dataset("", root=str(given.folder / "test"))
@@ -71,6 +73,9 @@ def main() -> None:
 
     test = loader(held_out, training=False)
     train = loader(Subset(whole, chosen), training=True)
+    if given.our_batches:
+        ours = training_batches(taken, range(len(taken)), given.batch_size, seed=given.seed, epoch=0)
+        train = ((batch.images, batch.labels) for batch in ours)
     normalise = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
     whole.transform = transforms.Compose(
         [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), *normalise]
