@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..errors import ResodeError, first_few
+from ..errors import ResodeError, first_few, join
 from ..quantities import counted
 from .classes import in_order, joined, order_note
 from .folders import Found, ImageFiles
@@ -76,9 +76,10 @@ def is_table(path: Path) -> bool:
 
 
 def splits_of_table(path: Path, hold_out: HoldOut) -> set[Split]:
-    """The splits that some row is of, and those that are made of them."""
+    """The splits that some row with a label is of, and those that are made of them."""
     table = read_table(path, labelled=False, skip_missing=True)
-    return {*table.splits, *splits_made(table.division(hold_out))}
+    with_labels = {row.split for row in table.rows if row.split and row.labels}
+    return {*(with_labels or table.splits), *splits_made(table.division(hold_out))}
 
 
 def open_table(
@@ -157,7 +158,7 @@ def _classes(of_splits: Mapping[str, set[str]], where: str, *, several: bool) ->
 def read_table(path: Path, *, labelled: bool, skip_missing: bool, several: bool | None = None) -> Table:
     """All rows. Raises ResodeError, by the number of its line, for one that is no image with a label and a split.
 
-    several: see `read_labels`.
+    labelled: leave out the splits of which no row has a label, as long as some other has. several: see `read_labels`.
     """
     with_cells = list(_cells(path))
     if not with_cells:
@@ -173,13 +174,15 @@ def read_table(path: Path, *, labelled: bool, skip_missing: bool, several: bool 
     labels = found or TableLabels([()] * len(with_cells), several=False)
     rows = []
     empty: dict[str, list[int]] = {}
-    needs = labelled and not labels.several
-    for (number, cells), own in zip(with_cells, labels.rows, strict=True):
-        key, split = (cells[name].strip() if name is not None else "" for name in (of_paths, of_splits))
+    named = ["" if of_splits is None else cells[of_splits].strip() for _, cells in with_cells]
+    parts: list[Split | Literal[""]] = [MEANT.get(split.lower(), "") for split in named]
+    with_labels = {part for part, own in zip(parts, labels.rows, strict=True) if own} if labelled else set()
+    for (number, cells), own, split, meant in zip(with_cells, labels.rows, named, parts, strict=True):
+        key = cells[of_paths].strip()
+        needs = labelled and not labels.several and (meant in with_labels or not with_labels)
         for what, there, needed in (("path", key, True), ("label", own, needs), ("split", split, of_splits)):
             if needed and not there:
                 empty.setdefault(what, []).append(number)
-        meant: Split | Literal[""] = MEANT.get(split.lower(), "")
         if split and not meant:
             raise ResodeError(f"{shown(path)}, line {number}: {shown(split)!r} is no split: write train, val or test")
         rows.append(Row(_file(path, key), key.replace("\\", "/"), own, meant, number))
@@ -187,6 +190,10 @@ def read_table(path: Path, *, labelled: bool, skip_missing: bool, several: bool 
         lines = first_few([str(number) for number in numbers], 5)
         raise ResodeError(f"{shown(path)}: {counted(len(numbers), 'row')} without a {what} (line {lines}); fill it in")
     rows, notes = _each_once(path, rows, labelled=labelled)
+    if without := [part for part in dict.fromkeys(parts) if with_labels and part not in with_labels]:
+        rows = [row for row in rows if row.split in with_labels]
+        are = "they are" if len(without) > 1 else "it is"
+        notes.append(f"{shown(path)}: no row of {join(without)} has a label; {are} left out")
     notes += labels.notes if labelled else ()
     missing = [row for row in rows if not os.path.exists(row.file)]
     if missing:

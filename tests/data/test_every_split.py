@@ -66,6 +66,10 @@ def test_splits_are_those_with_labels(make_folder: Callable[..., Path], tmp_path
         assert labelled_splits(str(table)) == (split,)
     table.write_text("path,label\npictures/train/cat/0.png,cat\n")
     assert labelled_splits(str(table)) == ("train", "val")
+    rows = "pictures/train/cat/0.png,cat,train\npictures/train/dog/0.png,dog,train\npictures/train/owl/0.png,,test\n"
+    table.write_text(f"path,label,split\n{rows}")
+    assert labelled_splits(str(table)) == ("train",)
+    assert labelled_splits(str(table), HoldOut(0.5)) == ("train", "val")
     assert labelled_splits("digits", HoldOut(0.1)) == ("train", "val", "test")
     with pytest.raises(UsageError, match="--split-seed 1"):
         labelled_splits("digits", HoldOut(seed=1))

@@ -84,6 +84,18 @@ def test_of_a_train_split_in_a_table_a_share_is_held_out_where_it_is_asked_for(w
     assert held_out_splits(str(table), HoldOut(0.25)) == ("val", "test") and held_out_splits(str(table)) == ("test",)
 
 
+@pytest.mark.parametrize("labels", ["a,b", "a|b,b"])
+def test_a_split_without_any_label_is_left_out_but_where_no_labels_are_asked_for(labels: str, write: Write):
+    own = [*labels.split(","), "", ""]
+    lines = [f"all/{'ab'[i % 2]}{i // 2}.png,{label},{'train' if label else 'test'}" for i, label in enumerate(own)]
+    table = write("\n".join(["path,label,split", *lines]))
+    data = open_data(str(table), PLAIN, "train")
+    assert len(data) == 2 and any("no row of test has a label; it is left out" in note for note in data.notes)
+    with pytest.raises(ResodeError, match="no rows of the test split, only of train; --val-split 0.2"):
+        open_data(str(table), PLAIN, "test")
+    assert len(open_data(str(table), PLAIN, "test", labelled=False)) == 2
+
+
 def test_paths_may_be_absolute_or_as_windows_writes_them(write: Write, tmp_path: Path, monkeypatch):
     table = write(f"path,label\n{tmp_path}/all/a0.png,a\nall\\a1.png,a\nall/b0.png,b\nall/b1.png,b\n")
     monkeypatch.chdir("/")
