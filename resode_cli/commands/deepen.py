@@ -27,7 +27,7 @@ from .options import (
 from .output import Output, start
 from .parameters import Fields, Given, takes
 from .rewrite import Rewrite
-from .working_folder import name_of, output_for
+from .working_folder import name_of, output_for, remembered
 
 if TYPE_CHECKING:
     from ..network.stage import OdeStage
@@ -44,6 +44,7 @@ OFFERED = Fields(FitSettings(), but=("clip_grad",))
 )
 def deepen_command(
     *,
+    ctx: typer.Context,
     model: ModelArgument,
     blocks: Annotated[int, number("--blocks", range=STEPS, help="Steps of each stage afterwards.")],
     out: OutputOption = None,
@@ -91,7 +92,10 @@ def deepen_command(
         raise UsageError("--mode identity keeps the function; --horizon changes it")
     history: dict[str, object] = {"blocks": blocks, "mode": mode, "depth_weights": depth_weights}
     target = output_for(out, f"{name_of(model)}-{blocks}", force=force)
-    rewrite = Rewrite("deepen", model, target, comparing, reading, origin, history, force, json, horizon, request.fit)
+    known = remembered(ctx, "data")
+    rewrite = Rewrite(
+        "deepen", model, target, comparing, reading, origin, history, force, json, horizon, request.fit, known
+    )
 
     def change(old: OdeStage) -> OdeStage:
         return deepened(old, blocks, mode=mode, depth_weights=depth_weights)

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 class Rewrite:
     """One run of such a command. settings: for the model's history; horizon: what the stages' T becomes.
 
-    fit: the data to fit to, if any.
+    fit: the data to fit to, if any. remembered: whether the data to compare on are this folder's, which nobody has
+    asked for on this command line.
     """
 
     command: str
@@ -43,6 +44,7 @@ class Rewrite:
     json: bool
     horizon: str | None = None
     fit: str | None = None
+    remembered: bool = False
 
     def __post_init__(self) -> None:
         from ..machine.atomic import check_output
@@ -126,11 +128,23 @@ class Rewrite:
         return result
 
     def _measuring(self) -> Any:
+        from ..data import OtherClasses
         from ..fitting.rewriting import Measuring
 
         comparing, data = self.comparing, None
         if comparing.data is not None:
-            data = self.reading.open(comparing.data, self.model, "test")
+            try:
+                data = self.reading.open(comparing.data, self.model, "test")
+            except OtherClasses as error:
+                if not self.remembered:
+                    fits = (
+                        f"; --fit {comparing.data} alone looks at no labels"
+                        if self.command in ("deepen", "tie")
+                        else ""
+                    )
+                    raise ResodeError(f"{error}{fits}") from error
+                self.output.note(f"accuracy is not measured: {error}")
+        if data is not None:
             self.output.notes(data.notes)
         return Measuring(self.device, data, comparing.batch_size, comparing.workers, bool(comparing.gradients))
 

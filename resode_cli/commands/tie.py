@@ -25,7 +25,7 @@ from .options import (
 from .output import start
 from .parameters import Fields, Given, takes
 from .rewrite import Rewrite
-from .working_folder import name_of, output_for
+from .working_folder import name_of, output_for, remembered
 
 if TYPE_CHECKING:
     from ..network.stage import OdeStage
@@ -43,6 +43,7 @@ OFFERED = Fields(TIE_SETTINGS, but=("refine_steps", "substeps", "clip_grad"))
 )
 def tie_command(
     *,
+    ctx: typer.Context,
     model: ModelArgument,
     out: OutputOption = None,
     rule: Annotated[
@@ -83,7 +84,10 @@ def tie_command(
         comparing = replace(comparing, gradients=request.fit is not None)
     history: dict[str, object] = {"rule": rule, "depth_weights": depth_weights}
     target = output_for(out, f"{name_of(model)}-tied", force=force)
-    rewrite = Rewrite("tie", model, target, comparing, reading, origin, history, force, json, horizon, request.fit)
+    known = remembered(ctx, "data")
+    rewrite = Rewrite(
+        "tie", model, target, comparing, reading, origin, history, force, json, horizon, request.fit, known
+    )
 
     def change(old: OdeStage) -> OdeStage:
         return tied(old, rule=rule, depth_weights=depth_weights)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import typer
+
 from .options import (
     Comparing,
     ForceOption,
@@ -16,12 +18,13 @@ from .options import (
 from .output import start
 from .parameters import Fields, takes
 from .rewrite import Rewrite
-from .working_folder import name_of, output_for
+from .working_folder import name_of, output_for, remembered
 
 
 @takes(comparing=Fields(Comparing()), reading=Fields(Reading()), origin=Fields(Origin()))
 def untie_command(
     *,
+    ctx: typer.Context,
     model: ModelArgument,
     out: OutputOption = None,
     stage: StageOption = None,
@@ -37,4 +40,6 @@ def untie_command(
     from ..surgery.steps import untied
 
     target = output_for(out, f"{name_of(model)}-untied", force=force)
-    Rewrite("untie", model, target, comparing, reading, origin, {}, force, json).stages(stage, untied)
+    known = remembered(ctx, "data")
+    rewrite = Rewrite("untie", model, target, comparing, reading, origin, {}, force, json, remembered=known)
+    rewrite.stages(stage, untied)

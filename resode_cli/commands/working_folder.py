@@ -168,6 +168,11 @@ def without_remembered(ctx: Any, given: Given) -> Given:
     return Given(given.flags, given.all - set(ctx.meta[TAKEN]))
 
 
+def remembered(ctx: Any, name: str) -> bool:
+    """Whether a parameter has its value from this folder's file."""
+    return name in ctx.meta[TAKEN]
+
+
 def current_model(what: str, output: Output) -> Path:
     """This folder's current model, said to be taken. what: who needs it, in an error.
 

@@ -8,7 +8,7 @@ hub: those of Hugging Face · opening: from a name and a split to images for a m
 batches · selection: which images the names mean that a user gives.
 """
 
-from .classes import check_classes
+from .classes import OtherClasses, check_classes
 from .holding_out import HoldOut, known_division
 from .loading import Batch, ImageData, Key, batches, ending, read
 from .named import NAMES
@@ -33,6 +33,7 @@ __all__ = [
     "Key",
     "as_labelled",
     "batches",
+    "OtherClasses",
     "check_classes",
     "check_data_name",
     "ending",

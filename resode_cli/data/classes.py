@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 NEW_HEAD = "`resode finetune --new-head` trains a head for the data's classes"
 
 
+class OtherClasses(ResodeError):
+    """Data and a model tell other classes apart, or one gives an image several labels and the other one."""
+
+
 def spelled(name: str) -> str:
     """A name in one spelling: file systems write accents as one character or as two."""
     return unicodedata.normalize("NFC", name)
@@ -99,7 +103,7 @@ def check_classes(data: ImageData, num_classes: int, class_names: Sequence[str] 
             other = "make an empty folder for each class without images, or "
         elif data.partial:
             other = f"not every split has {listed(data.partial)}: remove what is no class, or "
-        raise ResodeError(
+        raise OtherClasses(
             f"{shown(data.name)} has {n} classes and the model's head {num_classes}, without names; {other}{NEW_HEAD}"
         )
 
@@ -121,4 +125,4 @@ def _other_classes(where: str, names: Sequence[str], classes: Sequence[str]) -> 
     hint = " (some differ in upper and lower case alone)" if case else ""
     if not theirs & own and not hint:
         hint = "; --class-map FILE gives the data's classes other names"
-    return ResodeError(f"the model tells other classes apart than {where} has: {lists}{hint}; {NEW_HEAD}")
+    return OtherClasses(f"the model tells other classes apart than {where} has: {lists}{hint}; {NEW_HEAD}")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import ResodeError, first_few
 from ..quantities import counted
-from .classes import NEW_HEAD, spelled
+from .classes import NEW_HEAD, OtherClasses, spelled
 from .images import shown
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def read_labels(
     if found is None:
         return None
     if found.several and several is False:
-        raise ResodeError(f"{where}: images have several labels, and the model gives an image one class; {NEW_HEAD}")
+        raise OtherClasses(f"{where}: images have several labels, and the model gives an image one class; {NEW_HEAD}")
     without = sum(not labels for labels in found.rows)
     note = f"{where}: {without} of {counted(len(found.rows), 'row')} have no label" if found.several and without else ""
     return replace(found, notes=(*found.notes, *([note] if note else [])))

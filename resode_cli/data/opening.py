@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import ResodeError, UsageError, unknown
+from ..errors import UsageError, unknown
 from ..network.model import ModelInfo
 from ..network.parts import Preprocessing
 from .class_map import ClassMap, known_names
-from .classes import NEW_HEAD, assumed_note, check_classes, order_note, places, spelled, without_images
+from .classes import NEW_HEAD, OtherClasses, assumed_note, check_classes, order_note, places, spelled, without_images
 from .folders import Found, has_splits, open_folder, open_unlabelled, splits_of_folder
 from .holding_out import HoldOut, known_division, part_of
 from .hub import HUB, is_hub, open_hub, splits_of_hub
@@ -175,7 +175,7 @@ def _find(
 ) -> Found:
     folder, notes = _folder_of(name)
     if several and (folder is None or not is_table(folder)):
-        raise ResodeError(
+        raise OtherClasses(
             f"the model gives an image any number of labels, and in {shown(name)} each has one class; pass a table with"
             f" columns of paths and labels, or {NEW_HEAD}"
         )

@@ -67,6 +67,22 @@ def test_a_command_that_is_written_out_takes_no_data_that_it_can_do_without(run:
     assert "from resode.toml: data digits" in run("eval", model, "--images", 8).stderr
 
 
+def test_remembered_data_of_other_classes_stop_no_rewrite_and_named_ones_say_how_to_fit(
+    run: Run, make_folder: Make, model: str
+) -> None:
+    photos = make_folder(size=8)
+    Path("resode.toml").write_text(f'model = "{model}"\ndata = "{photos}"\n')
+    fast = ("--fit-phases", "blocks", "--fit-steps", 1, "--batch-size", 4)
+    said = run("deepen", "--blocks", 4, *fast).stderr
+    assert "fitted to the source on the training images" in said
+    assert "accuracy is not measured: " in said and "has 3 classes and the model's head" in said
+    for command in ("tie", "untie"):
+        assert "accuracy is not measured: " in run(command).stderr
+    said = run("deepen", model, "--blocks", 4, "--data", photos, code=1).stderr
+    assert "has 3 classes and the model's head" in said and f"; --fit {photos} alone looks at no labels" in said
+    run("deepen", model, "--blocks", 4, "--fit", photos, *fast)
+
+
 def test_what_lies_elsewhere_is_not_remembered(run: Run, tmp_path_factory: pytest.TempPathFactory) -> None:
     run("convert", *SMALL, "-o", tmp_path_factory.mktemp("elsewhere") / "m.safetensors")
     assert not Path("resode.toml").exists()
