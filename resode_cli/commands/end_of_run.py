@@ -22,13 +22,16 @@ if TYPE_CHECKING:
 def tell_of_end(result: FinetuneResult, folder: Path, settings: Settings, output: Output) -> None:
     """Say what a run made of its model, where it is, and why it ended where that was not its last step."""
     from ..quantities import counted, size
-    from ..reports.report import adjoints_line, evaluation_line
+    from ..reports.report import CALLED, adjoints_line, evaluation_line
     from ..training.results import NO_PATIENCE, OUT_OF_TIME
 
     if result.before is not None:
         output.show(f"before: {evaluation_line(result.before)}")
     if result.after is not None:
         output.show(f"after:  {evaluation_line(result.after)}")
+    if result.after is not None and 0 < result.best_step < result.steps:
+        best = f"{CALLED[result.main]} {result.best_top1:.2%} at step {result.best_step}"
+        output.show(f"best:   {best}, which best.safetensors is")
     if settings.adjoint_choice().names_stages:
         output.show(adjoints_line(result.adjoints))
     output.show(

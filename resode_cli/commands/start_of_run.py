@@ -100,8 +100,8 @@ def open_training(
     count = len(found.class_names)
     if count < 2:
         raise UsageError(
-            f"{data} has one class alone, {listed(found.class_names)}, so that there is nothing to tell apart;"
-            " --data is the folder that holds a folder for each class"
+            f"{data} has one class alone, {listed(found.class_names)}, so that there is nothing to tell apart"
+            + ("; --data is the folder that holds a folder for each class" if Path(data).is_dir() else "")
         )
     if new_head or count != old.num_classes or found.multi_label:
         from ..network.head import head_parameters

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..errors import ResodeError, first_few
 from ..machine.processes import ALONE, Processes
+from ..quantities import counted
 from .holding_out import Division
 from .images import UnreadableImage, shown, to_rgb
 from .named import labels_of
@@ -216,7 +217,7 @@ class ImageData(Dataset[tuple[Tensor, Label] | Skipped]):
         if not self.skipped:
             return None
         files = first_few([shown(name) for name in self.skipped])
-        return f"skipped {len(self.skipped)} corrupt files of {shown(self.name)}, {self.split}: {files}"
+        return f"skipped {counted(len(self.skipped), 'corrupt file')} of {shown(self.name)}, {self.split}: {files}"
 
     def _read(self, index: int) -> tuple[Image.Image, Label]:
         try:

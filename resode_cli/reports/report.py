@@ -119,7 +119,7 @@ def _figures(evaluation: Measured) -> dict[str, str]:
 def evaluation_line(evaluation: Measured) -> str:
     figures = ", ".join(f"{name} {value}" for name, value in _figures(evaluation).items())
     line = f"{figures} on {counted(evaluation.images, 'image')}"
-    return line + (f" ({len(evaluation.skipped)} corrupt files skipped)" if evaluation.skipped else "")
+    return line + (f" ({counted(len(evaluation.skipped), 'corrupt file')} skipped)" if evaluation.skipped else "")
 
 
 def evaluation_table(found: Mapping[str, Measured], data: str) -> Table:

@@ -145,7 +145,7 @@ def test_what_was_skipped_is_said_once(command: list[str], plain: Path, make_fol
     splits = {"eval": ["test"], "check-grad": ["test"], "untie": ["test"], "recalibrate": ["train", "test"]}
     for split in ("train", "val", "test"):
         expected = split in splits.get(command[0], ["train", "val", "test"])
-        note = f"skipped 1 corrupt files of {folder}, {split}: {folder / split / 'dog' / '1.png'}"
+        note = f"skipped 1 corrupt file of {folder}, {split}: {folder / split / 'dog' / '1.png'}"
         assert said.count(note) == expected, said
 
 
@@ -158,4 +158,4 @@ def test_a_fit_says_what_it_left_out(plain: Path, make_folder: Make, run):
     )
     _, said = run(*arguments, "--fit", folder, "--skip-corrupt")
     assert "train: 1 .txt" in said
-    assert said.count("skipped 1 corrupt files") == 1 and "dog/3.png" in said
+    assert said.count("skipped 1 corrupt file") == 1 and "dog/3.png" in said

@@ -261,7 +261,7 @@ def test_corrupt_images_are_skipped_and_counted_on_request(corrupt: tuple[Path, 
         assert [name for batch in found for name in batch.skipped] == [str(path)]
         assert [int(label) for batch in found for label in batch.labels] == [0, 0, 0, 1, 1, 2, 2, 2]
         assert [len(batch.images) for batch in found] == [4, 3, 1]
-        assert data.skipped_note() == f"skipped 1 corrupt files of {folder}, test: {path}"
+        assert data.skipped_note() == f"skipped 1 corrupt file of {folder}, test: {path}"
 
 
 def test_workers_say_the_same(make_folder: Make):
