@@ -107,7 +107,7 @@ def predict_command(
     from ..measuring.predict import check_chosen, predict
     from ..network.model import as_device
     from ..quantities import counted
-    from ..reports.predictions import prediction_table, predictions_csv, predictions_json
+    from ..reports.predictions import MOST_LABELS, prediction_table, predictions_csv, predictions_json
     from .progress import counting
 
     output = Output(json_mode=json)
@@ -140,7 +140,9 @@ def predict_command(
     predicted = [p for p in result if p.error is None]
     unreadable = [p for p in result if p.error is not None]
     if predicted:
-        output.show(prediction_table(predicted, rows=SHOWN if csv is not None else None))
+        output.show(
+            prediction_table(predicted, rows=SHOWN if csv is not None else None, labels=None if top else MOST_LABELS)
+        )
     if predicted and csv is not None:
         with atomic_path(csv) as temporary:
             # A path that is no text is written as the bytes that it is.

@@ -53,11 +53,13 @@ def write_folder(model: OdeResNet, net: nn.Module, folder: Path, origin: SourceS
         own["license"] = licence
     net.pretrained_cfg = own  # type: ignore[assignment]
     arguments: Any = origin.arguments.get("model_args") or {}
-    names = {"label_names": list(info.class_names)} if info.class_names else {}
+    said: dict[str, Any] = {"label_names": list(info.class_names)} if info.class_names else {}
+    if info.multi_label:  # a word of ours, which timm leaves alone
+        said["multi_label"] = True
     save_for_hf(
         net,
         str(folder),
-        model_config={"pretrained_cfg": own, **names},
+        model_config={"pretrained_cfg": own, **said},
         model_args=dict(arguments),
         safe_serialization=True,
     )

@@ -168,7 +168,10 @@ class SourceSpec:
 
 @dataclass(frozen=True)
 class Source:
-    """A source network, ready to be converted. class_names: in the order of its outputs, where the source has them."""
+    """A source network, ready to be converted. class_names: in the order of its outputs, where the source has them.
+
+    multi_label: whether an image may have several of them.
+    """
 
     spec: SourceSpec
     net: nn.Module
@@ -176,3 +179,4 @@ class Source:
     notes: tuple[str, ...] = ()  # what the user should know, e.g. a re-initialised head
     fresh_head: tuple[str, ...] = ()  # names of the head's parameters, where it starts at random
     class_names: tuple[str, ...] | None = None
+    multi_label: bool = False

@@ -120,10 +120,12 @@ def _images(model: OdeResNet) -> str:
 
 def _classes(model: OdeResNet) -> str:
     names = model.info.class_names
+    several = " An image may have any number of them; the sigmoid of a logit is that class's probability."
+    several = several if model.info.multi_label else ""
     if names is None:
-        return f"{model.info.num_classes}, without names."
+        return f"{model.info.num_classes}, without names.{several}"
     rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"{len(names)}: {one_line(', '.join(names[:SHOWN]))}{rest}."
+    return f"{len(names)}: {one_line(', '.join(names[:SHOWN]))}{rest}.{several}"
 
 
 def _accuracy(model: OdeResNet) -> str:

@@ -17,11 +17,12 @@ from .tables import plain_table
 if TYPE_CHECKING:
     from ..measuring.predict import Prediction
 
+MOST_LABELS = 20  # of an image in a table, where a threshold says how many it is given
 WIDEST = 60  # characters of a path in a table; its end says most
 
 
-def prediction_table(predictions: Sequence[Prediction], *, rows: int | None = None) -> Table:
-    """A row for each class of each image. rows: images that are shown, where not all are.
+def prediction_table(predictions: Sequence[Prediction], *, rows: int | None = None, labels: int | None = None) -> Table:
+    """A row for each class of each image. rows, labels: images and classes of each that are shown, where not all are.
 
     Paths stand without the folder that they have in common, which the title names.
     """
@@ -35,9 +36,11 @@ def prediction_table(predictions: Sequence[Prediction], *, rows: int | None = No
     table.add_column("probability", justify="right", no_wrap=True)
     for prediction in shown:
         name = _shortened(one_line((prediction.path or "")[len(common) :]))
-        for label, probability in zip(prediction.classes, prediction.probabilities, strict=True):
+        for label, probability in list(zip(prediction.classes, prediction.probabilities, strict=True))[:labels]:
             table.add_row(name, one_line(label), f"{probability:.2%}")
             name = ""
+        if labels is not None and len(prediction.classes) > labels:
+            table.add_row(name, f"and {len(prediction.classes) - labels} more", "")
         if not prediction.classes:
             table.add_row(name, "–", "–")
     return table

@@ -201,7 +201,8 @@ def _open_saved(
     own = channelled(timm_models.preprocessing_of(saved.config), net, chosen)
     if own.channels not in (len(saved.config.get("mean", ())), 3):
         notes += _channel_note(own, chosen)
-    return Source(built, net, chosen.applied_to(own), tuple(notes), fresh, saved.names if own_head else None)
+    names, several = (saved.names, saved.multi_label) if own_head else (None, False)
+    return Source(built, net, chosen.applied_to(own), tuple(notes), fresh, names, several)
 
 
 def _check_scripts(net: nn.Module, name: str) -> None:

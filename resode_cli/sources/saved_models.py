@@ -21,7 +21,8 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 class SavedModel:
     """arguments: of the architecture's function. config: timm's pretrained_cfg. weights: the file, of a folder.
 
-    names: of its classes, in the order of its outputs; None where it has none that can be.
+    names: of its classes, in the order of its outputs; None where it has none that can be. multi_label: whether an
+    image may have several of them, as resode writes it into a folder.
     """
 
     architecture: str
@@ -30,6 +31,7 @@ class SavedModel:
     weights: Path | None = None
     names: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
+    multi_label: bool = False
 
     @property
     def classes(self) -> int | None:
@@ -45,7 +47,8 @@ def read_folder(name: str) -> SavedModel:
         raw = json.loads((folder / "config.json").read_text())
         config = {**raw.get("pretrained_cfg", {})}
         config |= {name: raw[name] for name in ("num_classes", "label_names") if name in raw}
-        saved = SavedModel(str(raw["architecture"]), config, dict(raw.get("model_args") or {}))
+        several = raw.get("multi_label") is True
+        saved = SavedModel(str(raw["architecture"]), config, dict(raw.get("model_args") or {}), multi_label=several)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ResodeError(f"{folder}: no config.json of timm's in it ({type(error).__name__}: {error})") from error
     weights = next((folder / file for file in WEIGHTS if (folder / file).is_file()), None)

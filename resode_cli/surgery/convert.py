@@ -95,7 +95,12 @@ def convert(
         found = find_stages(net, batch[:1])
     specs = stage_specs(found.stages, scheme=scheme, form=form)
     info = ModelInfo(
-        source.spec, source.preprocessing, before.shape[1], source.class_names, left_out=tuple(found.left_out)
+        source.spec,
+        source.preprocessing,
+        before.shape[1],
+        source.class_names,
+        left_out=tuple(found.left_out),
+        multi_label=source.multi_label,
     )
     model = assemble(net, specs, info).eval()
     if horizon is not None:

@@ -152,3 +152,11 @@ def test_any_path_comes_back_from_a_csv(path: str, tmp_path: Path) -> None:
     with (tmp_path / "p.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file:
         (row,) = csv.DictReader(file)
     assert row["path"] == path and row["class_1"] == "é, \n" and float(row["probability_2"]) == 1 / 3
+
+
+def test_a_table_says_how_many_more_labels_an_image_has():
+    names, chances = tuple(f"c{k}" for k in range(30)), (0.9,) * 30
+    found = [Prediction("a.png", names, chances), Prediction("b.png", names[:2], chances[:2])]
+    cut, whole = (prediction_table(found, labels=labels) for labels in (20, None))
+    assert (cut.row_count, whole.row_count) == (23, 32)
+    assert [*cut.columns[1].cells][20] == "and 10 more" and [*whole.columns[1].cells][29] == "c29"

@@ -17,6 +17,7 @@ from resode_cli.files.exporting import export
 from resode_cli.files.formats import Exporting, format_of
 from resode_cli.network.model import OdeResNet
 from resode_cli.network.parts import Preprocessing, PreprocessingChoice
+from resode_cli.reports.model_card import model_card
 from resode_cli.sources.registry import open_source
 from resode_cli.surgery.convert import convert, random_batch
 from resode_cli.surgery.rewrite import deepen
@@ -68,6 +69,17 @@ def test_timm_and_resode_read_what_was_written(model, images, tmp_path):
     # Names are of the saved head: a random one, or one for other classes, has none.
     assert open_source(f"local-dir:{folder}", num_classes=2).class_names is None
     assert open_source(f"local-dir:{folder}", pretrained=False).class_names is None
+
+
+def test_that_images_have_several_labels_is_in_the_folder_too(model, images, tmp_path):
+    model.name_classes(NAMES, multi_label=True)
+    assert "An image may have any number of them; the sigmoid" in model_card(model, "timm", "f")
+    export(model, tmp_path / "f", images, kind="timm", card="# A card")
+    net = timm.create_model(f"local-dir:{tmp_path / 'f'}", pretrained=True)
+    assert torch.equal(logits(net, images), logits(model, images))
+    again, _ = convert(open_source(f"local-dir:{tmp_path / 'f'}"), images=1)
+    assert again.info.multi_label and again.info.class_names == NAMES
+    assert not open_source(f"local-dir:{tmp_path / 'f'}", num_classes=2).multi_label
 
 
 def test_what_timm_cannot_build_is_refused(model, images, tiny, tmp_path):
