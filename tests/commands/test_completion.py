@@ -147,5 +147,17 @@ def test_every_setting_of_a_run_stands_in_a_group_of_the_help():
     command = typer.main.get_command(app).commands["finetune"]  # type: ignore[attr-defined]
     without = {p.name for p in command.params if getattr(p, "rich_help_panel", None) is None} - {"help"}
     # The model, what goes with it, and what is of the command rather than of the run.
-    own = {"model", "out", "pretrained", "weights", "new_head", "dry_run", "resume", "recipe", "force", "json"}
+    own = {
+        "model",
+        "out",
+        "pretrained",
+        "weights",
+        "new_head",
+        "dry_run",
+        "find_lr",
+        "resume",
+        "recipe",
+        "force",
+        "json",
+    }
     assert without <= own
