@@ -84,10 +84,13 @@ class Search:
                 found[images] = self._at(replace(self.settings, batch_size=images))
             return found[images] is None
 
-        place = len(sizes) if not too_large(sizes[-1]) else bisect_left(sizes, True, key=too_large)
-        best = found[sizes[place - 1]] if place else None
-        if best is None:
-            raise self._refusal("--batch-size auto", sizes[0])
+        place = len(sizes)
+        if too_large(sizes[-1]):
+            if too_large(sizes[0]):  # asked before all between, which take a plan each
+                raise self._refusal("--batch-size auto", sizes[0])
+            place = bisect_left(sizes, True, key=too_large)
+        best = found[sizes[place - 1]]
+        assert best is not None
         return best
 
     def fewest_parts(self) -> Fits:

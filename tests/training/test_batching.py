@@ -135,10 +135,16 @@ def test_micro_batches_of_the_planner_are_the_same_step_in_parts(pico: OdeResNet
     assert load_state(tmp_path / "run").progress["guard"]["micro_batches"] > 1
 
 
-def test_where_nothing_fits_what_a_step_takes_is_said(pico: OdeResNet) -> None:
+def test_where_nothing_fits_what_a_step_takes_is_said(pico: OdeResNet, monkeypatch: Any) -> None:
     given = Settings(adjoint="backprop", memory_budget="20KiB", bn="batch", batch_size="auto")
     with pytest.raises(OverBudgetError, match="of 20 KiB: .* at least .* --batch-size auto finds no batch .* 2 images"):
         search(pico, given).largest_batch()
+    hopeless, asked = search(pico, given), []
+    plan = hopeless._at
+    monkeypatch.setattr(hopeless, "_at", lambda settings: asked.append(settings.batch_size) or plan(settings))
+    with pytest.raises(OverBudgetError):
+        hopeless.largest_batch()
+    assert asked == [256, 2]  # each is a plan, which takes seconds
     with pytest.raises(OverBudgetError, match="--accumulate auto finds no batch that fits, down to 2 images"):
         search(pico, replace(given, adjoint="auto", batch_size=2, accumulate="auto")).fewest_parts()
 
