@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ..errors import ResodeError, first_few
 from ..machine.processes import ALONE, Processes
@@ -323,5 +323,5 @@ def _collate(items: Sequence[tuple[Tensor, Label] | Skipped | ResodeError]) -> B
     failure = next((item for item in items if isinstance(item, ResodeError)), None)
     if not good or failure is not None:
         return Batch(torch.empty(0), torch.empty(0, dtype=torch.long), skipped, failure)
-    labels = torch.stack([torch.as_tensor(label) for _, label in good])
-    return Batch(torch.stack([image for image, _ in good]), labels, skipped)
+    images, labels = default_collate(good)  # in a worker, straight into the memory that both processes share
+    return Batch(images, labels, skipped)
