@@ -100,8 +100,6 @@ def deepen_command(
     def change(old: OdeStage) -> OdeStage:
         return deepened(old, blocks, mode=mode, depth_weights=depth_weights)
 
-    own = {name: rewrite.model.stages[name].spec.depth for name in rewrite.pick(stage)}
-    few = settings.substeps
-    coarse = {name: min(depth * few, blocks) if few else blocks for name, depth in own.items()}
-    deepening = {"coarse": coarse, "depths": dict.fromkeys(own, blocks), "depth_weights": depth_weights}
+    depths = dict.fromkeys(rewrite.pick(stage), blocks)
+    deepening = {"depths": depths, "depth_weights": depth_weights}
     rewrite.stages(stage, change, request.plan(rewrite, settings, deepening))

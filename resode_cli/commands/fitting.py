@@ -125,7 +125,7 @@ class FitRequest:
 @contextmanager
 def fit_callbacks(output: Output, plan: FitPlan) -> Iterator[FitCallbacks]:
     """A bar over the steps of a fit, and a line for each of its phases."""
-    from ..fitting.fit import PREDICTED_ON
+    from ..fitting.costs import PREDICTED_ON
     from ..fitting.results import FitCallbacks
     from ..reports.fit import cost_table, phase_line
 
@@ -134,7 +134,7 @@ def fit_callbacks(output: Output, plan: FitPlan) -> Iterator[FitCallbacks]:
         def begin(costs: Sequence[PhaseCost]) -> None:
             output.notes(plan.data.plain.notes)
             output.note(f"teacher: {plan.teacher.name}; {len(plan.data.plain):,} images of {plan.data.plain.name}")
-            output.aside.print(cost_table(costs, images=PREDICTED_ON))
+            output.aside.print(cost_table(costs, images=PREDICTED_ON, minutes=plan.settings.minutes))
 
         yield FitCallbacks(
             on_step=bar,

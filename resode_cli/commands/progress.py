@@ -102,7 +102,7 @@ def training(output: Output, total: int, done: int) -> Iterator[Callable[[StepRe
 
 @contextmanager
 def fitting(output: Output) -> Iterator[Callable[[FitStep], None]]:
-    """A bar over the training steps of a fit's phases, with the loss and the state error of each stage's last block."""
+    """A bar over the training steps of each round of a fit: agreement before it, loss, and each stage's state error."""
     quiet = not output.aside.is_terminal
     progress = Progress(
         TextColumn("{task.description}", markup=False),
@@ -118,16 +118,17 @@ def fitting(output: Output) -> Iterator[Callable[[FitStep], None]]:
     tasks: dict[str, TaskID] = {}
 
     def show(step: FitStep) -> None:
-        parts = [f"loss {step.loss:.4f}"]
+        name = step.phase if step.round == 1 else f"{step.phase} {step.round}"
+        parts = [f"agreement {step.agreement:.1%}", f"loss {step.loss:.4f}"]
         if step.errors:
             worst = " ".join(f"{sum(e) / len(e):.3f}/{e[-1]:.3f}" for e in step.errors.values())
             parts.append(f"state error (mean/last) {worst}")
-        figures = in_width(output.aside, step.phase, step.total, parts)
-        if step.phase not in tasks:
-            tasks[step.phase] = progress.add_task(step.phase, total=step.total, figures="")
-        progress.update(tasks[step.phase], completed=step.step, figures=figures)
+        figures = in_width(output.aside, name, step.total, parts)
+        if name not in tasks:
+            tasks[name] = progress.add_task(name, total=step.total, figures="")
+        progress.update(tasks[name], completed=step.step, figures=figures)
         if quiet and (step.step % LINE_EVERY == 0 or step.step == step.total):
-            output.note(f"{step.phase} {step.step}/{step.total} {figures}")
+            output.note(f"{name} {step.step}/{step.total} {figures}")
 
     with progress:
         yield show

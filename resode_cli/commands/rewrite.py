@@ -117,7 +117,7 @@ class Rewrite:
         if stop.number is not None:  # it came while the last phase was judged and saved
             self.output.note(f"interrupted; {self.out} is whole, and was not measured")
             raise typer.Exit(exit_code(stop.number))
-        self._report(result, plan.teacher.name)
+        self._report(result, plan.teacher.name, plan)
 
     def whole(self, change: Callable[[OdeResNet], None]) -> RewriteResult:
         """Change the model, and compare it with what it was."""
@@ -174,7 +174,7 @@ class Rewrite:
             self.output.note(f"wrote {self.out}")  # before it is measured, which may be interrupted
             remember(self.output, model=self.out, **({"data": self.comparing.data} if self.comparing.data else {}))
 
-    def _report(self, result: RewriteResult, reference: str) -> None:
+    def _report(self, result: RewriteResult, reference: str, plan: FitPlan | None = None) -> None:
         from ..measuring.evaluate import agreement
         from ..quantities import finite
         from ..reports.fit import figures_json, figures_table, fit_json
@@ -200,15 +200,19 @@ class Rewrite:
                 "after": evaluation_json(last),
                 "top1_agreement" if last.MAIN == "top1" else "label_agreement": agreed,
             }
-        else:
-            remedy = "" if result.verified["function_kept"] else self._remedy(result)
+        elif plan is None:
+            remedy = "" if result.verified["function_kept"] else self._remedy()
             self.output.show(verification_line(result.verified) + remedy)
-        if result.fit is not None:
-            document["fit"] = fit_json(result.fit)
+        if plan is not None:
+            from ..reports.outcome import outcome_line, points_lost
+
+            assert result.fit is not None
+            document |= {"fit": fit_json(result.fit), "points_lost": points_lost(result)}
+            self.output.show(outcome_line(result, plan, self.model, source=self.path, out=self.out))
         self.output.json(finite(document))
 
-    def _remedy(self, result: RewriteResult) -> str:
+    def _remedy(self) -> str:
         again = f"resode {self.command} {self.path}"
         again += f" --blocks {self.settings['blocks']}" if "blocks" in self.settings else ""
         mend = f", and mend it: `{again} --fit DATA` (images, no labels)" if self.command in ("deepen", "tie") else ""
-        return ": measure it with --data DATA" + (mend if result.fit is None else "")
+        return f": measure it with --data DATA{mend}"

@@ -11,13 +11,13 @@ from ..network.model import OdeResNet
 
 @dataclass(frozen=True)
 class HeldOutErrors:
-    """On held-out images. distillation: the loss of `logits`; agreement: fraction of images with the
-    teacher's class, or set of labels.
+    """On held-out images. logits: the loss of the phase 'logits', see `Objective.logits_loss`; agreement: fraction of
+    images with the teacher's class, or set of labels.
 
     states: √e_k by stage, k = 0 … D; empty where the teacher's states are not known. penalty: weighted.
     """
 
-    distillation: float
+    logits: float
     agreement: float
     states: dict[str, list[float]]
     penalty: float = 0.0
@@ -31,7 +31,12 @@ class HeldOutErrors:
 
 @dataclass(frozen=True)
 class PhaseResult:
-    """ended: 'done', 'early' (no more gain), 'interrupted', 'settled' (nothing to fit) or 'reverted' (of no use)."""
+    """A round of a phase; one is all, where the number of training steps was given.
+
+    ended: 'done', 'early' (no more gain), 'late' (its time was over), 'interrupted', 'settled' (nothing to fit) or
+        'reverted' (of no use).
+    rate: peak learning rate. training_seconds: of the steps alone, without what was judged.
+    """
 
     phase: str
     depths: dict[str, int]
@@ -40,39 +45,54 @@ class PhaseResult:
     before: HeldOutErrors
     after: HeldOutErrors
     ended: str
+    round: int = 1
+    rate: float = 0.0
+    training_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """recalibrated: whether re-estimated BatchNorm statistics were of use, and kept."""
+    """recalibrated: whether re-estimated BatchNorm statistics were of use, and kept.
+
+    out_of_time: whether the last phase still gained when its time was over.
+    """
 
     phases: tuple[PhaseResult, ...]
     recalibrated: bool
     seconds: float
     interrupted: bool
+    out_of_time: bool = False
 
 
 @dataclass(frozen=True)
 class PhaseCost:
-    """What a phase will take: seconds, and bytes beside the images. adjoint: its exact backward method."""
+    """What a phase will take: seconds of a training step, and bytes beside the images.
+
+    adjoint: its exact backward method. steps: as many as were asked for; None: as many as time is left for.
+    """
 
     phase: str
     depths: dict[str, int]
-    steps: int
-    seconds: float
+    steps: int | None
+    seconds_per_step: float
     bytes: int
     adjoint: str
 
 
 @dataclass(frozen=True)
 class FitStep:
-    """One step, for a progress bar. loss: of the phase. errors: √e_k by stage, where states are matched."""
+    """One step, for a progress bar. loss: of the phase. errors: √e_k by stage, where states are matched.
+
+    agreement: with the teacher on held-out images, as it was before this round.
+    """
 
     phase: str
     step: int
     total: int
     loss: float
     errors: dict[str, list[float]]
+    round: int = 1
+    agreement: float = 0.0
 
 
 @dataclass(frozen=True)

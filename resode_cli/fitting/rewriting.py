@@ -49,7 +49,7 @@ class FitPlan:
     """What to fit to, on what, and how.
 
     form: the form of the fitted stages; None: `pre` where blocks allow it, else the form that they have.
-    deepening: `coarse`, `depths` and `depth_weights` of `fit`, which then takes stages to their depths by itself.
+    deepening: `depths` and `depth_weights` of `fit`, which then takes stages to their depths by itself.
     """
 
     settings: FitSettings

@@ -20,14 +20,14 @@ fitted = partial(option, group="Fit")
 class FitSettings:
     """What a fit does, but its images, teacher and device.
 
-    phases: they run in this order. After as many steps of 'blocks' as here, 'logits' at a smaller depth and the rate
-        of the states made both of the CIFAR networks worse. `steps` holds for each phase, but for the last, 'refine',
-        which takes `refine_steps`.
+    phases: they run in this order, those to states before those end to end.
+    steps: for each phase, but for the last, 'refine', which takes `refine_steps`; None: as many as pay off within
+        `minutes`, see `rounds`.
     images: the number to use, held-out ones included; None uses all. More cost nothing: a step reads `batch_size` of
         them.
-    lr: peak learning rate of Adam where states are matched; a warm-up over a tenth of a phase, then a cosine to 0.
-    logits_lr: the same end to end ('logits', 'refine'). What fits states upsets logits: at the higher rate a phase of
-        some hundred steps ended no better than it began, on a ResNet-56 tied or at 100 steps per stage.
+    lr: peak learning rate of Adam where states are matched; a warm-up over a tenth of a round, then a cosine to 0.
+        None: of a few rates, the one whose loss falls fastest over some steps.
+    logits_lr: the same end to end ('logits', 'refine'). What fits states upsets logits.
     states: weight of the states' mean e_k beside the logits: more of it keeps the student closer to the source, less of
         it leaves it free to do better.
     smooth, contract: weights of the penalties; see `penalties`.
@@ -38,31 +38,56 @@ class FitSettings:
         'recalibrate' and 'keep' agree with the source on 88.7 and 88.7, 91.9 and 92.0 % of them, and in the
         largest error of `multistep` the first is ahead (0.015 against 0.021 on the ResNet-56). 'tied+norms', whose
         norms do the work, wants 'batch'.
-    substeps: steps per source block in all phases but 'refine'; 0 takes full depth from the start.
+    substeps: steps per source block in all phases but 'refine', of a rule that does nearly what the block's many Euler
+        steps do; 0 takes full depth from the start, None the fewest steps that are near enough.
     """
 
     phases: tuple[str, ...] = fitted(
-        ("blocks", "refine"),
+        ("blocks", "logits", "refine"),
         "What is matched, in this order: 'blocks' (each block's states), 'stages' (each stage's), 'logits' (end to"
         " end), 'refine' (the same at full depth).",
         flags=("--fit-phases",),
         commas=True,
         choices=PHASES,
     )
-    steps: int = fitted(400, "Training steps of each phase; 0: no fit.", range=COUNT_OR_NONE, flags=("--fit-steps",))
-    refine_steps: int = fitted(120, "Training steps of 'refine'.", range=COUNT_OR_NONE, flags=("--fit-refine-steps",))
+    minutes: float = fitted(
+        20.0,
+        "Time that a fit may take where --fit-steps does not say how long its phases are. It ends before where no more"
+        " is gained on images held out of it.",
+        range=POSITIVE,
+        flags=("--fit-minutes",),
+    )
+    steps: int | None = fitted(
+        None,
+        "Training steps of each phase, in place of --fit-minutes; 0: no fit.",
+        range=COUNT_OR_NONE,
+        flags=("--fit-steps",),
+    )
+    refine_steps: int | None = fitted(
+        None, "Training steps of 'refine'. Default: as --fit-steps.", range=COUNT_OR_NONE, flags=("--fit-refine-steps",)
+    )
     images: int | None = fitted(
         None, "Fit on this many images, evenly spaced; all by default.", range=COUNT, flags=("--fit-images",)
     )
     batch_size: int = fitted(32, "Images per training step.", range=COUNT, flags=("--fit-batch-size",))
-    lr: float = fitted(
-        4e-4, "Peak learning rate, of Adam, where states are matched.", range=POSITIVE, flags=("--fit-lr",)
+    lr: float | None = fitted(
+        None,
+        "Peak learning rate, of Adam, where states are matched. Default: found by trying some.",
+        range=POSITIVE,
+        flags=("--fit-lr",),
     )
-    logits_lr: float = fitted(
-        1.2e-4, "Peak learning rate in 'logits' and 'refine'.", range=POSITIVE, flags=("--fit-logits-lr",)
+    logits_lr: float | None = fitted(
+        None,
+        "Peak learning rate in 'logits' and 'refine'. Default: found by trying some.",
+        range=POSITIVE,
+        flags=("--fit-logits-lr",),
     )
     clip_grad: float = fitted(5.0, "Largest norm of the gradient.", range=POSITIVE, flags=("--fit-clip-grad",))
-    temperature: float = fitted(2.0, "Temperature of the logits that are distilled.", range=TEMPERATURE)
+    temperature: float | None = fitted(
+        None,
+        "Match softened outputs at this temperature, end to end. Default: the logits themselves, which is its limit.",
+        range=TEMPERATURE,
+    )
     states: float = fitted(
         0.0, "Weight of the states beside the logits, end to end.", range=NOT_NEGATIVE, flags=("--fit-states",)
     )
@@ -79,9 +104,9 @@ class FitSettings:
         choices=BATCH_NORM,
         flags=("--fit-bn",),
     )
-    substeps: int = fitted(
-        2,
-        "Steps per source block before 'refine'; 0: full depth throughout.",
+    substeps: int | None = fitted(
+        None,
+        "Steps per source block before 'refine'; 0: full depth throughout. Default: the fewest that are near enough.",
         range=COUNT_OR_NONE,
         flags=("--fit-substeps",),
     )
@@ -99,14 +124,16 @@ class FitSettings:
         if list(self.phases) != sorted(set(self.phases), key=PHASES.index) or not self.phases:
             raise UsageError(f"--fit-phases {','.join(self.phases)}: name some of {', '.join(PHASES)}, in this order")
 
-    def steps_of(self, phase: str) -> int:
-        """Training steps of a phase."""
-        return self.refine_steps if phase == "refine" and self.steps else self.steps
+    def steps_of(self, phase: str) -> int | None:
+        """Training steps of a phase; None: as many as pay off."""
+        if phase != "refine" or self.refine_steps is None or self.steps == 0:
+            return self.steps
+        return self.refine_steps
 
-    def lr_of(self, phase: str) -> float:
-        """Peak learning rate of a phase."""
+    def lr_of(self, phase: str) -> float | None:
+        """Peak learning rate of a phase; None: one is to be found."""
         return self.logits_lr if phase in END_TO_END else self.lr
 
 
 # A tied stage has to learn anew what its blocks did, and starts from nothing that is near.
-TIE_SETTINGS = FitSettings(phases=("stages", "logits"), steps=900, lr=2e-3, logits_lr=2e-4)
+TIE_SETTINGS = FitSettings(phases=("stages", "logits"))

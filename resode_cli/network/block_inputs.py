@@ -53,3 +53,12 @@ class WithArguments:
     def __call__(self, block: nn.Module, x: Tensor) -> Tensor:
         result: Tensor = block(x, **self.further)
         return result
+
+
+def keep_channels_last(x: Tensor) -> None:
+    """Let the gradient of a state that is in the order (B, H, W, C) in memory, and not in the usual one as well, be so.
+
+    Poolings hand in one in the other order, and every step of the sweep would mix the two.
+    """
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        x.register_hook(lambda adjoint: adjoint.contiguous(memory_format=torch.channels_last))  # type: ignore

@@ -13,7 +13,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from ..errors import ResodeError, UsageError, first_few
-from ..ode import SCHEMES, Adjoint, Evaluator, Field, Monitor, Residual, solve, trajectory
+from ..ode import SCHEMES, Adjoint, Evaluator, Field, Monitor, Residual, Scheme, solve, trajectory
 from .between import (
     Emptied,
     InOnePiece,
@@ -27,7 +27,7 @@ from .between import (
     refuse_to_trace,
     stand_in_for,
 )
-from .block_inputs import WithArguments, further_arguments, tensors_in
+from .block_inputs import WithArguments, further_arguments, keep_channels_last, tensors_in
 from .compilation import Compilation, CompiledResidual
 from .entry import Entry
 from .mixing import check_apart
@@ -71,6 +71,7 @@ class OdeStage(InOnePiece, nn.Module):
     further: what the blocks were called with beside the state, the last time that the stage ran: for looks at
         the stage by itself, as `stage(x, **stage.further)`.
     is_first: whether the stage stands in the place of the first of its blocks, and `emptied` in those of the others.
+    rule: a forward rule in place of its own, which no file keeps; see `ode.composed_euler`.
     tap: sees states as they pass; without a tap the steps are one run of the engine, with one they are
         cut into runs where it looks.
     """
@@ -95,6 +96,7 @@ class OdeStage(InOnePiece, nn.Module):
         self.entry = Entry()
         self.compilation: Compilation | None = None
         self.tap: Tap | None = None
+        self.rule: Scheme | None = None
         self._apart: tuple[bool, ...] = ()  # the modes in which it was seen to keep images apart
         self.further: dict[str, Any] = {}
         self.is_first = False
@@ -173,6 +175,11 @@ class OdeStage(InOnePiece, nn.Module):
     @property
     def transition(self) -> tuple[nn.Module, ...]:
         return tuple(self.get_submodule(name) for name in self.spec.transition)
+
+    @property
+    def scheme(self) -> Scheme:
+        """The forward rule."""
+        return SCHEMES[self.spec.scheme] if self.rule is None else self.rule
 
     @property
     def activation(self) -> str:
@@ -336,15 +343,15 @@ class OdeStage(InOnePiece, nn.Module):
 
     def _run_plainly(self, x: Tensor) -> Tensor:
         x = self._run_transition(x)
-        return solve(self.field(), SCHEMES[self.spec.scheme], None, x, monitor=Monitor())
+        return solve(self.field(), self.scheme, None, x, monitor=Monitor())
 
     def _solve(self, field: Field, x: Tensor | list[Tensor]) -> Tensor:
         plan = self.adjoint.plan(field.depth, self.spec.scheme)
-        return solve(field, SCHEMES[self.spec.scheme], plan, x, monitor=self.monitor)
+        return solve(field, self.scheme, plan, x, monitor=self.monitor)
 
     def _tapped(self, tap: Tap, field: Field, x: Tensor) -> Tensor:
         """The same, stopping for the tap. A rule that looks beyond its step is then recorded by autograd."""
-        scheme, here = SCHEMES[self.spec.scheme], 0
+        scheme, here = self.scheme, 0
         for n in sorted({*tap.steps, self.spec.depth}):
             if scheme.stays_in_step:
                 x = self._solve(replace(field, schedule=field.schedule[here:n]), x)
@@ -382,9 +389,8 @@ class OdeStage(InOnePiece, nn.Module):
 
     def leave(self, x: Tensor) -> Tensor:
         """What follows x_N: in `pre` form the activation, once."""
-        if self.spec.depth and x.requires_grad and in_channels_last(x):
-            # Poolings hand in a gradient in the other order, and every step of the sweep would mix the two.
-            x.register_hook(lambda adjoint: adjoint.contiguous(memory_format=torch.channels_last))  # type: ignore
+        if self.spec.depth and x.requires_grad:
+            keep_channels_last(x)
         if self.spec.depth and self.spec.form == "pre" and self.activation in ACTIVATIONS:
             return ACTIVATIONS[self.activation](x)
         return x
@@ -392,8 +398,3 @@ class OdeStage(InOnePiece, nn.Module):
     def extra_repr(self) -> str:
         spec = self.spec
         return f"steps={spec.depth}, horizon={spec.horizon}, scheme={spec.scheme}, form={spec.form}"
-
-
-def in_channels_last(x: Tensor) -> bool:
-    """Whether x is in the order (B, H, W, C) in memory, and not in the usual one as well."""
-    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()

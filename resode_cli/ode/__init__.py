@@ -8,7 +8,7 @@ from .methods import METHODS, REVERSALS, Adjoint, required_scheme, settings_of
 from .monitor import Monitor
 from .plans import Carry, Plan, Prediction, StepPlan
 from .reentry import fixed_buffers, version
-from .schemes import EULER, HEUN, MAPPING, SCHEMES, Scheme
+from .schemes import EULER, HEUN, MAPPING, SCHEMES, Scheme, composed_euler
 from .signs import is_positive
 from .steps import trajectory
 
@@ -30,6 +30,7 @@ __all__ = [
     "RandomState",
     "Residual",
     "Scheme",
+    "composed_euler",
     "StepPlan",
     "fixed_buffers",
     "is_positive",

@@ -17,13 +17,15 @@ from .tables import plain_table
 ENDED = {
     "done": "",
     "early": "stopped early: no more gain",
+    "late": "its steps took longer than predicted, and its time was over",
     "interrupted": "interrupted",
     "settled": "nothing to fit",
     "reverted": "undone: it made things worse",
 }
 
 
-def cost_table(costs: Sequence[PhaseCost], *, images: int) -> Table:
+def cost_table(costs: Sequence[PhaseCost], *, images: int, minutes: float) -> Table:
+    """minutes: that the fit may take, where no number of steps was given."""
     table = plain_table(f"predicted, from one step of each phase on {counted(images, 'image')}")
     for column in ("phase", "steps per stage"):
         table.add_column(column)
@@ -34,14 +36,18 @@ def cost_table(costs: Sequence[PhaseCost], *, images: int) -> Table:
         table.add_row(
             cost.phase,
             _joined(cost.depths.values()),
-            str(cost.steps),
-            duration(cost.seconds),
+            "while they gain" if cost.steps is None else str(cost.steps),
+            duration(cost.seconds_per_step * (cost.steps or 1)) + (" a step" if cost.steps is None else ""),
             size(cost.bytes),
             cost.adjoint,
         )
-    total = sum(cost.seconds for cost in costs)
     if len(costs) > 1:
-        table.add_row("all", "", "", duration(total), size(max(cost.bytes for cost in costs)), "")
+        most = size(max(cost.bytes for cost in costs))
+        if any(cost.steps is None for cost in costs):
+            table.add_row("all", "", "", f"at most {duration(60 * minutes)}", most, "")
+        else:
+            total = sum(cost.seconds_per_step * (cost.steps or 0) for cost in costs)
+            table.add_row("all", "", "", duration(total), most, "")
     return table
 
 
@@ -51,11 +57,14 @@ def _joined(values: Any) -> str:
 
 def phase_line(result: PhaseResult) -> str:
     before, after = result.before, result.after
-    line = f"{result.phase}: {counted(result.steps, 'step')} in {duration(result.seconds)}"
+    name = result.phase if result.round == 1 else f"{result.phase}, round {result.round}"
+    line = f"{name}: {counted(result.steps, 'step')} in {duration(result.seconds)}"
+    if result.steps:
+        line += f" at {number(result.rate)}"
     if before.states:
         line += f", state error {number(math.sqrt(before.state_error))} → {number(math.sqrt(after.state_error))}"
     line += (
-        f", distillation loss {number(before.distillation)} → {number(after.distillation)},"
+        f", loss of the logits {number(before.logits)} → {number(after.logits)},"
         f" agreement {before.agreement:.1%} → {after.agreement:.1%}"
     )
     return line + (f" ({ENDED[result.ended]})" if ENDED[result.ended] else "")

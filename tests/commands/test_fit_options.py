@@ -20,6 +20,7 @@ from resode_cli.training import loop
 from resode_cli.training.loop import Loop
 
 QUICK = ["--fit-steps", "3", "--fit-refine-steps", "2", "--fit-images", "40", "--fit-batch-size", "8"]
+QUICK += ["--fit-lr", "4e-4", "--fit-logits-lr", "1e-4"]
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def document(capsys, arguments: list[str]) -> dict:
 def test_deepen_fits_to_known_data_unless_that_is_declined(net: Path, pictures: Path, tmp_path: Path, capsys):
     deepen = ["deepen", str(net), "--blocks", "6", "--data", str(pictures), "--json"]
     found = document(capsys, [*deepen, *QUICK, "-o", str(tmp_path / "fitted.safetensors")])
-    assert [phase["phase"] for phase in found["fit"]["phases"]] == ["blocks", "refine"]
+    assert [phase["phase"] for phase in found["fit"]["phases"]] == ["blocks", "logits", "refine"]
     found = document(capsys, [*deepen, "--no-fit", "-o", str(tmp_path / "plain.safetensors")])
     assert "fit" not in found and found["before"]["images"] == found["after"]["images"]
     found = document(capsys, [*deepen, "--mode", "identity", "-o", str(tmp_path / "identity.safetensors")])
@@ -54,7 +55,7 @@ def test_deepen_fits_saves_and_reports(net: Path, pictures: Path, tmp_path: Path
     out = tmp_path / "deep.safetensors"
     arguments = ["deepen", str(net), "--blocks", "7", "--fit", str(pictures), "--data", str(pictures), *QUICK]
     found = document(capsys, [*arguments, "-o", str(out)])
-    assert [phase["phase"] for phase in found["fit"]["phases"]] == ["blocks", "refine"]
+    assert [phase["phase"] for phase in found["fit"]["phases"]] == ["blocks", "logits", "refine"]
     names = [column["name"] for column in found["figures"]]
     assert names == ["source", "unfitted", "fitted"]
     source, unfitted, fitted = found["figures"]

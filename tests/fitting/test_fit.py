@@ -83,7 +83,6 @@ def test_no_steps_are_the_rewrite_alone(build_tiny, pictures: FitData, depth_wei
         own_teacher(model, "tiny"),
         pictures,
         replace(FAST, steps=0),
-        coarse=dict.fromkeys(depths, 4),
         depths=depths,
         depth_weights=depth_weights,
     )
@@ -134,10 +133,10 @@ def test_states_and_logits_come_closer(pair, pictures: FitData):
     student, teacher = pair
     depths = dict.fromkeys(student.stages, 8)
     settings = replace(FAST, steps=60, phases=("blocks", "logits"))
-    result = run(student, teacher, pictures, settings, coarse=dict.fromkeys(depths, 4), depths=depths)
+    result = run(student, teacher, pictures, replace(settings, substeps=1), depths=depths)
     blocks, logits = result.phases
     assert blocks.after.state_error < 0.7 * blocks.before.state_error
-    assert logits.after.distillation < 0.7 * logits.before.distillation
+    assert logits.after.logits < 0.7 * logits.before.logits
     assert {stage.spec.depth for stage in student.stages.values()} == {8}
 
 
@@ -146,8 +145,8 @@ def test_a_shared_parametrisation_is_fitted_and_stays_shared(pair, pictures, tmp
     student, teacher = pair
     depths = dict.fromkeys(student.stages, 8)
     settings = replace(FAST, steps=40, phases=("blocks", "logits"))
-    result = run(student, teacher, pictures, settings, coarse=depths, depths=depths, depth_weights=depth_weights)
-    assert result.phases[-1].after.distillation < result.phases[0].before.distillation
+    result = run(student, teacher, pictures, replace(settings, substeps=0), depths=depths, depth_weights=depth_weights)
+    assert result.phases[-1].after.logits < result.phases[0].before.logits
     assert {stage.spec.kind for stage in student.stages.values()} == {depth_weights}
 
 
@@ -156,7 +155,7 @@ def test_a_tied_network_is_fitted_at_its_own_depth(tiny: OdeResNet, pictures: Fi
     for name, stage in tiny.stages.items():
         tiny.replace_stage(name, tie(stage))
     result = run(tiny, teacher, pictures, replace(FAST, steps=30, phases=("blocks", "logits")))
-    assert result.phases[-1].after.distillation < 0.7 * result.phases[0].before.distillation
+    assert result.phases[-1].after.logits < 0.7 * result.phases[0].before.logits
     assert {len(stage.blocks) for stage in tiny.stages.values()} == {1}
 
 
@@ -232,15 +231,13 @@ def test_every_phase_runs_at_its_depth_after_a_prediction(pair, pictures: FitDat
             handed.append({stage.spec.depth for stage in model.stages.values()}),
         ),
     )
-    settings = BRIEF
-    coarse = {name: 2 * stage.spec.depth for name, stage in student.stages.items()}
-    result = run(
-        student, teacher, pictures, settings, coarse=coarse, depths=dict.fromkeys(coarse, 9), callbacks=callbacks
-    )
+    coarse = {name: stage.spec.depth for name, stage in student.stages.items()}
+    settings = replace(BRIEF, substeps=1)
+    result = run(student, teacher, pictures, settings, depths=dict.fromkeys(coarse, 9), callbacks=callbacks)
     assert [phase.depths for phase in phases] == [coarse, coarse, dict.fromkeys(coarse, 9)]
     assert [phase.steps for phase in result.phases] == [3, 3, 2] == [cost.steps for cost in costs]
     assert handed == [{9}] * 3, "what is handed on for saving has the final depth"
-    assert all(cost.seconds > 0 and cost.bytes > 0 for cost in costs)
+    assert all(cost.seconds_per_step > 0 and cost.bytes > 0 for cost in costs)
     # Blocks let go of each run's graph; end to end, all of it is kept.
     assert costs[0].bytes < costs[1].bytes < costs[2].bytes
 
@@ -312,13 +309,13 @@ def test_statistics_are_kept_or_re_estimated_as_asked(build_tiny, pictures: FitD
     assert torch.equal(statistics("keep"), original)
     assert not messages
     assert not torch.equal(statistics("batch"), original)
-    assert len(messages) == 1 and "estimated again: distillation loss" in messages[0]
+    assert len(messages) == 1 and "estimated again: loss of the logits" in messages[0]
 
 
 def test_exact_checkpoints_take_over_where_memory_is_short(pair, pictures: FitData, monkeypatch):
     student, teacher = pair
     costs: list[PhaseCost] = []
-    monkeypatch.setattr("resode_cli.fitting.fit.free_bytes", lambda device: 1)
+    monkeypatch.setattr("resode_cli.fitting.costs.free_bytes", lambda device: 1)
     run(student, teacher, pictures, BRIEF, callbacks=FitCallbacks(on_costs=costs.extend))
     assert {cost.adjoint for cost in costs} == {"checkpoint"}
     assert {stage.adjoint.method for stage in student.stages.values()} == {"checkpoint"}
@@ -413,4 +410,4 @@ def test_of_several_labels_a_fit_sees_that_all_logits_moved_alike(tiny: OdeResNe
         head.bias += 50
     result = fit(tiny, teacher, pictures, settings=replace(BRIEF, phases=("logits",), steps=1), device=CPU)
     before = result.phases[0].before
-    assert before.distillation > 1 and before.agreement < 1
+    assert before.logits > 1 and before.agreement < 1

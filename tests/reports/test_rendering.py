@@ -18,6 +18,7 @@ from rich.table import Table
 from resode_cli.bench.results import BenchReport, BenchRow
 from resode_cli.commands.output import Output, _Console
 from resode_cli.commands.progress import fitting, training
+from resode_cli.fitting.results import FitStep
 from resode_cli.gradients.gradient_errors import GradientReport, MethodGradients, StageGradient, SweepRow
 from resode_cli.gradients.results import Alternative, ChosenAdjoints, PieceChoice
 from resode_cli.ode import Adjoint
@@ -117,11 +118,16 @@ def sweep() -> Table:
 def fit_costs() -> Table:
     costs = [
         SimpleNamespace(
-            phase=phase, depths=dict.fromkeys(STAGES, 100), steps=1200, seconds=7300.0, bytes=1.5e9, adjoint="backprop"
+            phase=phase,
+            depths=dict.fromkeys(STAGES, 100),
+            steps=1200,
+            seconds_per_step=6.1,
+            bytes=1.5e9,
+            adjoint="backprop",
         )
         for phase in ("states", "logits", "refine")
     ]
-    return cost_table(costs, images=8)  # type: ignore[arg-type]
+    return cost_table(costs, images=8, minutes=20)  # type: ignore[arg-type]
 
 
 def fit_blocks() -> Table:
@@ -244,7 +250,7 @@ def test_the_progress_line_of_a_fit_too() -> None:
     errors = {name: torch.full((24,), 0.0123).tolist() for name in STAGES}
     with fitting(SimpleNamespace(aside=console)) as show:  # type: ignore[arg-type]
         for step in range(1, 4):
-            show(SimpleNamespace(phase="states", step=step, total=1200, loss=0.1234, errors=errors))  # type: ignore[arg-type]
+            show(FitStep("stages", step, 1200, 0.1234, errors, 2, 0.987))
         text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue())
     assert "…" not in text and "1200" in text
 

@@ -1,5 +1,6 @@
 """Forward rules, each in a file of its own. A new one is a file, and an entry here."""
 
+from .composed import composed_euler
 from .euler import EULER
 from .heun import HEUN
 from .heunnet import HEUNNET
@@ -10,4 +11,4 @@ from .scheme import Scheme
 
 SCHEMES = {scheme.name: scheme for scheme in (EULER, HEUN, HEUNNET, MIDPOINT, RK4)}
 
-__all__ = ["EULER", "HEUN", "HEUNNET", "MAPPING", "MIDPOINT", "RK4", "SCHEMES", "Scheme"]
+__all__ = ["EULER", "HEUN", "HEUNNET", "MAPPING", "MIDPOINT", "RK4", "SCHEMES", "Scheme", "composed_euler"]

@@ -1,0 +1,85 @@
+"""How long a phase goes on where nobody says how many training steps it takes, and at which rate."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+
+from .results import PhaseCost, PhaseResult
+
+# What each phase may take of the time that is left, in parts.
+PARTS = {"blocks": 1.0, "stages": 1.0, "logits": 3.0, "refine": 1.0}
+FIRST = {"blocks": 256, "stages": 512, "logits": 1024, "refine": 128}  # training steps of the first round
+FEWEST = 8  # of a round
+GAIN = 0.05  # of what a phase lowers: a round that gains less is the last
+SLOWER = 1 / 3  # the rate after a round that made things worse
+UNDONE = 2  # such rounds, and a phase ends
+RATES = (3e-4, 1e-3, 3e-3)  # that are tried
+PROBED_OVER = 16  # training steps
+LATE = 0.25  # of its time, by which a phase may exceed it
+
+
+class Rounds:
+    """Rounds of a phase: each takes twice as many steps as the one before, the last what time is left for.
+
+    A phase may take its part of the time that the phases before it have left. costs: predicted; what steps were seen
+    to take comes in their place.
+    """
+
+    def __init__(self, costs: Sequence[PhaseCost], seconds: float, *, began: float) -> None:
+        self.phases = [cost.phase for cost in costs]
+        self.per_step = {cost.phase: cost.seconds_per_step for cost in costs}
+        self.until = began + seconds
+        self.number = 0
+
+    def begin(self, phase: str) -> None:
+        """The rounds of the next phase."""
+        here = self.phases.index(phase)
+        now = time.perf_counter()
+        self.share = max(self.until - now, 0) * PARTS[phase] / sum(PARTS[later] for later in self.phases[here:])
+        self.phase, self.phase_until = phase, now + self.share
+        self.planned, self.number, self.undone, self.slower = FIRST[phase], 1, 0, 1.0
+        self.over = self.out_of_time = False
+
+    def measured(self, phase: str, seconds_per_step: float) -> None:
+        """What its steps were seen to take; those of later phases are taken to be mispredicted likewise."""
+        wrong = seconds_per_step / self.per_step[phase]
+        for later in self.phases[self.phases.index(phase) :]:
+            self.per_step[later] *= wrong
+
+    def overdue(self) -> bool:
+        """Whether a round takes much longer than was predicted."""
+        now = time.perf_counter()
+        return now > self.phase_until + LATE * self.share
+
+    def steps(self) -> int:
+        """Training steps of the next round; 0: there is none."""
+        if self.over:
+            return 0
+        left = max(self.phase_until - time.perf_counter(), 0)
+        affordable = int(left / max(self.per_step[self.phase], 1e-9))
+        if self.number == 1:  # a phase that is asked for is tried
+            affordable = max(affordable, FEWEST)
+        if affordable < FEWEST or (self.number > 1 and affordable < self.planned / 4):
+            self.out_of_time = True
+            return 0
+        return affordable if affordable < 2.5 * self.planned else self.planned
+
+    def ended(self, result: PhaseResult, before: float, after: float) -> None:
+        """A round has ended; before and after: what the phase lowers."""
+        if result.steps:
+            self.measured(self.phase, result.training_seconds / result.steps)
+        self.number += 1
+        if result.ended == "reverted":
+            self.undone, self.slower = self.undone + 1, SLOWER
+            self.over = self.undone == UNDONE
+            return
+        self.slower, self.undone = 1.0, 0
+        self.planned *= 2
+        self.over = not after < before * (1 - GAIN)
+
+
+def lowest(scores: Mapping[float, float]) -> float:
+    """The rate that leads to the lowest score; the smallest rate, where none does to a number."""
+    return min(sorted(scores), key=lambda rate: scores[rate] if math.isfinite(scores[rate]) else math.inf)
