@@ -134,10 +134,14 @@ class _Fit:
         costs = phase_costs(self.student, self.objective, batch, phases, fewer, self.batch_size)
         self.callbacks.on_costs(costs)
         rounds = Rounds(costs, self.settings.minutes * 60, began=began)
+        to_states = False  # was the phase before
         for cost in costs:
             self.interrupted = self.interrupted or self.callbacks.should_stop()
             if self.interrupted:
                 return
+            if to_states and cost.phase not in TO_STATES:  # the norms that follow a stage were left as they were
+                self.recalibrated = self._recalibrate() or self.recalibrated
+            to_states = cost.phase in TO_STATES
             with self.callbacks.deferred():
                 self.student.take_to(cost.depths)
             self.model.use_adjoint(Adjoint(cost.adjoint))

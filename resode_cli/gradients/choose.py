@@ -181,7 +181,9 @@ class _Chooser:
     def _options(self, *, exact: bool, hoping: bool = False) -> dict[str, list[Option]]:
         """What there is to choose from. hoping: with codes and reversals that were not tried yet."""
         widths = {name: [FIRST_WIDTH] for name in self.model.stages} if hoping else {}
-        options = self.menu.options(self.methods, {} if exact else {**widths, **self.trials.widths})
+        options = self.menu.options(
+            self.methods, {} if exact else {**widths, **self.trials.widths}, reversals=not exact
+        )
         return {
             name: [o for o in found if self._is_settled(name, o) or (not exact and self.trials.may_do(name, o.adjoint))]
             for name, found in options.items()

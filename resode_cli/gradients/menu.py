@@ -91,8 +91,13 @@ class Menu:
             adjoints, self.images, amp=self.amp, optimizer_slots=self.slots, micro_batches=micro_batches
         )
 
-    def options(self, methods: Sequence[str] | None, bits: Mapping[str, Sequence[int]]) -> dict[str, list[Option]]:
-        """Every piece's options. methods: of the steps, None for all. bits: of the codes to consider, by stage."""
+    def options(
+        self, methods: Sequence[str] | None, bits: Mapping[str, Sequence[int]], *, reversals: bool = True
+    ) -> dict[str, list[Option]]:
+        """Every piece's options. methods: of the steps, None for all. bits: of the codes to consider, by stage.
+
+        reversals: whether they are among all methods; each takes a simulated step.
+        """
         found: dict[str, list[Option]] = {}
         for name in self.names:
             stage = self.model.stages.get(name)
@@ -102,7 +107,7 @@ class Menu:
             elif name in self.fixed:
                 found[name] = [self.of_fixed(name)]
             elif stage is not None:
-                found[name] = self._of_steps(name, stage, methods, widths)
+                found[name] = self._of_steps(name, stage, methods, widths, reversals=reversals)
             elif methods is None:
                 found[name] = self._of_part(name, widths)
             else:
@@ -124,10 +129,11 @@ class Menu:
         return found
 
     def _of_steps(
-        self, name: str, stage: OdeStage, methods: Sequence[str] | None, widths: Sequence[int]
+        self, name: str, stage: OdeStage, methods: Sequence[str] | None, widths: Sequence[int], *, reversals: bool
     ) -> list[Option]:
         found: list[Option] = []
-        for method in methods if methods is not None else ("backprop", "checkpoint", *_WORTH_TRYING):
+        every = ("backprop", "checkpoint", *(_WORTH_TRYING if reversals else ()))
+        for method in methods if methods is not None else every:
             if required_scheme(method) not in (None, stage.spec.scheme):
                 continue
             if method == "backprop":

@@ -73,6 +73,27 @@ def test_deepen_fits_saves_and_reports(net: Path, pictures: Path, tmp_path: Path
     )
 
 
+def test_a_fit_takes_the_minutes_that_it_is_given(net: Path, pictures: Path, tmp_path: Path, capsys):
+    deepen = ["deepen", str(net), "--blocks", "6", "--data", str(pictures), "--fit-minutes", "0.03", "--no-gradients"]
+    deepen += ["--fit-batch-size", "8", "--workers", "0"]
+    began = time.monotonic()
+    found = document(capsys, [*deepen, "-o", str(tmp_path / "one.safetensors")])
+    assert time.monotonic() - began < 60
+    assert found["points_lost"] == pytest.approx(100 * (found["before"]["top1"] - found["after"]["top1"]))
+    assert all(phase["rate"] > 0 for phase in found["fit"]["phases"] if phase["steps"])
+    assert main([*deepen, "-o", str(tmp_path / "other.safetensors")]) == 0
+    assert f"{tmp_path}/other.safetensors ends " in capsys.readouterr().out.strip().splitlines()[-1]
+
+
+def test_without_labels_the_last_line_says_how_far_the_networks_agree(net: Path, pictures: Path, tmp_path, capsys):
+    out = tmp_path / "deep.safetensors"
+    fit = ["--fit", str(pictures), *QUICK, "--no-gradients", "-o", str(out)]
+    assert main(["deepen", str(net), "--blocks", "6", *fit]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "images held out of the fit; measure its accuracy with --data DATA" in shown
+    assert "nothing is known of its accuracy" not in shown
+
+
 def test_no_fit_steps_are_replication(net: Path, pictures: Path, tmp_path: Path):
     one, other = tmp_path / "one.safetensors", tmp_path / "other.safetensors"
     base = ["deepen", str(net), "--blocks", "6"]
