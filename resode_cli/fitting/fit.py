@@ -40,7 +40,7 @@ from .early_stop import Patience
 from .images import FitData, held_out
 from .objective import Found, Objective
 from .results import FitCallbacks, FitResult, FitStep, HeldOutErrors, PhaseResult
-from .rounds import FEWEST, PROBED_OVER, RATES, Rounds, lowest
+from .rounds import FEWEST, PROBED_OVER, RATES, Rounds, largest
 from .settings import TO_STATES, FitSettings
 from .student import Student, coarse
 
@@ -194,7 +194,10 @@ class _Fit:
             with self.callbacks.deferred():
                 self.student.restore(backup)
         rounds.measured(phase, seconds / (len(RATES) * len(few)))
-        return lowest(scores)
+        found = largest(scores)
+        tried = ", ".join(f"{score:.3g} at {rate:g}" for rate, score in scores.items())
+        self.callbacks.on_message(f"{phase}: learning rate {found:g}; loss after {len(few)} steps: {tried}")
+        return found
 
     def _recalibrate(self) -> bool:
         if self.settings.bn == "keep" or not self.student.has_statistics():

@@ -17,6 +17,7 @@ SLOWER = 1 / 3  # the rate after a round that made things worse
 UNDONE = 2  # such rounds, and a phase ends
 RATES = (3e-4, 1e-3, 3e-3)  # that are tried
 PROBED_OVER = 16  # training steps
+NEARLY = 1.25  # times the lowest score
 LATE = 0.25  # of its time, by which a phase may exceed it
 
 
@@ -54,14 +55,18 @@ class Rounds:
         return now > self.phase_until + LATE * self.share
 
     def steps(self) -> int:
-        """Training steps of the next round; 0: there is none."""
+        """Training steps of the next round; 0: there is none.
+
+        The first one takes a quarter of the time at most, so that a rate that is too high costs no more.
+        """
         if self.over:
             return 0
         left = max(self.phase_until - time.perf_counter(), 0)
         affordable = int(left / max(self.per_step[self.phase], 1e-9))
         if self.number == 1:  # a phase that is asked for is tried
-            affordable = max(affordable, FEWEST)
-        if affordable < FEWEST or (self.number > 1 and affordable < self.planned / 4):
+            self.planned = max(min(FIRST[self.phase], affordable // 4), FEWEST)
+            return self.planned
+        if affordable < max(FEWEST, self.planned / 4):
             self.out_of_time = True
             return 0
         return affordable if affordable < 2.5 * self.planned else self.planned
@@ -76,10 +81,16 @@ class Rounds:
             self.over = self.undone == UNDONE
             return
         self.slower, self.undone = 1.0, 0
+        self.over = self.planned >= FIRST[self.phase] and not after < before * (1 - GAIN)
         self.planned *= 2
-        self.over = not after < before * (1 - GAIN)
 
 
-def lowest(scores: Mapping[float, float]) -> float:
-    """The rate that leads to the lowest score; the smallest rate, where none does to a number."""
-    return min(sorted(scores), key=lambda rate: scores[rate] if math.isfinite(scores[rate]) else math.inf)
+def largest(scores: Mapping[float, float]) -> float:
+    """The largest rate that leads to nearly the lowest score; the smallest rate, where none does to a number.
+
+    What is best over the few steps of a probe is too low for a phase of many, whose rate falls to 0.
+    """
+    finite = {rate: score for rate, score in scores.items() if math.isfinite(score)}
+    if not finite:
+        return min(scores)
+    return max(rate for rate, score in finite.items() if score <= NEARLY * min(finite.values()))

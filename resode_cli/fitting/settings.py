@@ -26,7 +26,7 @@ class FitSettings:
     images: the number to use, held-out ones included; None uses all. More cost nothing: a step reads `batch_size` of
         them.
     lr: peak learning rate of Adam where states are matched; a warm-up over a tenth of a round, then a cosine to 0.
-        None: of a few rates, the one whose loss falls fastest over some steps.
+        None: of a few rates the largest that is nearly the best over some steps, see `rounds.largest`.
     logits_lr: the same end to end ('logits', 'refine'). What fits states upsets logits.
     states: weight of the states' mean e_k beside the logits: more of it keeps the student closer to the source, less of
         it leaves it free to do better.

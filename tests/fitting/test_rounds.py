@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from resode_cli.fitting.results import PhaseCost
-from resode_cli.fitting.rounds import FEWEST, FIRST, LATE, PARTS, Rounds, lowest
+from resode_cli.fitting.rounds import FEWEST, FIRST, LATE, NEARLY, PARTS, Rounds, largest
 
 
 class Clock:
@@ -54,6 +54,13 @@ def test_rounds_double_and_the_last_takes_the_time_that_is_left(clock: Clock):
     assert play(rounds(8 * first, clock), clock, [0.5] * 9) == [first, 2 * first, 5 * first]
 
 
+def test_a_first_round_takes_a_quarter_of_the_time_at_most(clock: Clock):
+    """So that a rate that is too high costs no more; what it gains says little, and does not end the phase."""
+    quarter = FIRST["logits"] // 2
+    assert play(rounds(4 * quarter, clock), clock, [0.01, 0.5]) == [quarter, 3 * quarter]
+    assert play(rounds(4 * quarter, clock), clock, [None, 0.5, 0.5]) == [quarter, quarter, 2 * quarter]
+
+
 def test_a_round_that_hardly_gains_is_the_last(clock: Clock):
     assert len(play(rounds(1e6, clock), clock, [0.5, 0.5, 0.01, 0.5])) == 3
 
@@ -82,15 +89,15 @@ def test_every_phase_is_tried_however_little_time_there_is(clock: Clock):
 
 def test_what_steps_take_is_measured(clock: Clock):
     """Predicted at a second each, they take four; those of the next phase, predicted at two, are to take eight."""
-    found = rounds(1000, clock, "logits", "refine")
+    found = rounds(8000, clock, "logits", "refine")
     found.per_step["refine"] = 2.0
     found.begin("logits")
     found.measured("logits", 4.0)
-    share = 1000 * PARTS["logits"] / (PARTS["logits"] + PARTS["refine"])
-    assert found.steps() == int(share / 4)
+    share = 8000 * PARTS["logits"] / (PARTS["logits"] + PARTS["refine"])
+    assert found.steps() == int(share / 4) // 4
     clock.now += share
     found.begin("refine")
-    assert found.steps() == int((1000 - share) / 8)
+    assert found.steps() == int((8000 - share) / 8) // 4
 
 
 def test_a_round_that_takes_much_longer_than_predicted_is_overdue(clock: Clock):
@@ -121,7 +128,8 @@ def test_it_is_known_whether_time_ended_a_phase(clock: Clock):
     assert not found.out_of_time
 
 
-def test_the_rate_of_the_lowest_score_is_taken():
-    assert lowest({3e-4: 2.0, 1e-3: 1.0, 3e-3: 3.0}) == 1e-3
-    assert lowest({1e-3: 1.0, 1e-2: math.nan}) == 1e-3
-    assert lowest({1e-2: math.inf, 1e-3: math.nan}) == 1e-3
+def test_the_largest_rate_that_is_nearly_as_good_as_the_best_is_taken():
+    assert largest({3e-4: 1.0, 1e-3: 0.99 * NEARLY, 3e-3: 1.01 * NEARLY}) == 1e-3
+    assert largest({3e-4: 2.0, 1e-3: 1.0, 3e-3: 3.0}) == 1e-3
+    assert largest({1e-3: 1.0, 1e-2: math.nan}) == 1e-3
+    assert largest({1e-2: math.inf, 1e-3: math.nan}) == 1e-3
