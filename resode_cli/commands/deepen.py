@@ -83,7 +83,7 @@ def deepen_command(
 
     if mode == "replicate":
         request = request.by_default(comparing.data, Output(json_mode=json))
-    request.check(settings, OFFERED, given)
+    settings = request.check(settings, OFFERED, given)
     if request.fit is not None and mode != "replicate":
         raise UsageError(f"--fit starts from equal weights in a block's run of steps, not from --mode {mode}")
     if comparing.gradients is None:

@@ -59,12 +59,16 @@ class FitRequest:
         output.note(f"fitted to the source on the training images of {data}, without their labels; --no-fit declines")
         return replace(self, fit=data)
 
-    def check(self, settings: FitSettings, offered: Fields, given: Given) -> None:
+    def check(self, settings: FitSettings, offered: Fields, given: Given) -> FitSettings:
         """Raises UsageError for an option of a fit without one, and for a flag that none of its phases reads.
 
         offered: the settings that the command has. A recipe's value is no flag: flags may choose other phases than the
-        recipe's.
+        recipe's, and --fit-minutes comes in place of its steps. Returns the settings that hold.
         """
+        if "fit_minutes" in given.flags:
+            if by_steps := [flag for flag in ("fit_steps", "fit_refine_steps") if flag in given.flags]:
+                raise UsageError(f"--fit-minutes and --{by_steps[0].replace('_', '-')} exclude each other")
+            settings = replace(settings, steps=None, refine_steps=None)
         for setting in offered.chosen():
             if self.fit is None and setting.name != "workers" and parameter_of(setting) in given.all:
                 raise UsageError(f"{flag_of(setting)} is a setting of a fit; add --fit DATA")
@@ -78,6 +82,7 @@ class FitRequest:
             raise UsageError("--teacher is a setting of a fit; add --fit DATA")
         if self.fit is None and self.form is not None:
             raise UsageError("--form changes the function; add --fit DATA, or use it with `resode convert`")
+        return settings
 
     def plan(
         self, rewrite: Rewrite, settings: FitSettings, deepening: Mapping[str, Any] | None = None
@@ -117,7 +122,8 @@ class FitRequest:
             )
 
         data = FitData(images(settings.augment), images(False))
-        plan = FitPlan(settings, teacher.to(rewrite.device), data, form, dict(deepening or {}))
+        own = self.teacher is None
+        plan = FitPlan(settings, teacher.to(rewrite.device), data, form, own, dict(deepening or {}))
         rewrite.settings["fit"] = plan.record(named)
         return plan
 

@@ -112,7 +112,8 @@ class Rewrite:
         show_fit(self.output, plan, result)
         if result.fit is not None and result.fit.interrupted:
             kept = "" if self.unfinished == self.out else f"; {self.out} is as it was"
-            self.output.note(f"interrupted; {self.unfinished} holds what was fitted so far{kept}")
+            held = f"{self.unfinished} holds what was fitted so far{kept}" if self.saved else "nothing was fitted yet"
+            self.output.note(f"interrupted; {held}")
             raise typer.Exit(exit_code(stop.number or signal.SIGINT))
         if stop.number is not None:  # it came while the last phase was judged and saved
             self.output.note(f"interrupted; {self.out} is whole, and was not measured")

@@ -75,7 +75,7 @@ def tie_command(
 
     if depth_weights not in TIED:
         raise unknown("depth weights", depth_weights, TIED)
-    request.check(settings, OFFERED, given)
+    settings = request.check(settings, OFFERED, given)
     if "refine" in settings.phases:
         raise UsageError("--fit-phases refine is for deeper networks: here 'logits' already runs at full depth")
     if depth_weights != "tied" and "fit_bn" not in given.all:  # every step has statistics

@@ -13,6 +13,7 @@ from ..machine.memory import free_bytes
 from ..ode import Adjoint, fixed_buffers, peak_kept_bytes
 from .objective import Objective
 from .results import PhaseCost
+from .rounds import SMALL, TRIAL
 from .student import Student
 
 PREDICTED_ON = 8  # images on which time and memory are predicted
@@ -46,7 +47,9 @@ def phase_costs(
             if total < SHARE * free_bytes(objective.device):
                 break
         steps = objective.settings.steps_of(phase)
-        costs.append(PhaseCost(phase, student.present, steps, seconds * scale, total, adjoint))
+        found = objective.settings.lr_of(phase) is not None or (phase == "refine" and "logits" in phases)
+        trial = TRIAL if steps and not found and SMALL * steps >= TRIAL else 0
+        costs.append(PhaseCost(phase, student.present, steps, seconds * scale, total, adjoint, trial))
     return costs
 
 

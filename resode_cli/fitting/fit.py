@@ -125,7 +125,7 @@ class _Fit:
         if not phases:
             return
         began = time.perf_counter()
-        batch = next(self._batches(self.data.plain, self.held_out))
+        batch = next(self._batches(self.data.plain, shuffled(self.trained, seed=self.seed, epoch=-1)))
         if not len(batch.labels):
             raise ResodeError("no image could be read")
         fewer = coarse(self.student, self.objective, batch)
@@ -145,40 +145,41 @@ class _Fit:
             with self.callbacks.deferred():
                 self.student.take_to(cost.depths)
             self.model.use_adjoint(Adjoint(cost.adjoint))
-            if cost.steps is not None:
-                rate = self._rate(cost.phase, rounds)
-                if not self.interrupted:
-                    self._round(cost.phase, cost.steps, rate, self._check())
-            else:
-                self._rounds(cost.phase, rounds)
+            self._phase(cost.phase, cost.steps, rounds)
 
-    def _rounds(self, phase: str, rounds: Rounds) -> None:
-        """A phase, round by round, while a round gains and time allows."""
+    def _phase(self, phase: str, steps: int | None, rounds: Rounds) -> None:
+        """So many training steps; None: round by round, while a round gains and time allows."""
         rounds.begin(phase)
         figures = self._check()
         if self._settled(phase, figures):
             self._round(phase, 0, 0.0, figures)
             return
-        rate = self._rate(phase, rounds)
-        while not self.interrupted and (steps := rounds.steps()):
-            result = self._round(phase, steps, rate, figures, number=rounds.number, overdue=rounds.overdue)
+        rate = self._rate(phase, steps, rounds)
+        if steps is not None and not self.interrupted:
+            self._round(phase, steps, rate, figures)
+        while steps is None and not self.interrupted and (planned := rounds.steps()):
+            result = self._round(phase, planned, rate, figures, number=rounds.number, overdue=rounds.overdue)
             before, after = (self.objective.score(phase, found) for found in (figures, result.after))
             rounds.ended(result, before, after)
             figures = result.after
             rate *= rounds.slower
-        self.out_of_time = rounds.out_of_time
+            self.interrupted = self.interrupted or self.callbacks.should_stop()
+        self.out_of_time = self.out_of_time or rounds.out_of_time
         if phase not in TO_STATES:
             self.rate = rate
 
-    def _rate(self, phase: str, rounds: Rounds) -> float:
+    def _rate(self, phase: str, steps: int | None, rounds: Rounds) -> float:
         """The peak learning rate: as asked for, as the phase before it found, or as found by a probe.
 
-        A probe is a phase of few steps, and is judged as one. It tells how long a step takes, too.
+        A probe is a phase of few steps, and is judged as one. It tells how long a step takes, too. A phase that is
+        hardly longer than that takes the lowest rate.
         """
         if (asked := self.settings.lr_of(phase)) is not None:
             return asked
         if phase == "refine" and self.rate is not None:
             return self.rate / 2
+        if not rounds.bears_a_probe(phase, steps):
+            return min(RATES)
         few = list(islice(self._stream(), PROBED_OVER))
         backup, scores, seconds = self.student.backup(), dict[float, float](), 0.0
         try:
@@ -202,13 +203,16 @@ class _Fit:
     def _recalibrate(self) -> bool:
         if self.settings.bn == "keep" or not self.student.has_statistics():
             return False
-        before, backup = self._check(), self.student.backup()
+        before, backup, kept = self._check(), self.student.backup(), False
         order = shuffled(self.trained, seed=self.seed, epoch=-1)[:RECALIBRATED]
-        recalibrate(self.model, self._batches(self.data.plain, order), device=self.device)
-        after = self._check()
-        kept = after.logits < before.logits or self.settings.bn == "batch"
-        if not kept:
-            self.student.restore(backup)
+        try:
+            recalibrate(self.model, self._batches(self.data.plain, order), device=self.device)
+            after = self._check()
+            kept = after.logits < before.logits or self.settings.bn == "batch"
+        finally:
+            if not kept:
+                with self.callbacks.deferred():
+                    self.student.restore(backup)
         self.callbacks.on_message(
             f"BatchNorm statistics, estimated again: loss of the logits {before.logits:.3g} →"
             f" {after.logits:.3g}" + ("" if kept else " (undone: it made things worse)")
@@ -337,10 +341,14 @@ class _Fit:
             workers=self.settings.workers,
             device=self.device,
         )
+        empty = 0
         for batch in source:
             self.seen += 1
             if len(batch.labels):
+                empty = 0
                 yield batch
+            elif (empty := empty + 1) > per_epoch:
+                raise ResodeError("no image of those that are trained on could be read")
 
     def _batches(self, data: ImageData, order: Sequence[int]) -> Iterator[Batch]:
         return batches(data, self.batch_size, order=order, workers=self.settings.workers, device=self.device)

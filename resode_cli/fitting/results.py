@@ -68,7 +68,8 @@ class FitResult:
 class PhaseCost:
     """What a phase will take: seconds of a training step, and bytes beside the images.
 
-    adjoint: its exact backward method. steps: as many as were asked for; None: as many as time is left for.
+    adjoint: its exact backward method. steps: as many as were asked for; None: as many as time is left for. trial:
+        further ones, over which rates are tried.
     """
 
     phase: str
@@ -77,6 +78,12 @@ class PhaseCost:
     seconds_per_step: float
     bytes: int
     adjoint: str
+    trial: int = 0
+
+    @property
+    def seconds(self) -> float:
+        """Of all its steps, where their number was given, else of one."""
+        return self.seconds_per_step * (1 if self.steps is None else self.steps + self.trial)
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ class FitPlan:
     """What to fit to, on what, and how.
 
     form: the form of the fitted stages; None: `pre` where blocks allow it, else the form that they have.
+    own: whether the teacher is the network itself, as it was, or in the form that its weights are of.
     deepening: `depths` and `depth_weights` of `fit`, which then takes stages to their depths by itself.
     """
 
@@ -56,6 +57,7 @@ class FitPlan:
     teacher: Teacher
     data: FitData
     form: Form | None = None
+    own: bool = True
     deepening: Mapping[str, Any] = field(default_factory=dict)
 
     def images(self) -> Tensor:
@@ -154,7 +156,7 @@ def rewrite_and_fit(
     noise = random_batch(model.info.preprocessing, RANDOM_IMAGES)
     before = logits_of(model, noise)
     teacher = plan.teacher.net
-    source = teacher if isinstance(teacher, OdeResNet) else copy.deepcopy(model)
+    source = teacher if plan.own and isinstance(teacher, OdeResNet) else copy.deepcopy(model)
     _into_form(model, names, plan.form)
     unfitted = copy.deepcopy(model)
     change_stages(unfitted, names, change)  # refuses what cannot be before anything is computed
@@ -164,6 +166,8 @@ def rewrite_and_fit(
     columns.append(_column("unfitted", unfitted, images, reference, replace(measuring, data=None), callbacks))
     if not plan.deepening:
         change_stages(model, names, change)
+    for name in names:  # `change` may set it; a fit takes stages to their depths by itself
+        model.stages[name].use_horizon(unfitted.stages[name].spec.horizon)
     del unfitted, source
     result = fit(
         model,
@@ -176,7 +180,8 @@ def rewrite_and_fit(
     )
     with callbacks.fit.deferred():
         verified = _verified(model, noise, before)
-        callbacks.save(model, verified, not result.interrupted)
+        if result.phases or not result.interrupted:  # else nothing was fitted
+            callbacks.save(model, verified, not result.interrupted)
     if not result.interrupted and not callbacks.fit.should_stop():
         columns.append(_column("fitted", model, images, reference, measuring, callbacks))
     return RewriteResult(tuple(columns), verified, True, result)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from .results import PhaseCost, PhaseResult
 
 # What each phase may take of the time that is left, in parts.
-PARTS = {"blocks": 1.0, "stages": 1.0, "logits": 3.0, "refine": 1.0}
+PARTS = {"blocks": 1.0, "stages": 1.0, "logits": 4.0, "refine": 0.5}
 FIRST = {"blocks": 256, "stages": 512, "logits": 1024, "refine": 128}  # training steps of the first round
 FEWEST = 8  # of a round
 GAIN = 0.05  # of what a phase lowers: a round that gains less is the last
@@ -18,6 +18,8 @@ UNDONE = 2  # such rounds, and a phase ends
 RATES = (3e-4, 1e-3, 3e-3)  # that are tried
 PROBED_OVER = 16  # training steps
 NEARLY = 1.25  # times the lowest score
+TRIAL = PROBED_OVER * len(RATES)  # training steps
+SMALL = 0.5  # of its steps, which a phase may spend on that besides
 LATE = 0.25  # of its time, by which a phase may exceed it
 
 
@@ -42,12 +44,18 @@ class Rounds:
         self.phase, self.phase_until = phase, now + self.share
         self.planned, self.number, self.undone, self.slower = FIRST[phase], 1, 0, 1.0
         self.over = self.out_of_time = False
+        self.gains = True  # did the round before
 
     def measured(self, phase: str, seconds_per_step: float) -> None:
         """What its steps were seen to take; those of later phases are taken to be mispredicted likewise."""
         wrong = seconds_per_step / self.per_step[phase]
         for later in self.phases[self.phases.index(phase) :]:
             self.per_step[later] *= wrong
+
+    def bears_a_probe(self, phase: str, steps: int | None) -> bool:
+        """Whether trying rates takes a small part of the phase. steps: None, as many as there is time for."""
+        steps = int(self.share / max(self.per_step[phase], 1e-9)) if steps is None else steps
+        return steps * SMALL >= TRIAL
 
     def overdue(self) -> bool:
         """Whether a round takes much longer than was predicted."""
@@ -67,7 +75,7 @@ class Rounds:
             self.planned = max(min(FIRST[self.phase], affordable // 4), FEWEST)
             return self.planned
         if affordable < max(FEWEST, self.planned / 4):
-            self.out_of_time = True
+            self.out_of_time = self.gains
             return 0
         return affordable if affordable < 2.5 * self.planned else self.planned
 
@@ -76,12 +84,15 @@ class Rounds:
         if result.steps:
             self.measured(self.phase, result.training_seconds / result.steps)
         self.number += 1
+        self.gains = after < before * (1 - GAIN)
+        if result.ended == "settled":
+            self.over = True
         if result.ended == "reverted":
             self.undone, self.slower = self.undone + 1, SLOWER
             self.over = self.undone == UNDONE
             return
         self.slower, self.undone = 1.0, 0
-        self.over = self.planned >= FIRST[self.phase] and not after < before * (1 - GAIN)
+        self.over = self.over or (self.planned >= FIRST[self.phase] and not self.gains)
         self.planned *= 2
 
 

@@ -52,7 +52,7 @@ class FitSettings:
     )
     minutes: float = fitted(
         20.0,
-        "Time that a fit may take where --fit-steps does not say how long its phases are. It ends before where no more"
+        "About what a fit may take where --fit-steps does not say how long its phases are. It ends before where no more"
         " is gained on images held out of it.",
         range=POSITIVE,
         flags=("--fit-minutes",),

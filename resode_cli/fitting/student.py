@@ -13,9 +13,9 @@ from ..data import Batch
 from ..network.model import OdeResNet
 from ..surgery.batch_norm import batch_norms, recalibrate
 from .coarse import MOST_SUBSTEPS, coarse_depths, take_to
-from .objective import Objective
+from .objective import Objective, logits_error
 
-NEAR = 0.02  # of the logits' loss between the network and its stand-in of few steps
+NEAR = 0.02  # of the logits' relative squared distance between the network and its stand-in of few steps
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class Student:
 
     def take_to(self, depths: Mapping[str, int]) -> None:
         """Bring stages to these depths, where they stand for what they are at the end."""
-        take_to(self.model, depths, depth_weights=self.depth_weights, standing_for=self.depths)
+        own = {name: blocks for name, blocks in depths.items() if name in self.depths}  # the others stay as they are
+        take_to(self.model, own, depth_weights=self.depth_weights, standing_for=self.depths)
 
     def copied(self) -> Student:
         """The same with weights of its own."""
@@ -70,7 +71,7 @@ def coarse(student: Student, objective: Objective, batch: Batch) -> Mapping[str,
         return coarse_depths(student.own, student.depths, settings.substeps)
     start = student.copied()
     start.take_to(coarse_depths(student.own, student.depths, 1))
-    if settings.bn != "keep" and student.has_statistics():
+    if settings.bn != "keep" and student.has_statistics() and len(batch.labels) > 1:
         recalibrate(start.model, [batch], device=objective.device)
     truth = _logits(start, student.depths, batch.images, objective.device)
     candidates: Sequence[Mapping[str, int]] = [
@@ -78,7 +79,7 @@ def coarse(student: Student, objective: Objective, batch: Batch) -> Mapping[str,
     ]
     for depths in candidates[:-1]:
         found = _logits(start, depths, batch.images, objective.device)
-        if objective.logits_loss(found, truth).item() < NEAR:
+        if logits_error(found, truth, several=objective.several).item() < NEAR:
             return depths
     return candidates[-1]
 

@@ -17,7 +17,7 @@ from .tables import plain_table
 ENDED = {
     "done": "",
     "early": "stopped early: no more gain",
-    "late": "its steps took longer than predicted, and its time was over",
+    "late": "its time was over",
     "interrupted": "interrupted",
     "settled": "nothing to fit",
     "reverted": "undone: it made things worse",
@@ -37,16 +37,16 @@ def cost_table(costs: Sequence[PhaseCost], *, images: int, minutes: float) -> Ta
             cost.phase,
             _joined(cost.depths.values()),
             "while they gain" if cost.steps is None else str(cost.steps),
-            duration(cost.seconds_per_step * (cost.steps or 1)) + (" a step" if cost.steps is None else ""),
+            duration(cost.seconds) + (" a step" if cost.steps is None else ""),
             size(cost.bytes),
             cost.adjoint,
         )
     if len(costs) > 1:
         most = size(max(cost.bytes for cost in costs))
         if any(cost.steps is None for cost in costs):
-            table.add_row("all", "", "", f"at most {duration(60 * minutes)}", most, "")
+            table.add_row("all", "", "", f"about {duration(60 * minutes)}", most, "")
         else:
-            total = sum(cost.seconds_per_step * (cost.steps or 0) for cost in costs)
+            total = sum(cost.seconds for cost in costs)
             table.add_row("all", "", "", duration(total), most, "")
     return table
 

@@ -24,14 +24,15 @@ def outcome_line(result: RewriteResult, plan: FitPlan, model: OdeResNet, *, sour
     """How the fit of a model ended, and what may make it better where it lost much."""
 
     def advice() -> str:
-        return _advice(result, plan, model, labels=f"resode finetune {out} --data DIR --teacher {source}")
+        teacher = "" if out.exists() and source.exists() and out.samefile(source) else f" --teacher {source}"
+        return _advice(result, plan, model, labels=f"resode finetune {out} --data DIR{teacher}")
 
     lost = points_lost(result)
     figures = result.columns[-1].figures
     if lost is None:
         line = (
-            f"{out} agrees with its source on {figures.agreement:.1%} of {counted(figures.images, 'image')} held out of"
-            " the fit; measure its accuracy with --data DATA (labels)"
+            f"{out} agrees with {plan.teacher.name} on {figures.agreement:.1%} of"
+            f" {counted(figures.images, 'image')} held out of the fit; measure its accuracy with --data DATA (labels)"
         )
         return line if figures.agreement >= LITTLE else f"{line}. {advice()}"
     if lost <= 0:
@@ -46,7 +47,7 @@ def _advice(result: RewriteResult, plan: FitPlan, model: OdeResNet, *, labels: s
     assert result.fit is not None
     if result.fit.out_of_time:
         ways.append(f"more time (--fit-minutes {2 * settings.minutes:g}: it still gained when its time was over)")
-    elif settings.steps is not None:
+    elif settings.steps:
         ways.append(f"more steps (--fit-steps {2 * settings.steps}, or --fit-minutes in its place)")
     if any(spec.kind in ("tied", "tied+stats") for spec in specs):
         ways.append("norms of each step's own (--depth-weights tied+norms)")

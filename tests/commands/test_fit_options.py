@@ -85,6 +85,18 @@ def test_a_fit_takes_the_minutes_that_it_is_given(net: Path, pictures: Path, tmp
     assert f"{tmp_path}/other.safetensors ends " in capsys.readouterr().out.strip().splitlines()[-1]
 
 
+def test_a_fit_keeps_the_horizon_and_minutes_come_in_place_of_the_steps_of_a_recipe(
+    net: Path, pictures: Path, tmp_path: Path, capsys
+):
+    recipe = tmp_path / "steps.toml"
+    recipe.write_text("[deepen]\nfit-steps = 100000\n")
+    deepen = ["deepen", str(net), "--blocks", "6", "--recipe", str(recipe), "--fit", str(pictures), "--no-gradients"]
+    deepen += ["--fit-minutes", "0.01", "--fit-batch-size", "8", "--workers", "0", "--horizon", "2"]
+    found = document(capsys, [*deepen, "-o", str(tmp_path / "out.safetensors")])
+    assert sum(phase["steps"] for phase in found["fit"]["phases"]) < 1000
+    assert {stage.spec.horizon for stage in load(tmp_path / "out.safetensors").stages.values()} == {2}
+
+
 def test_without_labels_the_last_line_says_how_far_the_networks_agree(net: Path, pictures: Path, tmp_path, capsys):
     out = tmp_path / "deep.safetensors"
     fit = ["--fit", str(pictures), *QUICK, "--no-gradients", "-o", str(out)]
@@ -163,6 +175,10 @@ def test_a_deepened_linear_network_reports_no_more_parameters(net: Path, tmp_pat
         (
             ["deepen", "NET", "--blocks", "6", "--fit", "DATA", "--fit-phases", "blocks", "--fit-refine-steps", "5"],
             "--fit-refine-steps is read in refine; --fit-phases has blocks",
+        ),
+        (
+            ["tie", "NET", "--fit", "DATA", "--fit-minutes", "5", "--fit-steps", "5"],
+            "--fit-minutes and --fit-steps exclude each other",
         ),
         (["tie", "NET", "--fit", "DATA", "--teacher", "gone.safetensors"], "'gone.safetensors' does not exist"),
         (["finetune", "NET", "--data", "DATA", "--distill", "0.3"], "--distill is a setting of the teacher"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import signal
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +19,9 @@ from resode_cli.fitting.objective import logits_error
 from resode_cli.fitting.results import FitCallbacks, FitResult, FitStep
 from resode_cli.fitting.rounds import PROBED_OVER, RATES
 from resode_cli.fitting.settings import FitSettings
+from resode_cli.machine.signals import Stopped
 from resode_cli.network.model import OdeResNet
+from resode_cli.surgery.batch_norm import recalibrate
 from resode_cli.training.loop import Loop
 from resode_cli.training.teacher import Teacher, distillation_loss, own_teacher
 
@@ -40,17 +43,25 @@ def pair(tiny: OdeResNet) -> tuple[OdeResNet, Teacher]:
     return tiny, teacher
 
 
+@pytest.fixture
+def probing(monkeypatch) -> None:
+    """However short a phase is, rates are tried for it."""
+    monkeypatch.setattr("resode_cli.fitting.rounds.SMALL", 1e9)
+
+
 def run(pair: tuple[OdeResNet, Teacher], data: FitData, settings: FitSettings, **arguments: Any) -> FitResult:
     student, teacher = pair
     return fit(student, teacher, data, settings=settings, device=torch.device("cpu"), **arguments)
 
 
+@pytest.mark.usefixtures("probing")
 def test_the_rate_that_was_best_over_a_short_phase_is_taken(pair, pictures: FitData, monkeypatch):
     monkeypatch.setattr(fit_module, "RATES", (1e-9, 3e-4, 30.0))
     (phase,) = run(pair, pictures, SETTINGS).phases
     assert phase.rate == 3e-4 and phase.ended == "done"
 
 
+@pytest.mark.usefixtures("probing")
 def test_a_probe_leaves_no_trace(pair, pictures: FitData, monkeypatch):
     """Its rates ruin the network, as does the one that is taken; all of it is undone."""
     monkeypatch.setattr(fit_module, "RATES", (30.0, 90.0))
@@ -60,6 +71,7 @@ def test_a_probe_leaves_no_trace(pair, pictures: FitData, monkeypatch):
     assert all(torch.equal(value, before[name]) for name, value in pair[0].state_dict().items())
 
 
+@pytest.mark.usefixtures("probing")
 def test_an_interrupt_within_a_probe_leaves_the_network_as_it_was(pair, pictures: FitData, monkeypatch):
     before, taken = copy.deepcopy(pair[0].state_dict()), []
     update = Loop.update
@@ -72,6 +84,46 @@ def test_an_interrupt_within_a_probe_leaves_the_network_as_it_was(pair, pictures
     result = run(pair, pictures, SETTINGS, callbacks=FitCallbacks(should_stop=lambda: len(taken) == PROBED_OVER + 2))
     assert result.interrupted and not result.phases and len(taken) == PROBED_OVER + 2
     assert all(torch.equal(value, before[name]) for name, value in pair[0].state_dict().items())
+
+
+def test_a_phase_that_is_hardly_longer_than_a_probe_takes_the_lowest_rate(pair, pictures: FitData):
+    (phase,) = run(pair, pictures, SETTINGS).phases
+    assert phase.rate == min(RATES)
+
+
+def test_a_signal_while_statistics_are_estimated_leaves_what_was_judged(pair, pictures: FitData, monkeypatch):
+    """It comes after 'blocks', whose network was saved; what is saved now must be that one."""
+    calls: list[int] = []
+    saved: list[dict[str, Tensor]] = []
+
+    def cut_off(model: OdeResNet, *arguments: Any, **named: Any) -> int:
+        calls.append(recalibrate(model, *arguments, **named))
+        if len(calls) == 2:
+            raise Stopped(signal.SIGINT)
+        return calls[-1]
+
+    monkeypatch.setattr(fit_module, "recalibrate", cut_off)
+    settings = replace(SETTINGS, phases=("blocks", "logits"), lr=1e-3, logits_lr=1e-3, bn="recalibrate")
+    callbacks = FitCallbacks(on_phase=lambda result, model: saved.append(copy.deepcopy(model.state_dict())))
+    assert run(pair, pictures, settings, callbacks=callbacks).interrupted and len(saved) == 1
+    assert all(torch.equal(value, saved[0][name]) for name, value in pair[0].state_dict().items())
+
+
+def test_three_images_are_enough(pair, pictures: FitData):
+    few = copy.copy(pictures.plain)
+    few.indices = few.indices[:3]
+    depths = dict.fromkeys(pair[0].stages, 9)
+    result = run(pair, FitData(few, few), replace(SETTINGS, bn="recalibrate"), depths=depths)
+    assert [phase.steps for phase in result.phases] == [3]
+
+
+def test_stages_that_are_not_deepened_keep_their_weights_apart(pair, pictures: FitData):
+    run(pair, pictures, SETTINGS, depths={"layer1": 9}, depth_weights="tied")
+    assert {name: stage.spec.kind for name, stage in pair[0].stages.items() if stage.spec.depth} == {
+        "layer1": "tied",
+        "layer2": "untied",
+        "layer3": "untied",
+    }
 
 
 def test_refine_goes_on_at_half_the_rate_that_logits_ended_with(pair, pictures: FitData):

@@ -26,7 +26,8 @@ def result(source: float | None, fitted: float | None, agreement: float = 0.9, o
 
 
 def line(found: Any, model: OdeResNet, form: Any = None, **settings: Any) -> str:
-    plan: Any = SimpleNamespace(settings=FitSettings(**settings), form=form)
+    teacher = SimpleNamespace(name="net")
+    plan: Any = SimpleNamespace(settings=FitSettings(**settings), form=form, teacher=teacher)
     return outcome_line(found, plan, model, source=Path("net.safetensors"), out=Path("deep.safetensors"))
 
 

@@ -18,7 +18,7 @@ from rich.table import Table
 from resode_cli.bench.results import BenchReport, BenchRow
 from resode_cli.commands.output import Output, _Console
 from resode_cli.commands.progress import fitting, training
-from resode_cli.fitting.results import FitStep
+from resode_cli.fitting.results import FitStep, PhaseCost
 from resode_cli.gradients.gradient_errors import GradientReport, MethodGradients, StageGradient, SweepRow
 from resode_cli.gradients.results import Alternative, ChosenAdjoints, PieceChoice
 from resode_cli.ode import Adjoint
@@ -116,18 +116,9 @@ def sweep() -> Table:
 
 
 def fit_costs() -> Table:
-    costs = [
-        SimpleNamespace(
-            phase=phase,
-            depths=dict.fromkeys(STAGES, 100),
-            steps=1200,
-            seconds_per_step=6.1,
-            bytes=1.5e9,
-            adjoint="backprop",
-        )
-        for phase in ("states", "logits", "refine")
-    ]
-    return cost_table(costs, images=8, minutes=20)  # type: ignore[arg-type]
+    depths = dict.fromkeys(STAGES, 100)
+    costs = [PhaseCost(phase, depths, 1200, 6.1, 1_500_000_000, "backprop") for phase in ("blocks", "logits", "refine")]
+    return cost_table(costs, images=8, minutes=20)
 
 
 def fit_blocks() -> Table:
