@@ -65,9 +65,11 @@ class FitRequest:
         offered: the settings that the command has. A recipe's value is no flag: flags may choose other phases than the
         recipe's, and --fit-minutes comes in place of its steps. Returns the settings that hold.
         """
+        by_steps = {"fit_steps", "fit_refine_steps"}
+        for named in (given.flags, given.all - given.flags):  # a flag beside a recipe's value is no contradiction
+            if "fit_minutes" in named and (steps := sorted(by_steps & named)):
+                raise UsageError(f"--fit-minutes and --{steps[0].replace('_', '-')} exclude each other")
         if "fit_minutes" in given.flags:
-            if by_steps := [flag for flag in ("fit_steps", "fit_refine_steps") if flag in given.flags]:
-                raise UsageError(f"--fit-minutes and --{by_steps[0].replace('_', '-')} exclude each other")
             settings = replace(settings, steps=None, refine_steps=None)
         for setting in offered.chosen():
             if self.fit is None and setting.name != "workers" and parameter_of(setting) in given.all:

@@ -119,7 +119,7 @@ def fitting(output: Output) -> Iterator[Callable[[FitStep], None]]:
 
     def show(step: FitStep) -> None:
         name = step.phase if step.round == 1 else f"{step.phase} {step.round}"
-        parts = [f"agreement {step.agreement:.1%}", f"loss {step.loss:.4f}"]
+        parts = [f"agreement so far {step.agreement:.1%}", f"loss {step.loss:.4f}"]
         if step.errors:
             worst = " ".join(f"{sum(e) / len(e):.3f}/{e[-1]:.3f}" for e in step.errors.values())
             parts.append(f"state error (mean/last) {worst}")

@@ -87,9 +87,9 @@ class _Fit:
         self.model, self.data = model.to(device), data
         self.objective = Objective(self.model, teacher.to(device), settings, device)
         self.settings, self.device, self.callbacks = settings, device, callbacks or FitCallbacks()
-        self.depths = dict(depths or {})
-        own = {name: self.model.stages[name].spec.depth for name in self.depths}
-        self.student = Student(self.model, own, self.depths, depth_weights)
+        depths = dict(depths or {})
+        own = {name: self.model.stages[name].spec.depth for name in depths}
+        self.student = Student(self.model, own, depths, depth_weights)
         self.interrupted = self.recalibrated = self.out_of_time = False
         self.stepped = False  # whether there is anything to keep
         self.died: WorkerDied | None = None  # what ended a phase before its time
@@ -114,7 +114,7 @@ class _Fit:
                 raise
             stopped.heeded = self.interrupted = True
         with self.callbacks.deferred():
-            self.student.take_to(self.depths)
+            self.student.take_to(self.student.depths)
             self.model.eval()
         seconds = time.perf_counter() - began
         return FitResult(tuple(self.results), self.recalibrated, seconds, self.interrupted, self.out_of_time)
@@ -254,7 +254,7 @@ class _Fit:
     def _settled(self, phase: str, figures: HeldOutErrors) -> bool:
         if self.settings.smooth or self.settings.contract:
             return False
-        if phase in ("blocks", "stages"):
+        if phase in TO_STATES:
             return max(e for errors in figures.states.values() for e in errors) < SETTLED
         return figures.logits < AGREED
 

@@ -59,8 +59,7 @@ class Rounds:
 
     def overdue(self) -> bool:
         """Whether a round takes much longer than was predicted."""
-        now = time.perf_counter()
-        return now > self.phase_until + LATE * self.share
+        return time.perf_counter() > self.phase_until + LATE * self.share
 
     def steps(self) -> int:
         """Training steps of the next round; 0: there is none.

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from resode_cli.data import open_data
 from resode_cli.fitting import fit as fit_module
 from resode_cli.fitting.fit import fit
 from resode_cli.fitting.images import FitData, held_out
@@ -23,24 +22,9 @@ from resode_cli.machine.signals import Stopped
 from resode_cli.network.model import OdeResNet
 from resode_cli.surgery.batch_norm import recalibrate
 from resode_cli.training.loop import Loop
-from resode_cli.training.teacher import Teacher, distillation_loss, own_teacher
+from resode_cli.training.teacher import Teacher, distillation_loss
 
 SETTINGS = FitSettings(phases=("logits",), steps=3, batch_size=6, bn="keep")
-
-
-@pytest.fixture
-def pictures(make_folder, tiny: OdeResNet) -> FitData:
-    folder = make_folder(classes=("a", "b", "c"), each=16)
-    data = open_data(str(folder), tiny.info.preprocessing, "train", labelled=False)
-    return FitData(data, data)
-
-
-@pytest.fixture
-def pair(tiny: OdeResNet) -> tuple[OdeResNet, Teacher]:
-    teacher = own_teacher(tiny, "tiny")
-    for stage in tiny.stages.values():
-        stage.use_form("pre")
-    return tiny, teacher
 
 
 @pytest.fixture
@@ -126,12 +110,12 @@ def test_stages_that_are_not_deepened_keep_their_weights_apart(pair, pictures: F
     }
 
 
-def test_refine_goes_on_at_half_the_rate_that_logits_ended_with(pair, pictures: FitData):
-    depths = dict.fromkeys(pair[0].stages, 6)
-    settings = replace(SETTINGS, phases=("logits", "refine"), steps=None, minutes=0.02)
-    logits, refine = run(pair, pictures, settings, depths=depths).phases[:2]
-    assert logits.rate in RATES and refine.phase == "refine"
-    assert refine.rate == pytest.approx(logits.rate * (1 / 6 if logits.ended == "reverted" else 1 / 2))
+@pytest.mark.usefixtures("probing")
+def test_refine_goes_on_at_half_the_rate_that_was_found_for_logits(pair, pictures: FitData, monkeypatch):
+    monkeypatch.setattr(fit_module, "RATES", (4e-5,))
+    settings = replace(SETTINGS, phases=("logits", "refine"))
+    logits, refine = run(pair, pictures, settings, depths=dict.fromkeys(pair[0].stages, 6)).phases
+    assert (logits.phase, logits.rate) == ("logits", 4e-5) and (refine.phase, refine.rate) == ("refine", 2e-5)
 
 
 def test_rounds_go_on_until_time_is_over(pair, pictures: FitData, monkeypatch):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from resode_cli.data import Batch, open_data
+from resode_cli.data import Batch
 from resode_cli.data.workers import WorkerDied, WorkersStuck
-from resode_cli.errors import ResodeError, UsageError
+from resode_cli.errors import UsageError
 from resode_cli.files import model_file
 from resode_cli.fitting import fit as fit_module
 from resode_cli.fitting.fit import fit
@@ -38,13 +38,6 @@ FAST = FitSettings(
 BRIEF = replace(FAST, steps=3, refine_steps=2)  # where it is not asked what a fit achieves
 
 
-@pytest.fixture
-def pictures(make_folder, tiny: OdeResNet) -> FitData:
-    folder = make_folder(classes=("a", "b", "c"), each=16)
-    data = open_data(str(folder), tiny.info.preprocessing, "train", labelled=False)
-    return FitData(data, data)
-
-
 def state(model: OdeResNet) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
@@ -61,13 +54,6 @@ def student_of(model: OdeResNet, form: str = "pre") -> OdeResNet:
 
 def run(model: OdeResNet, teacher: Teacher, data: FitData, settings: FitSettings = FAST, **arguments) -> FitResult:
     return fit(model, teacher, data, settings=settings, device=CPU, **arguments)
-
-
-@pytest.fixture
-def pair(tiny: OdeResNet) -> tuple[OdeResNet, Teacher]:
-    """A student in `pre` form, and the exact network as its teacher."""
-    teacher = own_teacher(tiny, "tiny")
-    return student_of(tiny), teacher
 
 
 # What a fit leaves alone
@@ -213,12 +199,6 @@ def test_the_seed_decides(build_tiny, pictures: FitData):
     assert same(states[0], states[1]) and not same(states[0], states[2])
 
 
-def test_held_out_images_are_an_eighth_and_never_many():
-    assert held_out(1) == [0] and held_out(16) == [0, 8] and len(held_out(80)) == 10
-    many = held_out(50_000)
-    assert len(many) == 256 and many[1] - many[0] == 50_000 // 256 and len(set(many)) == 256
-
-
 def test_every_phase_runs_at_its_depth_after_a_prediction(pair, pictures: FitData):
     student, teacher = pair
     phases: list[PhaseResult] = []
@@ -249,13 +229,6 @@ def test_fewer_images_than_a_batch_are_one_batch(pair, pictures: FitData, count:
     few.indices = few.indices[:count]
     result = run(student, teacher, FitData(few, few), replace(FAST, phases=("logits",), batch_size=64))
     assert result.phases[0].steps == 12
-
-
-def test_hardly_any_images_are_refused(pictures: FitData):
-    few = copy.copy(pictures.plain)
-    few.indices = few.indices[:2]
-    with pytest.raises(UsageError, match="has 2 images for the fit; 3 are the fewest"):
-        FitData(few, few)
 
 
 def test_no_steps_of_refine_leave_it_out(pair, pictures: FitData):
@@ -360,22 +333,6 @@ def test_states_and_logits_have_rates_of_their_own(pair, pictures: FitData, monk
 def test_settings_that_make_no_sense_are_refused(change: dict, message: str):
     with pytest.raises(UsageError, match=message):
         replace(FAST, **change)
-
-
-def test_a_folder_without_images_is_refused(tmp_path: Path, tiny: OdeResNet):
-    with pytest.raises(ResodeError, match="holds no images"):
-        open_data(str(tmp_path), tiny.info.preprocessing, "train", labelled=False)
-
-
-@pytest.mark.parametrize("nested", ["", "deep/er", "train", "train/one"])
-def test_unlabelled_images_may_lie_anywhere(tmp_path: Path, tiny: OdeResNet, nested: str, make_folder: Callable):
-    picture = next(make_folder().rglob("*.png"))
-    folder = tmp_path / "loose" / nested
-    folder.mkdir(parents=True)
-    for i in range(3):
-        (folder / f"{i}.png").write_bytes(picture.read_bytes())
-    data = open_data(str(tmp_path / "loose"), tiny.info.preprocessing, "train", labelled=False)
-    assert len(data) == 3 and data[0][0].shape == (3, 16, 16)
 
 
 @pytest.mark.parametrize("death", [WorkerDied, WorkersStuck])
